@@ -1,0 +1,67 @@
+"""ROOM 1: pixels and strings → embeddings on disk.
+
+`build` and `FeatureCache` are imported when first used: opening a cache costs numpy and zarr, building one also the
+backbone's library.
+"""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from cache_builder.errors import UnknownName
+
+if TYPE_CHECKING:
+    from cache_builder.backbones.base import Backbone
+    from cache_builder.build import build
+    from cache_builder.cache import FeatureCache
+    from cache_builder.datasets.base import Dataset
+
+__all__ = ["FeatureCache", "build", "load_backbone", "load_dataset"]
+
+LAZY = {"build": "cache_builder.build", "FeatureCache": "cache_builder.cache"}
+
+
+def load_backbone(name: str, *, dtype: str = "float32", device: str = "cpu") -> "Backbone":
+    """A frozen backbone by `family:checkpoint`, e.g. `clip:ViT-B-32/openai`.
+
+    Raises:
+        UnknownName: no such family, or no checkpoint named.
+    """
+    from cache_builder.plugins import find, names
+
+    family, colon, checkpoint = name.partition(":")
+    if not (colon and checkpoint):
+        known = ", ".join(names("cache_builder.backbones"))
+        raise UnknownName(
+            f"backbone {name!r} names no checkpoint; write family:checkpoint, for instance clip:ViT-B-32/openai "
+            f"(families: {known})"
+        )
+    module = find("cache_builder.backbones", family)
+    return module.load(checkpoint, dtype=dtype, device=device)
+
+
+def load_dataset(name: str, root: str | Path | None = None, **options: Any) -> "Dataset":
+    """A data set by its file's name, read from `root`, with the options its `load` takes."""
+    from cache_builder.plugins import find
+
+    dataset = find("cache_builder.datasets", name).load(root, **options)
+    return replace(dataset, options=options)
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps `cache_builder.build` the function: importing the file build.py would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.build if name == "build" else value)
+
+
+sys.modules[__name__].__class__ = _Package

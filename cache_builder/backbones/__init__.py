@@ -1,0 +1,1 @@
+"""Interchangeable: one backbone family a file."""

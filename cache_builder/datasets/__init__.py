@@ -1,0 +1,1 @@
+"""Interchangeable: one data set a file."""

@@ -1,0 +1,210 @@
+"""What a data set is to the builder: images, texts, and the task examples that join them by id.
+
+A data set file of this folder has two handles: `load(root, **options) -> Dataset` reads the official layout, and
+`miniature(root) -> Path` writes a handful of files in that same layout. Nothing here knows a backbone or a head.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+Pair = tuple[str, str]
+"""(attr, obj), by name: an index would differ between worlds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image: its id in the data set's own words, and how to get its pixels.
+
+    Attributes:
+        id: unique within the data set.
+        open: returns the decoded RGB picture; raises `OSError` or `ValueError` for a file that cannot be used, which
+            the build then quarantines.
+
+    """
+
+    id: str
+    open: Callable[[], Image]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """One string to encode, exactly as the tokenizer shall see it."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompositionExample:
+    """An image labelled with its pair."""
+
+    image: str
+    attr: str
+    obj: str
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompositionTask:
+    """Compositional zero-shot learning: images, the pairs of every split, and the prompt of every candidate pair.
+
+    Attributes:
+        examples: labelled images.
+        pairs: split → its pairs in file order; `pairs["train"]` are the seen ones.
+        prompts: pair → id of its prompt among the texts. Pairs beyond the splits' own make the open world.
+
+    """
+
+    examples: tuple[CompositionExample, ...]
+    pairs: Mapping[str, tuple[Pair, ...]]
+    prompts: Mapping[Pair, str]
+
+    @property
+    def attrs(self) -> tuple[str, ...]:
+        """Sorted union over the splits."""
+        return tuple(sorted({attr for pairs in self.pairs.values() for attr, _ in pairs}))
+
+    @property
+    def objs(self) -> tuple[str, ...]:
+        """Sorted union over the splits."""
+        return tuple(sorted({obj for pairs in self.pairs.values() for _, obj in pairs}))
+
+    def candidates(self, split: str, world: str = "closed") -> tuple[Pair, ...]:
+        """Candidate pairs: train ∪ the split's pairs (closed) or all attr × obj, attribute-major (open)."""
+        if world == "open":
+            return tuple((attr, obj) for attr in self.attrs for obj in self.objs)
+        return tuple(dict.fromkeys((*self.pairs["train"], *self.pairs[split])))
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingExample:
+    """A caption against its hard negative.
+
+    Among `Tasks.matching` it has one image, and the true caption comes first; among `Tasks.two_by_two` it has two
+    images, and caption i is of image i.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    captions: tuple[str, str]
+    category: str
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalExample:
+    """An image with the ids of all its captions."""
+
+    image: str
+    captions: tuple[str, ...]
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedExample:
+    """Composed retrieval: reference image + modification text → target images; `category` is the kind of edit."""
+
+    id: str
+    reference: str
+    modification: str
+    targets: tuple[str, ...]
+    category: str
+    split: str
+
+
+EXAMPLES = {
+    "matching": MatchingExample,
+    "two_by_two": MatchingExample,
+    "retrieval": RetrievalExample,
+    "composed": ComposedExample,
+}
+"""Field of `Tasks` → what it lists, for all but `czsl`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """Everything a data set can be asked; an empty field is a task it does not have."""
+
+    czsl: CompositionTask | None = None
+    matching: tuple[MatchingExample, ...] = ()
+    two_by_two: tuple[MatchingExample, ...] = ()
+    retrieval: tuple[RetrievalExample, ...] = ()
+    composed: tuple[ComposedExample, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The tasks present, in the order of the fields."""
+        return tuple(k for k in ("czsl", *EXAMPLES) if getattr(self, k))
+
+    def to_json(self) -> str:
+        """Canonical text: the same tasks give the same bytes on every machine."""
+        czsl = self.czsl and {
+            "examples": [[e.image, e.attr, e.obj, e.split] for e in self.czsl.examples],
+            "pairs": {split: [list(p) for p in pairs] for split, pairs in self.czsl.pairs.items()},
+            "prompts": [[*pair, text] for pair, text in self.czsl.prompts.items()],
+        }
+        rest = {k: [asdict(e) for e in getattr(self, k)] for k in EXAMPLES}
+        return json.dumps(
+            {"czsl": czsl, **rest}, ensure_ascii=False, sort_keys=True, separators=(",", ":")
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tasks":
+        """Inverse of `to_json`."""
+        raw = json.loads(text)
+        czsl = raw["czsl"] and CompositionTask(
+            examples=tuple(CompositionExample(*row) for row in raw["czsl"]["examples"]),
+            pairs={s: tuple((a, o) for a, o in pairs) for s, pairs in raw["czsl"]["pairs"].items()},
+            prompts={(a, o): text_id for a, o, text_id in raw["czsl"]["prompts"]},
+        )
+
+        def tupled(row: dict) -> dict:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+
+        return cls(
+            czsl=czsl or None,
+            **{k: tuple(kind(**tupled(r)) for r in raw[k]) for k, kind in EXAMPLES.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A data set as the builder sees it.
+
+    Attributes:
+        name: the plugin's file name.
+        images, texts: what to encode, in file order; ids unique per side.
+        tasks: what can be asked of them.
+        decode: how pixels were obtained, as canonical text (part of the cache's fingerprint).
+        counts: what was found, for people: `{"train images": "348", ...}`, printed at the start of a build.
+        root, options: where it was read from and how; `load_dataset` fills in the options. Recorded for finding the
+            pictures again, not part of any fingerprint.
+
+    """
+
+    name: str
+    images: tuple[ImageRecord, ...]
+    texts: tuple[TextRecord, ...]
+    tasks: Tasks
+    decode: str
+    counts: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """sha256 over image ids, text ids with their strings, and tasks: equal digests mean identical samples."""
+        body = json.dumps(
+            [
+                [i.id for i in self.images],
+                [[t.id, t.text] for t in self.texts],
+                self.tasks.to_json(),
+            ],
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+        return hashlib.sha256(body.encode()).hexdigest()

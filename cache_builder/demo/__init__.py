@@ -1,0 +1,1 @@
+"""The embedded default: a procedural world and the tiny backbones trained on it."""

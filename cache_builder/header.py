@@ -1,0 +1,129 @@
+"""The header: what a cache claims to be, in the attributes of its root group, and the checks on opening."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache_builder.durable import write_durably
+from cache_builder.errors import (
+    CacheCorrupt,
+    CacheIncomplete,
+    CacheMismatch,
+    CacheNotFound,
+    CacheTooNew,
+)
+from cache_builder.format import FORMAT, SCHEMA, Layout
+from cache_builder.lock import is_remnant
+from cache_builder.spec import CacheSpec, differences
+
+
+class Header(BaseModel):
+    """Attributes of the root group: what the cache claims to be, and how it is cut.
+
+    Attributes:
+        batch_size: rows encoded together.
+        arrays: layout of every array; verify compares their zarr.json with it.
+        counts, root, options: what the data set's reader found, where, and with which options it was asked; to find the
+            pictures again, not part of any fingerprint.
+        digest: of the content, once sealed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["headstart feature cache"] = FORMAT
+    schema_version: Literal[1] = SCHEMA
+    state: Literal["building", "sealed"]
+    fingerprint: str
+    spec: CacheSpec
+    batch_size: int
+    arrays: dict[str, Layout]
+    tasks_sha256: str
+    counts: dict[str, str]
+    root: str
+    options: dict[str, Any]
+    digest: str | None = None
+
+    def command(self, path: Path) -> str:
+        """The command line that builds this cache at `path`."""
+        spec = self.spec
+        backbone = f"{spec.backbone.family}:{spec.backbone.checkpoint}"
+        root = f" --root {self.root}" if self.root else ""
+        root += "".join(f" --set {k}={json.dumps(v)}" for k, v in self.options.items())
+        return (
+            f"headstart build --backbone {backbone} --dataset {spec.dataset.name}{root} "
+            f"--streams {' '.join(spec.streams)} --store {spec.storage} --out {path}"
+        )
+
+
+def write_header(path: Path, header: Header) -> None:
+    """Write the root group with its attributes, atomically."""
+    root = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": header.model_dump(mode="json"),
+    }
+    write_durably(path / "zarr.json", json.dumps(root, ensure_ascii=False, indent=1).encode())
+
+
+def read_header(path: Path) -> Header:
+    """The attributes of a cache's root group, checked for version first."""
+    file = path / "zarr.json"
+    try:
+        found = json.loads(file.read_bytes())["attributes"]
+    except (FileNotFoundError, NotADirectoryError):
+        found = {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheCorrupt(f"{file} is not the header of a zarr group ({error})") from error
+    if found.get("format") != FORMAT:
+        if is_remnant(path):
+            raise CacheIncomplete(
+                f"{path} holds the remains of a build that was stopped while it began: 0 chunks; repeat the build"
+            )
+        what = "holds something else" if path.exists() else "does not exist"
+        raise CacheNotFound(
+            f"no feature cache at {path}: the path {what}; make one with: headstart build --backbone … --dataset … "
+            f"--out {path}"
+        )
+    if found.get("schema_version", 0) > SCHEMA:
+        raise CacheTooNew(
+            f"{path} has schema {found['schema_version']}, this headstart reads up to {SCHEMA}; install a newer "
+            "headstart, or build the cache again with this one"
+        )
+    try:
+        header = Header.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CacheCorrupt(
+            f"the header of {path} is not understood: {where}: {first['msg']}"
+        ) from error
+    if header.spec.fingerprint() != header.fingerprint:
+        raise CacheCorrupt(
+            f"{file} was edited: its fields have the fingerprint {header.spec.fingerprint()[:12]}, it says "
+            f"{header.fingerprint[:12]}"
+        )
+    return header
+
+
+def check_spec(path: Path, found: CacheSpec, expected: CacheSpec) -> None:
+    """Refuse a cache that holds something else.
+
+    Raises:
+        CacheMismatch: with every differing field, what was expected and what was found.
+    """
+    fields = [
+        f"{name}: expected {_short(a)}, found {_short(b)}"
+        for name, a, b in differences(expected, found)
+    ]
+    if fields:
+        raise CacheMismatch(
+            f"{path} holds something else than is asked for: {'; '.join(fields)}. Choose another --out, or remove the "
+            "cache to build it again"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:110]}… ({len(text)} characters)"

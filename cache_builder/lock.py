@@ -1,0 +1,67 @@
+"""One builder per cache: a lock that the kernel frees when its holder ends, however it ends."""
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from cache_builder.durable import make_folder
+from cache_builder.errors import CacheLocked, CacheNotFound
+
+OWN = frozenset(
+    {"zarr.json", "image", "text", "readout", "tasks.json", "manifest.jsonl", "quarantine.jsonl"}
+)
+"""What a builder puts into the folder of a cache, beside the lock."""
+
+ZARR_PART = "zarr.*.partial"
+"""What zarr leaves of a root `zarr.json` that it was writing when it was killed."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the builder's lock of a cache folder, making the folder if need be.
+
+    Raises:
+        CacheLocked: another process holds it; names it.
+        CacheNotFound: the path holds something else, which is not touched.
+    """
+    foreign = path.exists() and not (path / "lock").is_file()
+    if foreign and (not path.is_dir() or any(path.iterdir())):
+        raise CacheNotFound(
+            f"{path} exists and is not a feature cache, so nothing is built into it; choose a path that is free"
+        )
+    make_folder(path)
+    with open(path / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "its name is not written yet"
+            raise CacheLocked(
+                f"{path} is being built by another process ({holder}); wait for it, or stop it and repeat the command"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_remnant(path: Path) -> bool:
+    """Whether a builder was stopped while it laid out this folder: its lock is there, and nothing foreign."""
+    if not (path / "lock").is_file():
+        return False
+    names = {p.name for p in path.iterdir() if not fnmatch(p.name, ZARR_PART)}
+    return names <= OWN | {"lock", *(f"{name}.part" for name in OWN)}
+
+
+def clear_remnant(path: Path) -> None:
+    """Remove what such a builder left, except the lock."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()

@@ -1,0 +1,88 @@
+"""What a cache claims to be, field by field, so that a mismatch can be named instead of suspected."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Spec(BaseModel):
+    """A frozen claim. Two specs with the same fields have the same fingerprint on every machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON of all fields."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    def canonical(self) -> str:
+        """All fields as JSON with sorted keys."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":")
+        )
+
+
+class BackboneSpec(Spec):
+    """A frozen backbone, as far as it can change a stored number."""
+
+    family: str = Field(
+        description="file name in cache_builder/backbones: clip, siglip2, pe, llava"
+    )
+    checkpoint: str = Field(description="what was asked for after the colon, as canonical text")
+    weights: str = Field(
+        description="sha256 over the names, dtypes, shapes and bytes of the tensors loaded"
+    )
+    preprocessing: str = Field(description="the image transform as canonical text")
+    tokenizer: str = Field(
+        description="tokenizer class, normaliser, context length and sha256 of its vocabulary"
+    )
+    layer: str = Field(
+        description="where the stored tokens are taken, e.g. 'last block, before the final norm'"
+    )
+    dims: dict[str, int] = Field(
+        description="image_size (pixels), patches N, prefix P, image_width W, text_width V, context L, joint D"
+    )
+    activation: str = Field(description="e.g. QuickGELU or GELU: not visible in the weights")
+    compute: str = Field(
+        description="dtype and attention kernel of the forward pass, e.g. 'float32 sdpa'"
+    )
+    versions: dict[str, str] = Field(
+        description="torch, open_clip, transformers, timm: release numbers"
+    )
+
+
+class DatasetSpec(Spec):
+    """The samples: equal digests mean identical ids, strings and tasks."""
+
+    name: str
+    digest: str = Field(description="Dataset.digest()")
+    decode: str = Field(description="how pixels were obtained, as canonical text")
+    n_images: int
+    n_texts: int
+
+
+class CacheSpec(Spec):
+    """Everything that decides a cache's content."""
+
+    backbone: BackboneSpec
+    dataset: DatasetSpec
+    streams: tuple[str, ...] = Field(description="named arrays, e.g. image/pooled; sorted")
+    storage: str = Field(default="fp16", description="stored dtype of the embeddings: fp16 or fp32")
+    order_seed: int = Field(default=0, description="seed of the permutation sample → row")
+
+
+def differences(
+    expected: Spec, found: Spec, prefix: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Fields in which two specs of one class differ, as (dotted name, expected, found)."""
+    for name in type(expected).model_fields:
+        a, b = getattr(expected, name), getattr(found, name)
+        if isinstance(a, Spec) and isinstance(b, Spec):
+            yield from differences(a, b, f"{prefix}{name}.")
+        elif isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted({*a, *b}):
+                if a.get(key) != b.get(key):
+                    yield f"{prefix}{name}.{key}", a.get(key), b.get(key)
+        elif a != b:
+            yield f"{prefix}{name}", a, b

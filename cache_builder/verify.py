@@ -1,0 +1,85 @@
+"""Is a cache whole, and is every byte the byte that was written?"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from cache_builder.chunks import Chunks
+from cache_builder.errors import CacheError
+from cache_builder.format import Entry, metadata_problem
+from cache_builder.header import Header
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        chunks, bytes: read and compared.
+        problems: one sentence each, what and where; empty if the cache is whole and intact.
+    """
+
+    chunks: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No problem at all."""
+        return not self.problems
+
+
+def verify(chunks: Chunks, header: Header, digest: str, progress: bool) -> VerifyReport:
+    """Read every chunk and compare it with what was written; also metadata, tasks, completeness and digest.
+
+    Args:
+        chunks, header: of the cache.
+        digest: of the content, as computed now.
+        progress: show a tqdm bar.
+    """
+    problems = [
+        f"chunk {chunk} of {array} was never finished" for array, chunk in chunks.unlisted()
+    ]
+    for layout in header.arrays.values():
+        problem = metadata_problem(chunks.path, layout)
+        problems += [problem] if problem else []
+    problems += _file_problems(chunks, header, digest)
+
+    def check(entry: Entry) -> str | None:
+        try:
+            handle = chunks.open_chunk(entry.array, entry.chunk)
+            try:
+                chunks.compare(handle, entry)
+            finally:
+                os.close(handle)
+        except (CacheError, OSError) as error:
+            return str(error)
+        return None
+
+    entries = [entry for _, entry in sorted(chunks.manifest.items())]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(check, entries)
+        bar = tqdm(found, total=len(entries), desc="verify", unit="chunk", disable=not progress)
+        problems += [problem for problem in bar if problem]
+    return VerifyReport(len(entries), sum(e.bytes for e in entries), tuple(problems))
+
+
+def _file_problems(chunks: Chunks, header: Header, digest: str) -> list[str]:
+    """What is wrong with the files that are not chunks."""
+    problems: list[str] = []
+    tasks = chunks.path / "tasks.json"
+    if not tasks.is_file():
+        problems.append(f"{tasks} is gone; remove the cache and build it again")
+    elif hashlib.sha256(tasks.read_bytes()).hexdigest() != header.tasks_sha256:
+        problems.append(f"{tasks} is not the file that was written")
+    if header.state != "sealed":
+        problems.append(f"{chunks.path} was never sealed; repeat the build: {chunks.command}")
+    elif header.digest != digest:
+        problems.append(
+            f"{chunks.path}: its content digest is {digest[:12]}, but {str(header.digest)[:12]} was sealed: the "
+            "manifest or the quarantine was edited"
+        )
+    return problems

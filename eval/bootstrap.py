@@ -1,0 +1,251 @@
+"""How far a number would move with other test items and other seeds: intervals, and paired differences.
+
+Percentile bootstrap (Efron 1979). One resample draws the items again with replacement, the *same* draw for every table
+of a comparison, and draws the training seeds again with replacement; a metric is recomputed on it. Items of CZSL are
+images, drawn within the seen- and the unseen-labelled ones, whose numbers the split fixes; the curve is recomputed from
+each image's threshold (`eval.czsl.hit_rates`), since its area is not a mean over images.
+
+Our choice over `scipy.stats.bootstrap`: shared draws across tables and metrics, counts instead of index arrays (the
+curves of 1,000 resamples are one cumulative sum), and no BCa, whose jackknife needs as many curves as there are images.
+
+Not for: fewer than about 30 items, or rates at 0 or 1, where resampling cannot leave the edge and an interval of width
+zero means "no variation seen", not "certain". With two or three seeds their variance is underestimated; read the listed
+values of each seed too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from eval import czsl, matching, retrieval
+from eval.czsl import CompositionScores
+from eval.errors import ScoreTableError
+from eval.matching import MatchingScores
+from eval.retrieval import RetrievalScores
+
+Table = CompositionScores | MatchingScores | RetrievalScores
+
+CELLS_PER_DRAW = 1 << 21
+"""Item counts drawn in one go (16 MB of float64)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number with the range that resampling gives it.
+
+    Attributes:
+        estimate: on the items as they are, averaged over seeds; fractions.
+        low, high: percentiles of the resampled values.
+        level: share of the resampled values between them.
+
+    """
+
+    estimate: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True where a difference is larger than its uncertainty."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Distribution:
+    """Resampled metrics of one method: metric → its estimate, and metric → (R,) values."""
+
+    estimate: dict[str, float]
+    values: dict[str, Float[np.ndarray, " r"]]
+
+
+def intervals(
+    tables: Sequence[Table],
+    *,
+    k: int = 1,
+    ks: Sequence[int] | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Interval of every metric, averaged over the tables of several training seeds (or of one).
+
+    Args:
+        tables: one table a seed, on identical items.
+        k: top-k of CZSL.
+        ks: the K of retrieval; None takes its default.
+        level: e.g. 0.95.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Raises:
+        ScoreTableError: the tables do not hold the same items.
+
+    """
+    return percentiles(distribution(tables, k=k, ks=ks, resamples=resamples, seed=seed), level)
+
+
+def difference(
+    ours: Sequence[Table],
+    theirs: Sequence[Table],
+    *,
+    k: int = 1,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Ours minus theirs, metric by metric, on identical items: every draw is shared by both.
+
+    Raises:
+        ScoreTableError: the two do not hold the same items.
+
+    """
+    same_items(ours[0], theirs[0])
+    a, b = (distribution(t, k=k, resamples=resamples, seed=seed) for t in (ours, theirs))
+    return percentiles(subtract(a, b), level)
+
+
+def distribution(
+    tables: Sequence[Table],
+    *,
+    k: int = 1,
+    ks: Sequence[int] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Distribution:
+    """Resampled metrics, averaged over seeds; the same `seed` draws the same items for every table of this size."""
+    if not tables:
+        raise ScoreTableError("there is no table to resample; give one a training seed")
+    for table in tables[1:]:
+        same_items(tables[0], table)
+    estimators = [estimator(table, k, ks) for table in tables]
+    n = len(tables[0].scores)
+    once = [measure(np.ones((1, n))) for measure in estimators]
+    parts = [
+        [measure(weights) for measure in estimators]
+        for weights in draws(strata(tables[0]), resamples, seed)
+    ]
+    chosen = np.random.default_rng((seed, 1)).multinomial(
+        len(tables), np.full(len(tables), 1 / len(tables)), size=resamples
+    )
+    values: dict[str, Float[np.ndarray, " r"]] = {}
+    for name in once[0]:
+        of_seeds = np.stack(
+            [np.concatenate([part[s][name] for part in parts]) for s in range(len(tables))]
+        )
+        values[name] = (of_seeds * chosen.T).sum(0) / len(tables)
+    return Distribution(
+        {name: float(np.mean([o[name][0] for o in once])) for name in once[0]}, values
+    )
+
+
+def percentiles(resampled: Distribution, level: float = 0.95) -> dict[str, Interval]:
+    """The central `level` of every metric's values; draws in which a metric does not exist are left out."""
+    edges = [50 * (1 - level), 50 * (1 + level)]
+    result: dict[str, Interval] = {}
+    for name, values in resampled.values.items():
+        low, high = np.nanpercentile(values, edges)
+        result[name] = Interval(resampled.estimate[name], float(low), float(high), level)
+    return result
+
+
+def subtract(ours: Distribution, theirs: Distribution) -> Distribution:
+    """Differences draw by draw, of the metrics that both have."""
+    names = [name for name in ours.values if name in theirs.values]
+    return Distribution(
+        {name: ours.estimate[name] - theirs.estimate[name] for name in names},
+        {name: ours.values[name] - theirs.values[name] for name in names},
+    )
+
+
+def same_items(a: Table, b: Table) -> None:
+    """Raise unless two tables ask the same questions in the same order.
+
+    Raises:
+        ScoreTableError: says in what they differ.
+
+    """
+    if type(a) is not type(b):
+        raise ScoreTableError(f"{type(a).__name__} and {type(b).__name__} cannot be compared")
+    for name in ("split", "world", "ids", "target", "pairs", "seen", "category", "positives"):
+        mine, other = (np.asarray(getattr(t, name, "")) for t in (a, b))
+        if name == "ids" and 0 in (mine.size, other.size):
+            continue  # unnamed rows: labels and shapes have to do
+        if mine.shape != other.shape or not (mine == other).all():
+            raise ScoreTableError(
+                f"the two tables differ in {name} ({mine.shape} and {other.shape} values): paired differences need "
+                "identical items in the same order; score both on the same cache split"
+            )
+    if a.scores.shape != b.scores.shape:
+        raise ScoreTableError(f"the two tables have {a.scores.shape} and {b.scores.shape} scores")
+
+
+def strata(table: Table) -> Int[np.ndarray, " n"]:
+    """Groups whose sizes the split fixes: seen- and unseen-labelled images; one group elsewhere."""
+    if isinstance(table, CompositionScores):
+        return table.seen_labelled.astype(np.int64)
+    return np.zeros(len(table.scores), dtype=np.int64)
+
+
+def draws(
+    groups: Int[np.ndarray, " n"], resamples: int, seed: int
+) -> Iterator[Float[np.ndarray, "r n"]]:
+    """How often each item is drawn, some resamples at a time; each group keeps its size."""
+    rng = np.random.default_rng((seed, 0))
+    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    step = max(1, CELLS_PER_DRAW // len(groups))
+    for start in range(0, resamples, step):
+        r = min(step, resamples - start)
+        counts = np.zeros((r, len(groups)))
+        for rows in members:
+            n = len(rows)
+            drawn = rng.integers(n, size=(r, n)) + n * np.arange(r)[:, None]
+            counts[:, rows] = np.bincount(drawn.ravel(), minlength=r * n).reshape(r, n)
+        yield counts
+
+
+def estimator(
+    table: Table, k: int = 1, ks: Sequence[int] | None = None
+) -> Callable[[Float[np.ndarray, "r n"]], dict[str, Float[np.ndarray, " r"]]]:
+    """A function from item counts to metrics; with all ones it gives what the task's `evaluate` gives."""
+    if isinstance(table, CompositionScores):
+        return _czsl_estimator(table, k)
+    parts = (
+        retrieval.outcomes(table, ks=ks)
+        if isinstance(table, RetrievalScores)
+        else matching.outcomes(table)
+    )
+    return lambda weights: _weighted_means(parts, weights)
+
+
+def _czsl_estimator(
+    table: CompositionScores, k: int
+) -> Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+    """Curve metrics from thresholds, accuracies as means."""
+    reduced = czsl.thresholds(table, k)
+    hits = {name: hit.astype(np.float64) for name, hit in czsl.unbiased_hits(table).items()}
+
+    def measure(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        s, u, _ = czsl.hit_rates(reduced, weights)
+        n_seen, n_unseen = table.counts
+        if n_seen and n_unseen:
+            metrics = czsl.summarise(s, u)
+        else:
+            metrics = {"best_seen": s.max(1)} if n_seen else {"best_unseen": u.max(1)}
+        return metrics | (_weighted_means(hits, weights) if k == 1 else {})
+
+    return measure
+
+
+def _weighted_means(
+    parts: dict[str, NDArray[np.float64]], weights: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """Mean of every metric over the items it applies to (those not NaN); NaN where none of them was drawn."""
+    values = np.stack(list(parts.values()), axis=1)
+    applies = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means = (weights @ np.where(applies, values, 0)) / (weights @ applies.astype(np.float64))
+    return dict(zip(parts, means.T, strict=True))

@@ -1,0 +1,239 @@
+"""Runs → comparisons: rows that answer the same question, with numbers, intervals, chance lines and differences.
+
+A comparison answers one question (data set, task, split, world, items) at one k and on one kind of curve; the score
+space is a fact of every row. Seeds are aggregated, with an interval over items and seeds, and kept one by one.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval import bootstrap, czsl, matching, retrieval
+from eval.bootstrap import Interval, Table
+from eval.czsl import CompositionScores, CurveKind
+from eval.errors import EvalWarning
+from eval.matching import MatchingScores
+from eval.runs import Group, Question, Run, questions
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "czsl": ("auc", "best_hm", "best_seen", "best_unseen", "pair_acc", "attr_acc", "obj_acc"),
+    "matching": ("group_score", "i2t", "t2i", "accuracy"),
+    "retrieval": ("recall@1", "recall@5", "recall@10", "map@10"),
+}
+"""Metrics of the main table, where they exist; the first of each is the headline."""
+
+HEADLINES = ("auc", "best_seen", "best_unseen", "group_score", "accuracy", "recall@1")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One metric of one row.
+
+    Attributes:
+        seeds: value of each seed, fractions.
+        low, high: 95 % interval over items and seeds; None for the legacy curve.
+
+    """
+
+    seeds: tuple[float, ...]
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.seeds))
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for one seed."""
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One backbone × method: its metrics, and the headline's difference to zero-shot on the same items."""
+
+    group: Group
+    cells: Mapping[str, Cell]
+    gain: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """One table: a question, k and the kind of curve, with its rows.
+
+    Attributes:
+        question: what is asked.
+        k: top-k of CZSL; 1 elsewhere.
+        curve: "exact" or "legacy" for CZSL; None elsewhere.
+        rows: by backbone, zero-shot first, else in the order of the runs.
+        chance: metric → what random scores get.
+        counts: how many items of what, in words.
+        notes: warnings about the numbers.
+
+    """
+
+    question: Question
+    k: int
+    curve: CurveKind | None
+    rows: tuple[Row, ...]
+    chance: Mapping[str, float]
+    counts: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """The metric that differences are taken of."""
+        return next(m for m in HEADLINES if m in self.rows[0].cells)
+
+    @property
+    def columns(self) -> list[str]:
+        """Metrics of the main table: the task's own, then the headline by category."""
+        names = [m for m in COLUMNS[self.question.kind] if m in self.rows[0].cells]
+        return names + [f"{self.headline}/{category}" for category in self.categories]
+
+    @property
+    def categories(self) -> list[str]:
+        """Categories of matching items, sorted."""
+        start = f"{self.headline}/"
+        found = [m.removeprefix(start) for m in self.rows[0].cells if m.startswith(start)]
+        return sorted(name for name in found if name != matching.CATEGORY_MEAN)
+
+    @property
+    def title(self) -> str:
+        """Everything that a number needs beside it."""
+        parts = [self.question.words()]
+        if self.curve:
+            parts += [f"k = {self.k}", f"{self.curve} curve"]
+        return " · ".join(parts)
+
+    def name(self, metric: str) -> str:
+        """The metric with its k, e.g. auc@3."""
+        return f"{metric}@{self.k}" if self.curve and self.k > 1 else metric
+
+    def is_below_chance(self, row: Row, metric: str) -> bool:
+        """Is the mean over seeds lower than random scores get?"""
+        return metric in self.chance and row.cells[metric].mean < self.chance[metric]
+
+
+def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
+    """One comparison a question; CZSL twice, on the exact and on the legacy curve."""
+    comparisons: list[Comparison] = []
+    for asked, groups in questions(runs).items():
+        first = groups[0].tables[0]
+        curve: CurveKind | None = "exact" if asked.kind == "czsl" else None
+        rows = _rows(groups, k)
+        comparisons.append(Comparison(asked, k, curve, rows, chance(first, k), counts(first)))
+        if isinstance(first, CompositionScores) and k <= first.seen.sum():
+            comparisons.append(_legacy(comparisons[-1], k))
+    return comparisons
+
+
+def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
+    """Metrics with intervals, and differences to the same backbone's zero-shot; all on shared draws."""
+    resampled = [bootstrap.distribution(group.tables, k=k) for group in groups]
+    baselines = {g.backbone: d for g, d in zip(groups, resampled, strict=True) if g.is_baseline}
+    rows: list[Row] = []
+    for group, mine in zip(groups, resampled, strict=True):
+        values = [evaluate(table, k) for table in group.tables]
+        ranges = bootstrap.percentiles(mine)
+        cells = {
+            m: Cell(
+                tuple(v[m] for v in values),
+                *((ranges[m].low, ranges[m].high) if m in ranges else ()),
+            )
+            for m in values[0]
+            if all(m in v for v in values)
+        }
+        theirs = baselines.get(group.backbone)
+        gain = None
+        if theirs is not None and not group.is_baseline:
+            headline = next(m for m in HEADLINES if m in cells)
+            gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[headline]
+        rows.append(Row(group, cells, gain))
+    return tuple(rows)
+
+
+def _legacy(exact: Comparison, k: int) -> Comparison:
+    """The same rows on the curve that published numbers come from; no intervals."""
+    rows: list[Row] = []
+    notes: dict[str, list[str]] = {}
+    for row in exact.rows:
+        tables = [t for t in row.group.tables if isinstance(t, CompositionScores)]
+        results = [_quietly_legacy(t, k) for t in tables]
+        for note in dict.fromkeys(note for _, found in results for note in found):
+            notes.setdefault(note, []).append(row.group.label)
+        names = [m for m in results[0][0] if all(m in r for r, _ in results)]
+        rows.append(Row(row.group, {m: Cell(tuple(r[m] for r, _ in results)) for m in names}))
+    chance = {m: v for m, v in exact.chance.items() if m not in ("auc", "best_hm")}
+    return Comparison(
+        exact.question,
+        k,
+        "legacy",
+        tuple(rows),
+        chance,
+        exact.counts,
+        notes=tuple(f"{', '.join(labels)}: {note}" for note, labels in notes.items()),
+    )
+
+
+def _quietly_legacy(table: CompositionScores, k: int) -> tuple[dict[str, float], list[str]]:
+    """Legacy metrics, and the warnings as text: on a page they belong under the table."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EvalWarning)
+        values = czsl.evaluate(table, k=k, curve="legacy")
+    return values, [str(w.message) for w in caught]
+
+
+def evaluate(table: Table, k: int = 1) -> dict[str, float]:
+    """The task's own `evaluate`, on the exact curve and with its default K."""
+    if isinstance(table, CompositionScores):
+        return czsl.evaluate(table, k=k)
+    return (
+        matching.evaluate(table) if isinstance(table, MatchingScores) else retrieval.evaluate(table)
+    )
+
+
+def chance(table: Table, k: int = 1) -> dict[str, float]:
+    """What random scores get."""
+    if isinstance(table, CompositionScores):
+        return czsl.chance(table, k=k)
+    return matching.chance(table) if isinstance(table, MatchingScores) else retrieval.chance(table)
+
+
+def counts(table: Table) -> str:
+    """How many items of what."""
+    if isinstance(table, CompositionScores):
+        n_seen, n_unseen = table.counts
+        return (
+            f"{n_seen} images of seen and {n_unseen} of unseen pairs; {int(table.seen.sum())} seen and "
+            f"{int((~table.seen).sum())} unseen candidates"
+        )
+    if isinstance(table, MatchingScores):
+        return f"{len(table.scores)} items in {len(table.categories)} categories"
+    return f"{len(table.scores)} queries, {table.scores.shape[1]} candidates"
+
+
+def metrics(runs: Sequence[Run], *, k: int = 1) -> dict[str, Any]:
+    """Every metric of every table: backbone → method → seed → task → numbers, as fractions.
+
+    A task is `<data set>/<kind>[/<variant>]/<split>[/<world>]`; its entry names space, k and items, holds `metrics` and
+    `chance`, and for CZSL `legacy_metrics`.
+    """
+    nested: dict[str, Any] = {}
+    for asked, groups in questions(runs).items():
+        for group in groups:
+            seeds = nested.setdefault(group.backbone, {}).setdefault(group.method, {})
+            for run, table in zip(group.runs, group.tables, strict=True):
+                entry: dict[str, Any] = {"space": group.space, "k": k, "items": counts(table)}
+                entry |= {"metrics": evaluate(table, k), "chance": chance(table, k)}
+                if isinstance(table, CompositionScores) and k <= table.seen.sum():
+                    entry["legacy_metrics"] = _quietly_legacy(table, k)[0]
+                tasks = seeds.setdefault(str(run.seed), {})
+                key = asked.key()
+                tasks[key if key not in tasks else f"{key}/{asked.items}"] = entry
+    return nested

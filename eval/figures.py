@@ -1,0 +1,147 @@
+"""Plots of a comparison with what they show in words, and their numbers as CSV inside the page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from eval import plots
+from eval.comparison import Comparison, Row
+from eval.czsl import CompositionScores, exact_curve
+from eval.formats import plain
+from eval.markup import chip, data_link, text
+from eval.runs import Run
+
+
+def _figure(svg: str, caption: str) -> str:
+    """A plot with what it shows in words."""
+    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def figures_of(c: Comparison, series: Mapping[str, int]) -> str:
+    """The curve of CZSL, or bars by category: once a backbone, a method having one colour everywhere."""
+    figures: list[str] = []
+    for backbone in dict.fromkeys(row.group.backbone for row in c.rows):
+        part = replace(c, rows=tuple(row for row in c.rows if row.group.backbone == backbone))
+        if c.curve == "exact" and {"auc", "best_hm"} <= set(c.columns):
+            figures.append(_curve_figure(part, series))
+        if c.categories:
+            figures += [
+                _category_figure(part, m, c.categories, series) for m in c.columns if "/" not in m
+            ]
+    if not figures:
+        return ""
+    keys = {row.group.method: series[row.group.label] for row in c.rows}
+    legend = "".join(f"<li>{chip(number)}{text(name)}</li>" for name, number in keys.items())
+    return f'<ul class="legend">{legend}</ul><div class="plots">{"".join(figures)}</div>'
+
+
+def _curve_figure(c: Comparison, series: Mapping[str, int]) -> str:
+    """Seen–unseen curves of all rows and seeds."""
+    curves = {
+        row.group.label: [
+            exact_curve(t, c.k) for t in row.group.tables if isinstance(t, CompositionScores)
+        ]
+        for row in c.rows
+    }
+    lines = ["row,seed,bias,seen,unseen"]
+    for row in c.rows:
+        for run, points in zip(row.group.runs, curves[row.group.label], strict=True):
+            name = f'"{plain(row.group.label).replace(chr(34), chr(39))}"'
+            numbers = zip(points.bias, points.seen, points.unseen, strict=True)
+            lines += [
+                f"{name},{run.seed},{'' if np.isnan(b) else f'{b:.6g}'},{s:.6g},{u:.6g}"
+                for b, s, u in numbers
+            ]
+    what = f"Accuracy on seen pairs over accuracy on unseen pairs, {len(curves)} rows, {c.title}"
+    caption = (
+        f"<b>Seen–unseen curve</b>, {text(c.rows[0].group.backbone)}. Each line is one seed; the bias grows from left "
+        f"to right. "
+        f"{data_link('curve', chr(10).join(lines))}"
+    )
+    return _figure(plots.seen_unseen(curves, series, what), caption)
+
+
+def _category_figure(
+    c: Comparison, metric: str, categories: Sequence[str], series: Mapping[str, int]
+) -> str:
+    """Bars of one metric by category."""
+    values = {
+        row.group.label: np.array([_estimate(row, f"{metric}/{name}") for name in categories])
+        for row in c.rows
+    }
+    chance = [c.chance.get(f"{metric}/{name}") for name in categories]
+    lines = ["row,category,estimate,low,high,chance"]
+    for label, numbers in values.items():
+        name = f'"{plain(label).replace(chr(34), chr(39))}"'
+        lines += [
+            f"{name},{plain(category)},{','.join(f'{v:.6g}' for v in line)},{line_chance}"
+            for category, line, line_chance in zip(categories, numbers, chance, strict=True)
+        ]
+    caption = (
+        f"<b>{text(metric)} by category</b>, {text(c.rows[0].group.backbone)}, with 95 % intervals; dashed: chance. "
+        f"{data_link(metric, chr(10).join(lines))}"
+    )
+    what = f"{metric} by category, {c.title}"
+    return _figure(plots.category_bars(categories, values, series, chance, what), caption)
+
+
+def _estimate(row: Row, metric: str) -> tuple[float, float, float]:
+    """Estimate, low and high."""
+    cell = row.cells[metric]
+    low, high = (cell.mean if v is None else v for v in (cell.low, cell.high))
+    return cell.mean, low, high
+
+
+def trained(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs with a history, the seeds of one method and configuration together."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.history:
+            key = json.dumps(
+                [run.method, run.backbone, run.dataset, run.config], sort_keys=True, default=str
+            )
+            groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def training_figure(runs: Sequence[Run], series: Mapping[str, int]) -> str:
+    """Loss and validation over steps for the seeds of one method; nothing where neither was recorded."""
+    first = runs[0]
+    train: dict[str, Any] = first.facts.get("train") or {}
+    metric = str(train.get("select") or "")
+    if not metric:
+        found = (line["validation"] for line in first.history if line.get("validation"))
+        metric = next(iter(next(found, {"": None})))
+    losses = [
+        [(float(line["step"]), float(line["loss"])) for line in run.history if "loss" in line]
+        for run in runs
+    ]
+    checks = [
+        [
+            (float(line["step"]), float(line["validation"][metric]))
+            for line in run.history
+            if metric in (line.get("validation") or {})
+        ]
+        for run in runs
+    ]
+    if not any(losses) and not any(checks):
+        return ""
+    label = f"{first.method} · {first.backbone}"
+    number = series.get(
+        label, next((n for name, n in series.items() if name.startswith(first.method)), 0)
+    )
+    task = first.facts.get("task")
+    trained_on = f", {task}" if task else ""
+    rows = ["seed,step,loss,validation"]
+    for run, loss, check in zip(runs, losses, checks, strict=True):
+        rows += [f"{run.seed},{step:g},{value:.6g}," for step, value in loss]
+        rows += [f"{run.seed},{step:g},,{value:.6g}" for step, value in check]
+    caption = (
+        f"{chip(number)}<b>{text(label)}</b>{text(trained_on)}, {text(first.dataset)}: one line a seed. "
+        f"{data_link('training', chr(10).join(rows))}"
+    )
+    svg = plots.training(losses, checks, metric, number, f"Training of {label}{trained_on}")
+    return _figure(svg, caption)

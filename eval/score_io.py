@@ -1,0 +1,191 @@
+"""Score tables on disk: one self-contained zarr v3 group, readable with zarr alone.
+
+    scores.zarr/            attributes: format, version, kind, split, space, world, ids, category, pairs, meta, run
+      scores                float32 or float64, (Q, C) · (n, 2, 2) · (n, 2)
+      target, seen          czsl: column of the true pair (Q,); 1 where a pair is seen (C,)
+      positives             retrieval: 1 where a candidate is right (Q, C)
+
+A missing chunk file would be read as the fill value, so every array has one that no valid table holds: it
+is an error when loaded, never a zero. Chunks carry a crc32c.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from eval.bootstrap import Table
+from eval.czsl import CompositionScores
+from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
+from eval.matching import MatchingScores
+from eval.retrieval import RetrievalScores
+
+FORMAT = "headstart scores"
+VERSION = 1
+CHUNK_CELLS = 1 << 22
+"""Scores in one chunk (16 MB of float32)."""
+
+KINDS: dict[str, type[Table]] = {
+    "czsl": CompositionScores,
+    "matching": MatchingScores,
+    "retrieval": RetrievalScores,
+}
+
+
+def kind(scores: Table) -> str:
+    """czsl, matching or retrieval."""
+    return next(name for name, cls in KINDS.items() if isinstance(scores, cls))
+
+
+def save(
+    scores: Table,
+    path: str | os.PathLike[str],
+    *,
+    run: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a table: to a new folder beside `path`, then renamed, so that a half-written one never bears the name.
+
+    Args:
+        scores: the table.
+        path: where, usually `scores-<split>.zarr` in a run directory.
+        run: what made the scores (method, seed, cache fingerprint …), as JSON values; comes back as `meta["run"]`.
+        overwrite: replace a table that is there.
+
+    Raises:
+        ScoreTableExists: there is something at `path`.
+        ScoreTableError: `run` or `meta` is not JSON.
+
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ScoreTableExists(
+            f"{path} was to be written, but is already there: choose another name, or say that it may be overwritten"
+        )
+    meta = dict(scores.meta)
+    attributes = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind(scores),
+        "split": scores.split,
+        "space": scores.space,
+        "ids": list(scores.ids),
+        "run": dict(run) if run is not None else meta.pop("run", {}),
+        "meta": meta,
+    }
+    arrays: dict[str, tuple[NDArray[Any], Any]] = {"scores": (scores.scores, np.nan)}
+    if isinstance(scores, CompositionScores):
+        attributes |= {"world": scores.world, "pairs": np.asarray(scores.pairs).tolist()}
+        arrays["target"] = (np.asarray(scores.target, dtype=np.int64), -1)
+        arrays["seen"] = (scores.seen.astype(np.uint8), 255)
+    elif isinstance(scores, MatchingScores):
+        attributes["category"] = np.asarray(scores.category).tolist()
+    else:
+        arrays["positives"] = (scores.positives.astype(np.uint8), 255)
+    try:
+        json.dumps(attributes, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ScoreTableError(f"what is stored with a score table must be JSON: {error}") from error
+    _write(path, attributes, arrays)
+    return path
+
+
+def _write(
+    path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[NDArray[Any], Any]]
+) -> None:
+    """The group, written aside and renamed into place; an old one goes only when the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        group = zarr.create_group(str(aside / "new"), attributes=attributes)  # pyright: ignore[reportUnknownMemberType]
+        for name, (values, fill) in arrays.items():
+            rows = max(1, CHUNK_CELLS // max(1, values[0].size))
+            group.create_array(
+                name,
+                data=values,
+                chunks=(min(rows, len(values)), *values.shape[1:]),
+                fill_value=fill,
+                compressors=(ZstdCodec(), Crc32cCodec()),
+            )
+        if path.exists():
+            path.rename(aside / "old")
+        (aside / "new").rename(path)
+    finally:
+        shutil.rmtree(aside)
+
+
+def load(path: str | os.PathLike[str]) -> Table:
+    """Read a table; `meta["run"]` says what made it.
+
+    Raises:
+        ScoreTableNotFound: nothing is there.
+        ScoreTableError: not a score table, one of a later version, or one with missing or damaged parts.
+
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ScoreTableNotFound(f"no score table at {path}; `headstart score RUN` writes one")
+    try:
+        group = zarr.open_group(str(path), mode="r")  # pyright: ignore[reportUnknownMemberType]
+    except Exception as error:
+        raise ScoreTableError(
+            f"{path} is not a score table: it is no zarr group ({error})"
+        ) from error
+    facts = group.attrs.asdict()
+    if facts.get("format") != FORMAT:
+        raise ScoreTableError(
+            f"{path} is not a score table: its format is {facts.get('format')!r}, not {FORMAT!r}"
+        )
+    if facts.get("version") != VERSION or facts.get("kind") not in KINDS:
+        raise ScoreTableError(
+            f"{path} is a score table of version {facts.get('version')}, kind {facts.get('kind')!r}; this program "
+            f"reads version {VERSION}, kinds {', '.join(KINDS)}: use the program that wrote it, or a newer one"
+        )
+    try:
+        return _table(group, facts)
+    except ScoreTableError as error:
+        raise ScoreTableError(f"{path} does not hold a valid table: {error}") from error
+    except Exception as error:
+        raise ScoreTableError(
+            f"{path} is damaged or incomplete ({type(error).__name__}: {error}); score the run again"
+        ) from error
+
+
+def _table(group: zarr.Group, facts: Mapping[str, Any]) -> Table:
+    """The dataclass from arrays and attributes."""
+    scores = _read(group, "scores")
+    common: dict[str, Any] = {
+        "space": facts["space"],
+        "split": facts["split"],
+        "ids": tuple(facts["ids"]),
+        "meta": {**facts["meta"], "run": facts["run"]},
+    }
+    if facts["kind"] == "czsl":
+        target, seen = _read(group, "target"), _flags(_read(group, "seen"), "seen")
+        pairs = np.asarray(facts["pairs"])
+        return CompositionScores(scores, target, pairs, seen, world=facts["world"], **common)
+    if facts["kind"] == "matching":
+        return MatchingScores(scores, np.asarray(facts["category"]), **common)
+    return RetrievalScores(scores, _flags(_read(group, "positives"), "positives"), **common)
+
+
+def _read(group: zarr.Group, name: str) -> NDArray[Any]:
+    """One array of the group, whole."""
+    return np.asarray(group[name])
+
+
+def _flags(values: NDArray[Any], name: str) -> NDArray[np.bool_]:
+    """0 and 1 as bool; anything else means that a part is missing."""
+    if values.max(initial=0) > 1:
+        raise ScoreTableError(
+            f"{name} holds {values.max()}, so a chunk is missing; score the run again"
+        )
+    return values.astype(np.bool_)

@@ -1,0 +1,127 @@
+"""The contract of a head: it scores queries against candidates, and says what it reads.
+
+A method file in `heads/methods` has two handles: `Config`, a frozen pydantic model, and `Head`, a concrete class
+below one of the bases here. Hyper-parameters come in through `Config`, facts about the data through `Context`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from heads.features import Batch, Features
+
+ScoreSpace = Literal["cosine", "logit", "probability"]
+
+
+class HeadConfig(BaseModel):
+    """Hyper-parameters of a method; every field's description says meaning, unit and source of its default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Streams a head reads, per role. What is not listed here is not in its `Features`."""
+
+    queries: frozenset[str]
+    candidates: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Facts a head is built from, saved with it so that it can be rebuilt without the cache.
+
+    Attributes:
+        shapes: stream → shape of one row, e.g. {"image/patches": (49, 128), "image/pooled": (128,)}; the length
+            axis of a ragged stream is its longest possible one.
+        readout: the backbone's frozen tensors between raw tokens and joint space.
+        attrs, objs: vocabularies of the czsl task, empty for other tasks.
+
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    readout: Mapping[str, Tensor] = field(default_factory=dict)
+    attrs: tuple[str, ...] = ()
+    objs: tuple[str, ...] = ()
+
+
+class Head(nn.Module, ABC):
+    """Scores queries against candidates. Larger is better."""
+
+    score_space: ClassVar[ScoreSpace]
+    training_kind: ClassVar[Literal["gradient", "closed_form", "none"]] = "gradient"
+    tasks: ClassVar[frozenset[str]] = frozenset({"czsl", "matching", "two_by_two", "retrieval"})
+    """Tasks it can score."""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__()
+        self.config = config
+        self.context = context
+
+    @classmethod
+    @abstractmethod
+    def needs(cls, config: Any) -> Needs:
+        """Streams read under `config`."""
+
+    @abstractmethod
+    def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
+        """Score of every query with every candidate."""
+
+    @abstractmethod
+    def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
+        """Score of query i with candidate i."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar training loss, and parts of it worth logging (detached)."""
+        raise TypeError(f"{type(self).__module__} has nothing to train by gradient")
+
+    def solve(self, batch: Batch, seed: int) -> dict[str, float]:
+        """Fit in closed form (or by a solver) on the whole training set as one batch."""
+        raise TypeError(f"{type(self).__module__} has no closed-form fit")
+
+
+class EmbeddingHead(Head, ABC):
+    """A head whose score is an inner product: a gallery is embedded once."""
+
+    @abstractmethod
+    def embed_queries(self, queries: Features) -> Float[Tensor, "q d"]:
+        """Query vectors, with every scale already in them."""
+
+    @abstractmethod
+    def embed_candidates(self, candidates: Features) -> Float[Tensor, "c d"]:
+        """Candidate vectors."""
+
+    def offset(self) -> Tensor | float:
+        """Constant added to every score (the logit bias of a sigmoid-trained backbone)."""
+        return 0.0
+
+    def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
+        """Inner products of all pairs, in float32 also under autocast: half precision would make ties."""
+        q, c = self.embed_queries(queries), self.embed_candidates(candidates)
+        with torch.autocast(q.device.type, enabled=False):
+            return q.float() @ c.float().T + self.offset()
+
+    def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
+        """Inner products row by row."""
+        q, c = self.embed_queries(queries), self.embed_candidates(candidates)
+        return (q.float() * c.float()).sum(-1) + self.offset()
+
+
+class CrossHead(Head, ABC):
+    """A head that must look at query and candidate together: only `paired` is written."""
+
+    def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
+        """All pairs, one query at a time, so that memory grows with C alone."""
+        c = len(candidates)
+        device = next(iter(queries.streams.values())).device
+        rows = [
+            self.paired(queries.take(torch.full((c,), i, device=device)), candidates)
+            for i in range(len(queries))
+        ]
+        return torch.stack(rows)

@@ -1,0 +1,1 @@
+"""ROLES: layers that methods are made of."""

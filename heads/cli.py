@@ -1,0 +1,200 @@
+"""`headstart`: train · score · compare · demo, and the verbs of the other rooms.
+
+Nothing heavy is imported here: `headstart --help` answers at once, torch comes with the verb that needs it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache_builder import cli as cache_cli
+from cache_builder.errors import CacheError
+from eval import cli as eval_cli
+from eval.errors import ScoreTableError
+from heads.errors import HeadError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; a user's error is one sentence on stderr and exit status 1, a traceback means a bug."""
+    args = _parser().parse_args(argv)
+    try:
+        args.func(args)
+    except (CacheError, ScoreTableError, HeadError) as error:
+        print(f"headstart {args.verb}: {error}", file=sys.stderr)
+        return 1
+    except FileNotFoundError as error:
+        what = f"there is no {error.filename}" if error.filename else error
+        print(f"headstart {args.verb}: {what}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verbs of this room."""
+    train = verbs.add_parser(
+        "train",
+        help="train a head on a cache",
+        description="Train METHOD on the train split, keep the weights best on val, and write a run directory.",
+    )
+    train.add_argument("method", help="a file of heads/methods, or a dotted module of your own")
+    train.add_argument("--cache", type=Path, required=True, help="the feature cache to train on")
+    train.add_argument(
+        "--task", help="czsl, matching, two_by_two or retrieval; needed if the cache has several"
+    )
+    train.add_argument("--config", type=Path, help="TOML with the tables [head] and [train]")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting, e.g. train.lr=3e-4 or head.variant=global; may be repeated, overrides --config",
+    )
+    train.add_argument("--seed", type=int, help="short for --set train.seed=N")
+    train.add_argument(
+        "--out",
+        type=Path,
+        help="run directory (default: runs/METHOD-CACHE-TASK-seedN); must be new",
+    )
+    train.set_defaults(func=_train)
+
+    score = verbs.add_parser(
+        "score",
+        help="score a split with a trained head",
+        description="Write RUN/scores-SPLIT….zarr, which `headstart metrics` and `headstart report` read.",
+    )
+    score.add_argument("run", type=Path, help="a run directory made by `headstart train`")
+    score.add_argument("--split", default="test", help="train, val or test (default: test)")
+    score.add_argument(
+        "--world", choices=("closed", "open"), default="closed", help="candidate pairs of czsl"
+    )
+    score.add_argument("--task", help="another task of the cache than the one trained on")
+    score.add_argument("--cache", type=Path, help="another cache of the same backbone")
+    score.add_argument(
+        "--rerank",
+        type=int,
+        metavar="K",
+        help="retrieval: the head scores only the K best by cached cosine",
+    )
+    score.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out examples whose image is quarantined; marks the table partial",
+    )
+    score.add_argument(
+        "--block", type=int, default=1024, help="queries and candidates held at once"
+    )
+    score.add_argument(
+        "--pictures",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also draw for N examples where each word looks (tf_local); reads the data set's images again",
+    )
+    score.set_defaults(func=_score)
+
+    demo = verbs.add_parser(
+        "demo",
+        help="the whole path on the bundled backbone and toy_world",
+        description="Build the cache, train heads under three seeds, score, compare, and write OUT/report.html.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument(
+        "--scale", type=float, default=1.0, help="size of toy_world; below 1 for a quick look"
+    )
+    demo.add_argument(
+        "--epochs", type=int, default=5, help="per trained head (default: 5; 20 to converge)"
+    )
+    demo.add_argument("--seeds", type=int, default=3, help="per trained head (default: 3)")
+    demo.set_defaults(func=_demo)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headstart",
+        description="Cache a frozen vision-language backbone once, then train and compare small heads in seconds.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    cache_cli.add_verbs(verbs)
+    add_verbs(verbs)
+    eval_cli.add_verbs(verbs)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from cache_builder import FeatureCache
+    from heads.config import parse, read_settings
+    from heads.runs import train_run
+    from heads.tasks import task_of
+    from heads.train import TrainConfig
+
+    sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
+    settings = read_settings(args.config, sets)
+    cache = FeatureCache.open(args.cache)
+    task = task_of(cache, args.task)
+    seed = parse(TrainConfig, settings["train"], "train").seed
+    out = args.out or Path("runs", f"{args.method}-{args.cache.stem}-{task}-seed{seed}")
+    run = train_run(cache, args.method, out, task=task, settings=settings)
+    record = run.record
+    for split, n in record["dropped"].items():
+        if n:
+            print(f"left out {n} {split} examples whose image is quarantined")
+    wait = record["data_wait_seconds"] / max(record["seconds"], 1e-9)
+    print(
+        f"{args.method} · {task} · seed {seed}: {record['parameters']:,} parameters, {record['steps']} steps in "
+        f"{record['seconds']:.1f} s ({wait:.0%} waiting for data)"
+    )
+    if run.result.best:
+        metric = record["train"]["select"]
+        print(f"best val {metric} {run.result.best[metric]:.4f} at step {run.result.best['step']}")
+    print(f"wrote {out}; next: headstart score {out} --split test")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from cache_builder import FeatureCache
+    from heads.runs import score_run
+
+    paths = score_run(
+        args.run,
+        split=args.split,
+        world=args.world,
+        cache=FeatureCache.open(args.cache) if args.cache else None,
+        task=args.task,
+        rerank=args.rerank,
+        allow_missing=args.allow_missing,
+        block=args.block,
+    )
+    for path in paths:
+        print(f"wrote {path}; next: headstart metrics {path}")
+    if args.pictures:
+        _draw(args)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from cache_builder import FeatureCache, load_dataset
+    from heads.pictures import save_attention
+    from heads.runs import read_run
+
+    record = read_run(args.run)
+    cache = FeatureCache.open(args.cache or record["cache"]["path"])
+    dataset = load_dataset(
+        cache.spec.dataset.name, cache.header.root or None, **cache.header.options
+    )
+    task = args.task or record["task"]
+    for path in save_attention(
+        args.run, cache, dataset, task=task, split=args.split, n=args.pictures
+    ):
+        print(f"wrote {path}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from heads.demo import run
+
+    made = run(args.out, scale=args.scale, epochs=args.epochs, seeds=args.seeds)
+    print(made.table)
+    for what, path in made.files.items():
+        print(f"{what}: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a head may see: the streams of some rows, and nothing else.
+
+Axis letters, everywhere in this room:
+    B items · Q queries · C candidates · N patches · L text tokens · D joint dim · W image width · V text width ·
+    H heads · E experts · R rank · K top-k; A, O, P numbers of attributes, objects, pairs. Type strings use the same
+    letters in lower case.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Rows of one side, image or text (or both, for composed queries).
+
+    Attributes:
+        streams: name → values, first axis `B`. Text tokens are padded to the longest of these rows: `text/tokens`
+            (B, L, V) with `text/mask` (B, L), True where a token is real, and `text/ids` (B, L) int64, 0 where padded.
+        labels: name → int64 (B,): `attr`, `obj` (indices into the task's vocabularies), where the rows have them.
+    """
+
+    streams: Mapping[str, Tensor]
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of rows B."""
+        return len(next(iter({**self.labels, **self.streams}.values())))
+
+    def __getitem__(self, stream: str) -> Tensor:
+        """The values of a stream; a `KeyError` names what is there."""
+        if stream not in self.streams:
+            raise KeyError(f"no stream {stream!r} among {', '.join(sorted(self.streams))}")
+        return self.streams[stream]
+
+    def take(self, index: Int[Tensor, " k"]) -> "Features":
+        """Rows `index`, in that order; rows may repeat."""
+        return Features(
+            {k: v.index_select(0, index) for k, v in self.streams.items()},
+            {k: v.index_select(0, index) for k, v in self.labels.items()},
+        )
+
+    def to(self, device: torch.device | str) -> "Features":
+        """The same rows on a device."""
+        return Features(
+            {k: v.to(device, non_blocking=True) for k, v in self.streams.items()},
+            {k: v.to(device, non_blocking=True) for k, v in self.labels.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Queries, candidates, and which cell of the score matrix is right.
+
+    Attributes:
+        queries: B images (or composed queries).
+        candidates: M texts (or images).
+        target: column of each query's own positive, (B,).
+        ignore: (B, M), True where a cell other than the target must not count as a negative (another true
+            caption, the same pair, the same image).
+        negative: columns of each query's own hard negatives, (B, K), -1 where there is none; K may be 0.
+
+    """
+
+    queries: Features
+    candidates: Features
+    target: Int[Tensor, " b"]
+    ignore: Bool[Tensor, "b m"]
+    negative: Int[Tensor, "b k"]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(
+            self.queries.to(device),
+            self.candidates.to(device),
+            *(t.to(device, non_blocking=True) for t in (self.target, self.ignore, self.negative)),
+        )

@@ -1,0 +1,128 @@
+"""Contrastive losses over a score matrix: rows are queries (images), columns are candidates (texts).
+
+One formula, ½ [CE over rows + CE over the columns that are somebody's positive]; what the batch brings makes it the
+three objectives of the fine-tuning code of the BiVLC authors (IMirandaM/BiVLC):
+
+    objective   batch                            S          image→text over        text→image for
+    plain       I I …     × T⁺ T⁺ …              (B, B)     all texts              every text
+    txt         I I …     × T⁺ T⁺ … T⁻ T⁻ …      (B, 2B)    positives, negatives   positives only
+    img+txt     I0 I1 …   × T0 T1 …              (2B, 2B)   all texts              every text
+
+With labelled candidates (czsl: the train pairs, of which many images may share one) there is the row part alone: a
+pair is a class, and its other images are no negatives.
+
+The sampled form scores few cells: of each row its positive, its own hard negatives and some of the candidates that the
+backbone finds closest. The same formula then runs over the drawn cells; when every cell is drawn it is the full loss.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from heads.features import Batch, Features
+
+
+class Drawn(NamedTuple):
+    """Cells to score, a rectangle.
+
+    Attributes:
+        columns: candidates of each query, (B, K).
+        valid: False where a column only fills the rectangle and must not count, (B, K).
+
+    """
+
+    columns: Int[Tensor, "b k"]
+    valid: Bool[Tensor, "b k"]
+
+
+def contrastive(
+    scores: Float[Tensor, "b m"], batch: Batch, *, drawn: Drawn | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of this module's table, in float32, and its parts.
+
+    Args:
+        scores: every cell, or the drawn ones as `scatter` places them.
+        batch: which cell is whose positive, and which cells count as nothing.
+        drawn: the cells that were scored; None is all of them.
+
+    Returns:
+        The scalar loss; `image_to_text_loss`, `text_to_image_loss` where it exists, and `batch_accuracy`: the
+        fraction of queries whose positive beats every other counted cell of its row (strictly). Not comparable
+        between batch sizes.
+    """
+    scores = scores.float()
+    own = F.one_hot(batch.target, scores.shape[1]).bool()
+    counted = own | ~batch.ignore
+    if drawn is not None:
+        cells = torch.zeros_like(own, dtype=torch.int64)
+        cells.scatter_add_(1, drawn.columns, drawn.valid.long())
+        counted = counted & (cells > 0)
+    masked = scores.masked_fill(~counted, -torch.inf)
+
+    rows = F.cross_entropy(masked, batch.target)
+    best_other = masked.detach().masked_fill(own, -torch.inf).amax(1)
+    hit = scores.detach().gather(1, batch.target[:, None])[:, 0] > best_other
+    parts = {"image_to_text_loss": rows.detach(), "batch_accuracy": hit.float().mean()}
+    if has_classes(batch):
+        return rows, parts
+
+    # Column target[i] over all images; its positive is image i.
+    columns = F.cross_entropy(
+        masked[:, batch.target].T, torch.arange(len(scores), device=scores.device)
+    )
+    parts["text_to_image_loss"] = columns.detach()
+    return (rows + columns) / 2, parts
+
+
+def has_classes(batch: Batch) -> bool:
+    """True where candidates are labelled classes (czsl's pairs), which many queries may share."""
+    return "attr" in batch.candidates.labels
+
+
+def draw(batch: Batch, *, n_sampled: int, top_sampled: int) -> Drawn:
+    """Choose the cells of the sampled form, with torch's global generator.
+
+    Each query gets its positive, its own hard negatives, and `n_sampled` others, without replacement, from the
+    `top_sampled` candidates whose pooled embeddings are closest to its own. Cells to ignore are never drawn; a
+    query with too few candidates gets fewer.
+
+    Args:
+        batch: with `image/pooled` and `text/pooled`.
+        n_sampled: others per query.
+        top_sampled: how many of the closest they are drawn from.
+    """
+    cosine = _cosines(batch.queries, batch.candidates)
+    has_negative = batch.negative >= 0
+    negative = torch.where(has_negative, batch.negative, batch.target[:, None])
+    barred = batch.ignore.scatter(1, batch.target[:, None], True).scatter(1, negative, True)
+
+    n_top = min(top_sampled, cosine.shape[1])
+    closest = cosine.masked_fill(barred, -torch.inf).topk(n_top, dim=1)
+    lottery = torch.rand_like(closest.values).masked_fill(closest.values == -torch.inf, -1.0)
+    winners = lottery.topk(min(n_sampled, n_top), dim=1)
+    others = closest.indices.gather(1, winners.indices)
+
+    own = batch.target[:, None]
+    return Drawn(
+        torch.cat([own, negative, others], dim=1),
+        torch.cat([torch.ones_like(own).bool(), has_negative, winners.values >= 0], dim=1),
+    )
+
+
+def scatter(cells: Float[Tensor, "b k"], drawn: Drawn, width: int) -> Float[Tensor, "b m"]:
+    """Place drawn cells in a matrix of `width` columns; the rest is -inf, which the loss never counts."""
+    out = cells.new_full((len(cells), width + 1), -torch.inf)
+    columns = torch.where(
+        drawn.valid, drawn.columns, width
+    )  # fillers go to a column that is cut off
+    return out.scatter(1, columns, cells)[:, :width]
+
+
+def _cosines(queries: Features, candidates: Features) -> Float[Tensor, "b m"]:
+    with torch.no_grad(), torch.autocast(queries["image/pooled"].device.type, enabled=False):
+        q = F.normalize(queries["image/pooled"].float(), dim=-1)
+        c = F.normalize(candidates["text/pooled"].float(), dim=-1)
+        return q @ c.T

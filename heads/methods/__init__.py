@@ -1,0 +1,1 @@
+"""NAMES: one published method a file."""

@@ -1,0 +1,273 @@
+"""A run: one head trained on one cache under one seed, kept in a directory of its own, and scored from there.
+
+    runs/tf_local-photos-matching-seed42/
+      config.json model.safetensors     the head (checkpoint.py)
+      run.json                          resolved configuration, versions, commit, seed, cache, data, result
+      history.jsonl                     every step and every validation
+      scores-test.zarr …                score tables for `eval`
+
+A directory that holds anything is never trained into, and a score table never overwritten.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache_builder import FeatureCache
+from eval import score_io
+from eval.czsl import CompositionScores
+from eval.czsl import evaluate as evaluate_czsl
+from eval.matching import MatchingScores
+from eval.matching import evaluate as evaluate_matching
+from eval.retrieval import RetrievalScores
+from eval.retrieval import evaluate as evaluate_retrieval
+from heads import checkpoint, load_method
+from heads.base import Head
+from heads.config import describe_cache, git_commit, parse, versions
+from heads.errors import CheckpointMismatch, ConfigError, RunExists
+from heads.loader import Loader, usual_negatives
+from heads.score import Direction, score, source_of
+from heads.source import check_streams, context_of
+from heads.tasks import CompositionData, MatchingData, TaskData, load_task, splits_of, task_of
+from heads.train import FitResult, TrainConfig, fit, seed_everything
+
+DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        path: its directory.
+        head: with the best weights, in evaluation mode.
+        result: history and best validation.
+
+    """
+
+    path: Path
+    head: Head
+    result: FitResult
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def train_run(
+    cache: FeatureCache,
+    method: str,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    label: str | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train a method on a cache's train split, select on its val split, and keep the result in `out`.
+
+    Args:
+        cache: a sealed feature cache.
+        method: a file of `heads/methods`, or the dotted name of a module with `Config` and `Head`.
+        out: the run's directory; refused if it already holds anything.
+        task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
+        settings: {"head": {…}, "train": {…}} as `read_settings` returns.
+        label: its name in tables; None leaves that to the method's name and what differs in its configuration.
+        progress: show a bar.
+
+    Raises:
+        RunExists, ConfigError, TaskError, MissingStream, TrainingDiverged: see their messages. Nothing is written
+            before training has ended.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise RunExists(f"{out} already exists; choose another --out, or remove it")
+    module = load_method(method)
+    settings = settings or {}
+    head_config = parse(module.Config, settings.get("head", {}), "head")
+    train_config = parse(TrainConfig, settings.get("train", {}), "train")
+    task = task_of(cache, task)
+    _check_task(module.Head, method, task)
+    check_streams(cache, module.Head.needs(head_config), method)
+    data = load_task(cache, task, "train", allow_missing=True)
+    validation = (
+        load_task(cache, task, "val", allow_missing=True)
+        if "val" in splits_of(cache, task)
+        else None
+    )
+    train_config = _settled(train_config, data, validation)
+
+    seed_everything(train_config.seed)
+    head: Head = module.Head(head_config, context_of(cache)).to(train_config.torch_device())
+    batches = Loader(
+        data,
+        head.needs(head_config),
+        batch_size=train_config.batch_size,
+        seed=train_config.seed,
+        negatives=train_config.negatives,
+        device=train_config.torch_device(),
+    )
+    validate = _validator(validation, head) if validation is not None else None
+    result = fit(head, batches, train_config, validate=validate, progress=progress)
+    record = {
+        "method": checkpoint.method_name(head),
+        **({"label": label} if label else {}),
+        "task": task,
+        "seed": train_config.seed,
+        "head": head_config.model_dump(mode="json"),
+        "train": train_config.model_dump(mode="json"),
+        "device": str(train_config.torch_device()),
+        "parameters": sum(p.numel() for p in head.parameters() if p.requires_grad),
+        "examples": {"train": len(data), "val": len(validation) if validation is not None else 0},
+        "dropped": {
+            "train": len(data.dropped),
+            "val": len(validation.dropped) if validation else 0,
+        },
+        "selected_on": f"val {train_config.select}" if validation is not None else None,
+        "best": result.best,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 3),
+        "data_wait_seconds": round(batches.waited, 3),
+        "versions": versions(),
+        "commit": git_commit(),
+        "cache": describe_cache(cache),
+    }
+    checkpoint.save(head, out)
+    lines = "".join(f"{json.dumps(line)}\n" for line in result.history)
+    (out / "history.jsonl").write_text(lines, encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    (out / "run.json").write_text(f"{text}\n", encoding="utf-8")
+    return Trained(out, head, result, record)
+
+
+def score_run(
+    run: str | Path,
+    *,
+    split: str = "test",
+    world: str = "closed",
+    cache: FeatureCache | None = None,
+    task: str | None = None,
+    rerank: int | None = None,
+    allow_missing: bool = False,
+    block: int = 1024,
+    head: Head | None = None,
+) -> list[Path]:
+    """Score a run on a split and write its tables into its directory: one, or one per direction for retrieval.
+
+    Args:
+        run: the run's directory.
+        split, world, task: what to score; `task` is the trained one unless given.
+        cache: where from; None opens the one trained on.
+        rerank: for retrieval: the head scores only the K best by cached cosine.
+        allow_missing: drop examples of quarantined images, which marks the table partial.
+        block: queries and candidates held at once.
+        head: the run's head, if it is already loaded.
+
+    Returns:
+        The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`.
+
+    Raises:
+        RunExists: a table is already there.
+        CheckpointMismatch, MissingStream, TaskError, CacheError: the head or the data are not what is asked for.
+    """
+    run = Path(run)
+    record = read_run(run)
+    cache = cache or FeatureCache.open(record["cache"]["path"])
+    task = task or record["task"]
+    directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
+    parts = [
+        *([task] if task != record["task"] else []),
+        split,
+        *(["open"] if world == "open" and task == "czsl" else []),
+    ]
+    paths = {}
+    for direction in directions:
+        words = [*parts, *filter(None, [direction, f"rerank{rerank}" if rerank else None])]
+        paths[direction] = run / f"scores-{'-'.join(words)}.zarr"
+    for path in paths.values():
+        if path.exists():
+            raise RunExists(f"{path} already exists; remove it to score again")
+    head = head or checkpoint.load(run)
+    data = load_task(cache, task, split, world, allow_missing=allow_missing)
+    source = source_of(head, data)
+    for direction, path in paths.items():
+        scores = score(
+            head, data, block=block, direction=direction or "t2i", rerank=rerank, source=source
+        )
+        score_io.save(scores, path, run={"run": run.name, **record})
+    return list(paths.values())
+
+
+def read_run(run: str | Path) -> dict[str, Any]:
+    """The record of a run.
+
+    Raises:
+        FileNotFoundError: not a run directory.
+        CheckpointMismatch: its `run.json` is damaged.
+    """
+    path = Path(run) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run} is no run: {path} is missing; make one with `headstart train`"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["task"], record["cache"]["path"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointMismatch(
+            f"{path} is no record of a run ({error!r}); train it again"
+        ) from error
+    return record
+
+
+def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
+    """Score and evaluate at once: czsl's and matching's metrics, or both directions of retrieval with `rsum`.
+
+    Args:
+        head: trained or in training.
+        data: a split of one task.
+        options: passed on to `score`.
+    """
+    if data.kind != "retrieval":
+        scores = score(head, data, **options)
+        if isinstance(scores, CompositionScores):
+            return evaluate_czsl(scores)
+        assert isinstance(scores, MatchingScores)
+        return evaluate_matching(scores)
+    found: dict[str, float] = {}
+    for direction in DIRECTIONS:
+        scores = score(head, data, direction=direction, **options)
+        assert isinstance(scores, RetrievalScores)
+        values = evaluate_retrieval(scores)
+        found |= {f"{direction}_{name}": value for name, value in values.items()}
+    recalls = [value for name, value in found.items() if "_recall@" in name]
+    return found | {"rsum": sum(recalls)}
+
+
+def _validator(data: TaskData, head: Head):
+    """`validate` for `fit`: the rows of the split are read once and kept."""
+    source = source_of(head, data)
+    return lambda head: metrics(head, data, source=source)
+
+
+def _settled(config: TrainConfig, data: TaskData, validation: TaskData | None) -> TrainConfig:
+    """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
+    negatives = usual_negatives(data) if config.negatives == "auto" else config.negatives
+    select = config.select
+    if select is None and validation is not None:
+        select = _selection(validation)
+    return config.model_copy(update={"negatives": negatives, "select": select})
+
+
+def _selection(data: TaskData) -> str:
+    """Validation metric that chooses the weights (docs/protocols.md, model selection)."""
+    if isinstance(data, MatchingData):
+        return "group_score" if data.kind == "two_by_two" else "accuracy"
+    if isinstance(data, CompositionData):
+        # Without images of both kinds there is no curve, and hence no area under it.
+        return "auc" if len(set(data.seen[data.target].tolist())) == 2 else "pair_acc"
+    return "rsum"
+
+
+def _check_task(head: type[Head], method: str, task: str) -> None:
+    if task not in head.tasks:
+        raise ConfigError(f"{method} works on {', '.join(sorted(head.tasks))}, not on {task}")

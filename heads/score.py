@@ -1,0 +1,289 @@
+"""SEAM: head × data → the score tables that `eval` reads.
+
+The matrix is filled block by block over queries and candidates, so memory holds one block of features and the scores.
+An `EmbeddingHead` embeds every row once; a head that must see both sides together scores only the cells it has to: the
+2 or 4 of a matching item, or the K best by cached cosine when a ranking is reranked.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from eval.czsl import CompositionScores
+from eval.matching import MatchingScores
+from eval.retrieval import RetrievalScores
+from heads.base import CrossHead, EmbeddingHead, Head, Needs
+from heads.checkpoint import check_cache, method_name
+from heads.errors import CheckpointMismatch, TaskError
+from heads.features import Features
+from heads.source import Source
+from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
+
+CROSS_BLOCK = 256
+"""Cells that a joint head sees at once, at most: about 0.7 GB of activations at 333 tokens × 2048 (our choice)."""
+
+POOLED = Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
+
+Direction = Literal["t2i", "i2t"]
+
+
+def score(
+    head: Head,
+    data: TaskData,
+    *,
+    block: int = 1024,
+    direction: Direction = "t2i",
+    rerank: int | None = None,
+    source: Source | None = None,
+) -> CompositionScores | MatchingScores | RetrievalScores:
+    """Score a split with a trained head, in float32.
+
+    Args:
+        head: trained, on any device; left in the mode it was in.
+        data: what `load_task` returns.
+        block: queries and candidates whose features are held at once.
+        direction: retrieval only. t2i: captions ask for images; i2t: images ask for captions.
+        rerank: retrieval only. The K best of every query by cached cosine get the head's score, the others stay below
+            them in cosine order; None scores every cell.
+        source: the rows of `data`, if they are already in memory (see `source_of`).
+
+    Returns:
+        CompositionScores (images × candidate pairs), MatchingScores (n, 2) or (n, 2, 2) as [image, caption], or
+        RetrievalScores with queries and gallery according to `direction`.
+
+    Raises:
+        MissingStream, CheckpointMismatch: the data's cache is not one this head can be scored on.
+        TaskError: the head does not score this task, or `rerank` is asked of another task.
+    """
+    _check(head, data, rerank)
+    source = source or source_of(head, data)
+    facts = {
+        "space": head.score_space,
+        "split": data.split,
+        "meta": {
+            "task": data.kind,
+            "method": method_name(head),
+            "cache": data.cache.fingerprint,
+            "partial": bool(data.dropped),
+            "dropped": list(data.dropped),
+        },
+    }
+    with _scoring(head):
+        if isinstance(data, CompositionData):
+            return CompositionScores(
+                scores=_composition(head, data, source, block),
+                target=data.target,
+                pairs=np.array(data.pairs),
+                seen=data.seen,
+                world=data.world,
+                ids=_distinct(data.image_ids),
+                **facts,
+            )
+        if isinstance(data, MatchingData):
+            return MatchingScores(
+                scores=_matching(head, data, source, block),
+                category=np.array(data.category),
+                ids=_distinct(data.ids),
+                **facts,
+            )
+        table = _retrieval(head, data, source, block, direction, rerank)
+    facts["meta"] |= {"direction": direction} | ({} if rerank is None else {"rerank": rerank})
+    positives, ids = data.positives(), data.image_ids
+    if direction == "t2i":
+        table, positives, ids = (
+            np.ascontiguousarray(table.T),
+            np.ascontiguousarray(positives.T),
+            data.caption_ids,
+        )
+    return RetrievalScores(scores=table, positives=positives, ids=ids, **facts)
+
+
+def source_of(head: Head, data: TaskData, *, ram_limit: int | None = None) -> Source:
+    """The rows of `data` that `head` reads, kept in memory if they fit; on the head's device."""
+    texts = data.prompts if isinstance(data, CompositionData) else data.captions
+    needs = head.needs(head.config)
+    return Source(data.cache, needs, data.images, texts, ram_limit=ram_limit, device=_device(head))
+
+
+def _check(head: Head, data: TaskData, rerank: int | None) -> None:
+    name = method_name(head)
+    if data.kind not in head.tasks:
+        raise TaskError(f"{name} scores {', '.join(sorted(head.tasks))}, not {data.kind}")
+    if rerank is not None and (not isinstance(data, RetrievalData) or rerank < 1):
+        raise TaskError(f"rerank={rerank} is for retrieval and at least 1; this is {data.kind}")
+    check_cache(head, data.cache)
+    if isinstance(data, CompositionData) and not head.needs(head.config).candidates:
+        # Such a head knows pairs by their indices alone, so the vocabularies must be the ones it was trained with.
+        mine, theirs = (head.context.attrs, head.context.objs), (data.attrs, data.objs)
+        if mine != theirs:
+            raise CheckpointMismatch(
+                f"{name} knows {len(mine[0])} attrs × {len(mine[1])} objs of its training data by number, but "
+                f"{data.cache.path} has {len(theirs[0])} × {len(theirs[1])} with other names; train it on that data set"
+            )
+
+
+def _composition(
+    head: Head, data: CompositionData, source: Source, block: int
+) -> Float[np.ndarray, "q c"]:
+    labels = [torch.from_numpy(data.pair_index[:, i].copy()).to(source.device) for i in range(2)]
+
+    def candidates(part: slice) -> Features:
+        streams = source.texts(data.prompts[part]).streams
+        return Features(streams, {"attr": labels[0][part], "obj": labels[1][part]})
+
+    return _grid(
+        head,
+        lambda part: source.images(data.images[part]),
+        candidates,
+        (len(data.images), len(data.pairs)),
+        block,
+    )
+
+
+def _retrieval(
+    head: Head,
+    data: RetrievalData,
+    source: Source,
+    block: int,
+    direction: Direction,
+    rerank: int | None,
+) -> Float[np.ndarray, "i t"]:
+    if rerank is None:
+        return _grid(
+            head,
+            lambda part: source.images(data.images[part]),
+            lambda part: source.texts(data.captions[part]),
+            (len(data.images), len(data.captions)),
+            block,
+        )
+    cosine = _cosines(data, _device(head))
+    cosine = cosine.T if direction == "t2i" else cosine
+    k = min(rerank, cosine.shape[1])
+    best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    asking = np.repeat(np.arange(len(cosine)), k)
+    cells = (best.reshape(-1), asking) if direction == "t2i" else (asking, best.reshape(-1))
+    fresh = _cells(head, data.images, data.captions, np.stack(cells, axis=1), source, block)
+    table = _below(cosine, best, fresh.reshape(len(cosine), k))
+    return table.T if direction == "t2i" else table
+
+
+def _matching(
+    head: Head, data: MatchingData, source: Source, block: int
+) -> Float[np.ndarray, "n 2"] | Float[np.ndarray, "n 2 2"]:
+    n, images = data.images.shape
+    # Cell (item, image, caption), in that order, as positions in the flattened images and captions.
+    image = np.repeat(np.arange(n * images), 2)
+    caption = np.repeat(np.arange(n * 2).reshape(n, 1, 2), images, axis=1).reshape(-1)
+    cells = np.stack([image, caption], axis=1)
+    flat = _cells(head, data.images.reshape(-1), data.captions.reshape(-1), cells, source, block)
+    return flat.reshape(n, 2) if images == 1 else flat.reshape(n, 2, 2)
+
+
+def _grid(
+    head: Head,
+    queries: Callable[[slice], Features],
+    candidates: Callable[[slice], Features],
+    shape: tuple[int, int],
+    block: int,
+) -> Float[np.ndarray, "q c"]:
+    """Every query with every candidate."""
+    out = np.empty(shape, dtype=np.float32)
+    if isinstance(head, EmbeddingHead):
+        gallery = _embedded(head.embed_candidates, candidates, shape[1], block)
+        for rows in _blocks(shape[0], block):
+            query = head.embed_queries(queries(rows)).float()
+            out[rows] = (query @ gallery.T + head.offset()).float().cpu().numpy()
+        return out
+    width = min(block, CROSS_BLOCK) if isinstance(head, CrossHead) else block
+    for columns in _blocks(shape[1], width):
+        some = candidates(columns)
+        for rows in _blocks(shape[0], block):
+            out[rows, columns] = head(queries(rows), some).float().cpu().numpy()
+    return out
+
+
+def _cells(
+    head: Head,
+    image_rows: Int[np.ndarray, " i"],
+    text_rows: Int[np.ndarray, " t"],
+    cells: Int[np.ndarray, "n 2"],
+    source: Source,
+    block: int,
+) -> Float[np.ndarray, " n"]:
+    """Only the cells (image, caption) given as positions in the two lists of rows."""
+    out = np.empty(len(cells), dtype=np.float32)
+    if isinstance(head, EmbeddingHead):
+        query = _embedded(
+            head.embed_queries, lambda p: source.images(image_rows[p]), len(image_rows), block
+        )
+        gallery = _embedded(
+            head.embed_candidates, lambda p: source.texts(text_rows[p]), len(text_rows), block
+        )
+        for part in _blocks(len(cells), block):
+            i, c = torch.from_numpy(cells[part]).to(query.device).T
+            product = (query[i] * gallery[c]).sum(-1) + head.offset()
+            out[part] = product.float().cpu().numpy()
+        return out
+    for part in _blocks(len(cells), min(block, CROSS_BLOCK)):
+        images, captions = image_rows[cells[part, 0]], text_rows[cells[part, 1]]
+        paired = head.paired(source.images(images), source.texts(captions))
+        out[part] = paired.float().cpu().numpy()
+    return out
+
+
+def _cosines(data: RetrievalData, device: torch.device) -> Float[np.ndarray, "i t"]:
+    """Cosine of the cached pooled embeddings."""
+    source = Source(data.cache, POOLED, data.images, data.captions, device=device)
+    image = source.images(data.images)["image/pooled"]
+    text = source.texts(data.captions)["text/pooled"]
+    unit = torch.nn.functional.normalize
+    return (unit(image, dim=-1) @ unit(text, dim=-1).T).cpu().numpy()
+
+
+def _below(
+    cosine: Float[np.ndarray, "q c"], best: Int[np.ndarray, "q k"], fresh: Float[np.ndarray, "q k"]
+) -> Float[np.ndarray, "q c"]:
+    """Reranked cells keep the head's score, the others follow below by whole steps: equal cosines stay ties."""
+    out = np.empty(cosine.shape, dtype=np.float32)
+    for row in range(len(cosine)):
+        _, rank = np.unique(-cosine[row], return_inverse=True)
+        out[row] = fresh[row].min() - 1 - rank
+        out[row, best[row]] = fresh[row]
+    return out
+
+
+def _embedded(
+    embed: Callable[[Features], Tensor], rows: Callable[[slice], Features], n: int, block: int
+) -> Float[Tensor, "n d"]:
+    return torch.cat([embed(rows(part)).float() for part in _blocks(n, block)])
+
+
+def _blocks(n: int, block: int) -> Iterator[slice]:
+    return (slice(start, min(start + block, n)) for start in range(0, n, block))
+
+
+def _distinct(ids: tuple[str, ...]) -> tuple[str, ...]:
+    """The ids, if they name the rows of a table one by one: an image labelled twice does not."""
+    return ids if len(set(ids)) == len(ids) else ()
+
+
+def _device(head: Head) -> torch.device:
+    tensors = [*head.parameters(), *head.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def _scoring(head: Head) -> Iterator[None]:
+    """No gradient, no dropout, no reduced precision; the mode is put back afterwards."""
+    was_training = head.training
+    head.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(_device(head).type, enabled=False):
+            yield
+    finally:
+        head.train(was_training)

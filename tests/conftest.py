@@ -1,0 +1,45 @@
+"""Fixtures that several tests share."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import `stand_in`
+
+from stand_in import StandIn, dataset
+
+from cache_builder import FeatureCache, build
+
+torch.set_num_threads(1)  # two threads spin on a busy two-core machine
+
+
+@pytest.fixture(scope="session")
+def fast_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: building a small cache is all fsync, which a disk takes a second for."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=memory if usable else None) as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def fast_path(fast_folder: Path) -> Path:
+    """Like tmp_path, in memory."""
+    return Path(tempfile.mkdtemp(dir=fast_folder))
+
+
+@pytest.fixture
+def make_cache(fast_path: Path) -> Callable[..., FeatureCache]:
+    """Builds a small cache: several chunks in every stream, batches that straddle them."""
+
+    def make(name: str = "demo.zarr", **options: Any) -> FeatureCache:
+        given = {"dataset": dataset(), "backbone": StandIn(), "batch_size": 4, "chunk_bytes": 100}
+        return build(path=fast_path / name, progress=False, **{**given, **options})
+
+    return make

@@ -1,0 +1,152 @@
+"""The verbs build, info, verify and list: what a user reads, and the exit status."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cache_builder import FeatureCache
+from cache_builder.cli import main
+from cache_builder.datasets import folder
+
+Make = Callable[..., FeatureCache]
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def command(fast_path: Path) -> list[str]:
+    root = folder.miniature(fast_path / "photos")
+    options = ["--backbone", "clip:demo", "--dataset", "folder", "--root", str(root)]
+    return ["build", *options, "--out", str(fast_path / "c.zarr")]
+
+
+def test_build_says_what_it_will_do_and_what_it_did(
+    command: list[str], fast_path: Path, capsys: Captured
+) -> None:
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "image/patches" in shown
+    assert "texts cut to fit" in shown
+    assert "MB" in shown
+    assert not (fast_path / "c.zarr").exists()
+    assert main([*command, "--batch-size", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "images/s" in shown
+    assert f"cache: {fast_path / 'c.zarr'}" in shown
+    assert main(command) == 0
+    assert "finished already, nothing to do" in capsys.readouterr().out
+
+
+def test_build_names_the_pictures_it_could_not_use(
+    command: list[str], fast_path: Path, capsys: Captured
+) -> None:
+    bad = next(p for p in sorted((fast_path / "photos").rglob("*")) if is_picture(p))
+    bad.write_bytes(b"not a picture at all")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "1 images could not be used" in shown
+    assert bad.name in shown
+    assert main([*command, "--strict"]) == 1
+    assert bad.name in capsys.readouterr().err
+
+
+def is_picture(path: Path) -> bool:
+    try:
+        Image.open(path).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["--set", "wurld=open"],
+            "--set wurld=open: not an option of data set folder; did you mean world?",
+        ),
+        (["--backbone", "clip"], "names no checkpoint; write family:checkpoint"),
+        (["--dataset", "foldr"], "did you mean 'folder'?"),
+        (["--streams", "image/depth"], "does not offer the streams image/depth"),
+        (["--root", "/does/not/exist"], "/does/not/exist"),
+        (["--batch-size", "0"], "batch_size 0"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(
+    command: list[str], fast_path: Path, capsys: Captured, change: list[str], message: str
+) -> None:
+    assert main([*command, *change]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (fast_path / "c.zarr").exists()
+
+
+def test_an_unwritable_place_is_one_sentence(
+    command: list[str], fast_path: Path, capsys: Captured
+) -> None:
+    (fast_path / "file").write_text("in the way")
+    assert main([*command, "--out", str(fast_path / "file" / "c.zarr")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_info_and_verify_tell_a_good_cache_from_a_bad_one(
+    make_cache: Make, capsys: Captured
+) -> None:
+    cache = make_cache()
+    assert main(["info", str(cache.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "sealed, 30 of 30 chunks" in shown
+    assert json.dumps(cache.spec.backbone.dims) in shown
+    assert cache.digest() in shown
+    assert main(["verify", str(cache.path)]) == 0
+    assert "30 chunks" in capsys.readouterr().out
+    for chunk in (1, 3):
+        file = cache.chunks.file("image/patches", chunk)
+        file.write_bytes(b"\x01" + file.read_bytes()[1:])
+    with pytest.raises(SystemExit) as status:
+        main(["verify", str(cache.path)])
+    assert status.value.code == 1
+    errors = capsys.readouterr().err
+    assert "chunk 1 of image/patches is damaged" in errors
+    assert "chunk 3 of image/patches is damaged" in errors
+    assert main(["verify", "nowhere.zarr"]) == 1
+    assert "no feature cache at nowhere.zarr" in capsys.readouterr().err
+
+
+def test_list_names_the_plugins(capsys: Captured) -> None:
+    assert main(["list", "datasets"]) == 0
+    assert "folder" in capsys.readouterr().out.split()
+    assert main(["list", "backbones"]) == 0
+    assert "clip" in capsys.readouterr().out.split()
+
+
+def test_control_c_says_how_to_go_on(
+    command: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cache_builder.backbones.clip import Clip
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Clip, "encode_images", interrupt)
+    with pytest.raises(SystemExit) as status:
+        main(command)
+    assert status.value.code == 130
+    assert "Repeat the command to go on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys\nfrom cache_builder.cli import main\n"
+        "try: main(['build', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'zarr', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=root)

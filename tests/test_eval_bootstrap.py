@@ -1,0 +1,191 @@
+"""Intervals against scipy's bootstrap, resampling by hand, and known coverage."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval import bootstrap, czsl, matching, retrieval
+from eval.czsl import CompositionScores
+from eval.errors import ScoreTableError
+from eval.matching import MatchingScores
+from eval.retrieval import RetrievalScores
+
+
+def composition(seed=0, q=60, c=6, strength=1.0, **options) -> CompositionScores:
+    rng = np.random.default_rng(seed)
+    target = np.arange(q) % c
+    scores = rng.normal(size=(q, c)) + strength * np.eye(c)[target]
+    pairs = np.stack([np.arange(c) // 2, np.arange(c) % 2], 1)
+    facts: dict[str, Any] = {"split": "test", "space": "logit"} | options
+    return CompositionScores(scores, target, pairs, np.arange(c) < c // 2, **facts)
+
+
+def pairs_of_captions(seed=0, n=200, strength=0.5) -> MatchingScores:
+    scores = np.random.default_rng(seed).normal(size=(n, 2)) + np.array([strength, 0])
+    return MatchingScores(scores, np.array(["swap", "add"] * (n // 2)), "logit")
+
+
+def gallery(seed=0, q=12) -> RetrievalScores:
+    rng = np.random.default_rng(seed)
+    return RetrievalScores(rng.normal(size=(q, q)) + np.eye(q), np.eye(q, dtype=bool), "cosine")
+
+
+@pytest.mark.parametrize(
+    ("table", "evaluate"),
+    [
+        (composition(), czsl.evaluate),
+        (pairs_of_captions(), matching.evaluate),
+        (gallery(), retrieval.evaluate),
+    ],
+)
+def test_estimates_are_the_metrics_themselves(table, evaluate):
+    found, metrics = bootstrap.intervals([table], resamples=20), evaluate(table)
+    assert set(found) == {m for m in metrics if m != "bias_at_best_hm" and "mean_of" not in m}
+    for name, interval in found.items():
+        assert interval.estimate == pytest.approx(metrics[name], abs=1e-12), name
+        assert interval.low <= interval.high
+
+
+def test_a_resampled_curve_equals_the_curve_of_the_resampled_images():
+    """The whole point of the weights: drawing an image twice is having it twice."""
+    t = composition()
+    weights = next(bootstrap.draws(bootstrap.strata(t), 7, 3))
+    fast = bootstrap.estimator(t)(weights)
+    for r, counts in enumerate(weights.astype(int)):
+        rows = np.repeat(np.arange(len(t.target)), counts)
+        drawn = CompositionScores(t.scores[rows], t.target[rows], t.pairs, t.seen, "test", "logit")
+        slow = czsl.evaluate(drawn)
+        for name, values in fast.items():
+            assert values[r] == pytest.approx(slow[name], abs=1e-12), name
+
+
+def test_every_draw_keeps_the_sizes_of_its_groups():
+    groups = np.array([0, 1, 1, 0, 1])
+    weights = np.concatenate(list(bootstrap.draws(groups, 50, 0)))
+    assert weights.shape == (50, 5)
+    assert (weights[:, groups == 0].sum(1) == 2).all()
+    assert (weights[:, groups == 1].sum(1) == 3).all()
+    assert len({tuple(w) for w in weights.tolist()}) > 20
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    groups = np.zeros(10, dtype=int)
+    whole = np.concatenate(list(bootstrap.draws(groups, 6, 0)))
+    monkeypatch.setattr(bootstrap, "CELLS_PER_DRAW", 20)
+    assert np.array_equal(np.concatenate(list(bootstrap.draws(groups, 6, 0))), whole)
+
+
+def test_the_interval_of_a_mean_is_scipy_s():
+    t = pairs_of_captions(n=400)
+    ours = bootstrap.intervals([t], resamples=4000)["accuracy"]
+    right = (t.scores[:, 0] > t.scores[:, 1]).astype(float)
+    theirs = stats.bootstrap(
+        (right,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    """150 experiments of 80 items: coverage of 95 % has a standard error of 0.018; small samples cost a little."""
+    inside = 0
+    for seed in range(150):
+        interval = bootstrap.intervals(
+            [pairs_of_captions(seed, n=80, strength=0.0)], resamples=200
+        )["accuracy"]
+        inside += interval.low <= 0.5 <= interval.high
+    assert 0.88 <= inside / 150 <= 0.99
+
+
+def test_a_paired_difference_is_narrower_than_an_unpaired_one():
+    base = pairs_of_captions(n=400)
+    better = MatchingScores(base.scores + np.array([0.1, 0]), base.category, "logit")
+    paired = bootstrap.difference([better], [base])["accuracy"]
+    apart = bootstrap.intervals([base])["accuracy"]
+    assert paired.estimate == pytest.approx(
+        matching.evaluate(better)["accuracy"] - matching.evaluate(base)["accuracy"]
+    )
+    assert paired.excludes_zero
+    assert paired.high - paired.low < (apart.high - apart.low) / 2
+
+
+def test_a_table_does_not_differ_from_itself():
+    for table in (composition(), pairs_of_captions(), gallery()):
+        for interval in bootstrap.difference([table], [table], resamples=30).values():
+            assert (interval.estimate, interval.low, interval.high) == (0, 0, 0)
+            assert not interval.excludes_zero
+
+
+def test_seeds_are_averaged_and_widen_the_interval():
+    """Items are many and equal in all seeds, so the spread that is left is the seeds'."""
+    tables = [composition(seed, q=3000, strength=s) for seed, s in enumerate((0.5, 1.0, 1.5))]
+    alone = bootstrap.intervals([tables[1]], resamples=300)["auc"]
+    together = bootstrap.intervals(tables, resamples=300)["auc"]
+    assert together.estimate == pytest.approx(np.mean([czsl.evaluate(t)["auc"] for t in tables]))
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_a_category_that_a_draw_misses_is_left_out_of_it():
+    t = MatchingScores(np.array([[1.0, 0]] * 4), np.array(["swap", "add", "add", "add"]), "logit")
+    assert bootstrap.intervals([t], resamples=200)["accuracy/swap"].low == 1
+
+
+def test_one_side_only_gives_intervals_of_what_exists():
+    t = composition()
+    one = CompositionScores(t.scores, t.target % 3, t.pairs, t.seen, "test", "logit")
+    assert set(bootstrap.intervals([one], resamples=10)) == {
+        "best_seen",
+        "pair_acc",
+        "attr_acc",
+        "obj_acc",
+    }
+    other = CompositionScores(t.scores, 3 + t.target % 3, t.pairs, t.seen, "test", "logit")
+    assert set(bootstrap.intervals([other], k=2, resamples=10)) == {"best_unseen"}
+
+
+def test_the_same_seed_gives_the_same_interval():
+    a, b, c = (bootstrap.intervals([composition()], resamples=50, seed=s)["auc"] for s in (1, 1, 2))
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (pairs_of_captions(), "CompositionScores and MatchingScores"),
+        (composition(world="open"), "differ in world"),
+        (composition(split="val"), "differ in split"),
+        (composition(q=66), r"differ in target \(\(60,\) and \(66,\)"),
+        (composition(ids=[f"b{i}" for i in range(60)]), "differ in ids"),
+    ],
+)
+def test_tables_of_other_items_are_not_compared(other, message):
+    named = composition(ids=[f"a{i}" for i in range(60)])
+    with pytest.raises(ScoreTableError, match=message):
+        bootstrap.difference([named], [other])
+
+
+def test_unnamed_rows_are_compared_by_their_labels():
+    named = composition(ids=[f"a{i}" for i in range(60)])
+    assert bootstrap.difference([named], [composition()], resamples=5)["auc"].estimate == 0
+
+
+def test_matching_tables_of_other_forms_are_not_compared():
+    a = MatchingScores(np.zeros((2, 2)), np.array(["x", "y"]), "logit")
+    b = MatchingScores(np.zeros((2, 2, 2)), np.array(["x", "y"]), "logit")
+    with pytest.raises(ScoreTableError, match=r"\(2, 2\) and \(2, 2, 2\)"):
+        bootstrap.same_items(a, b)
+
+
+def test_no_table_is_an_error():
+    with pytest.raises(ScoreTableError, match="no table"):
+        bootstrap.intervals([])
+
+
+def test_a_thousand_resamples_of_a_thousand_images_take_seconds_at_most():
+    t = composition(q=1000, c=40)
+    started = time.perf_counter()
+    bootstrap.intervals([t])
+    assert time.perf_counter() - started < 5  # 0.1 s on an idle machine

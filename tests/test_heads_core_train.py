@@ -1,0 +1,220 @@
+"""The training loop: reproducible, honest about what it did, and loud when something breaks."""
+
+from typing import Any
+
+import pytest
+import torch
+from drawn import make_drawn
+from torch import Tensor, nn
+
+from cache_builder import FeatureCache
+from heads import fit, load_method
+from heads.base import Context, EmbeddingHead, Head, HeadConfig, Needs
+from heads.errors import ConfigError, TrainingDiverged
+from heads.features import Batch, Features
+from heads.loader import Loader
+from heads.source import context_of
+from heads.tasks import load_task
+from heads.train import TrainConfig, _parameter_groups, _schedule, seed_everything
+
+SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12}
+TOY = TrainConfig(epochs=3, batch_size=4, lr=1e-2, device="cpu", seed=7)
+
+
+class Linear(EmbeddingHead):
+    """A user's own head: one matrix on pooled image embeddings."""
+
+    score_space = "logit"
+
+    def __init__(self, config: HeadConfig, context: Context) -> None:
+        super().__init__(config, context)
+        (d,) = context.shapes["image/pooled"]
+        self.matrix = nn.Linear(d, d)
+        self.poison = float("inf")
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        return Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
+
+    def embed_queries(self, queries: Features) -> Tensor:
+        return self.matrix(queries["image/pooled"])
+
+    def embed_candidates(self, candidates: Features) -> Tensor:
+        return candidates["text/pooled"]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = self(batch.queries, batch.candidates)
+        loss = nn.functional.cross_entropy(scores, batch.target)
+        self.poison -= 1
+        return loss * (torch.nan if self.poison == 0 else 1), {"part": loss.detach()}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    return make_drawn(tmp_path_factory.mktemp("train") / "drawn.zarr")
+
+
+def loader(cache: FeatureCache, head: Head, config: TrainConfig, **options: Any) -> Loader:
+    data = load_task(cache, "two_by_two", "train")
+    needs = head.needs(head.config)
+    return Loader(data, needs, batch_size=config.batch_size, seed=config.seed, **options)
+
+
+def linear(cache: FeatureCache, seed: int = 7) -> Linear:
+    seed_everything(seed)
+    return Linear(HeadConfig(), context_of(cache))
+
+
+def trained_tf_local(cache: FeatureCache, config: TrainConfig) -> dict[str, Tensor]:
+    module = load_method("tf_local")
+    seed_everything(config.seed)
+    head = module.Head(module.Config(**SMALL), context_of(cache))
+    fit(head, loader(cache, head, config, negatives="image_text"), config, progress=False)
+    return head.state_dict()
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(cache: FeatureCache) -> None:
+    first, again = trained_tf_local(cache, TOY), trained_tf_local(cache, TOY)
+    other = trained_tf_local(cache, TOY.model_copy(update={"seed": 8}))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_training_lowers_the_loss_and_records_every_step(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TOY.model_copy(update={"epochs": 12})
+    batches = loader(cache, head, config)
+    result = fit(head, batches, config, progress=False)
+    losses = [record["loss"] for record in result.history]
+    assert [record["step"] for record in result.history] == list(range(1, 49))
+    assert result.steps == 12 * len(batches) == 48
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert all(record["part"] == record["loss"] for record in result.history)
+    assert all(0 <= record["data_wait"] <= 1 for record in result.history)
+    assert not head.training
+
+
+def test_steps_override_epochs_and_may_end_within_one(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TOY.model_copy(update={"steps": 5})
+    calls: list[int] = []
+    result = fit(
+        head,
+        loader(cache, head, config),
+        config,
+        validate=lambda _: calls.append(1) or {"score": 0.0},
+        progress=False,
+    )
+    assert result.steps == 5
+    assert len(calls) == 2
+
+
+def test_the_best_weights_are_restored_and_ties_go_to_the_earliest(cache: FeatureCache) -> None:
+    head = linear(cache)
+    values = iter([0.2, 0.9, 0.9])
+    states: list[Tensor] = []
+
+    def validate(head: Head) -> dict[str, float]:
+        states.append(head.get_parameter("matrix.weight").detach().clone())
+        return {"score": next(values), "other": 1.0}
+
+    result = fit(head, loader(cache, head, TOY), TOY, validate=validate, progress=False)
+    assert result.best == {"step": 8, "epoch": 1, "score": 0.9, "other": 1.0}
+    assert torch.equal(head.matrix.weight, states[1])
+    assert not torch.equal(head.matrix.weight, states[2])
+
+
+def test_patience_stops_after_validations_without_a_new_best(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TOY.model_copy(update={"epochs": 9, "patience": 2})
+    values = iter([0.5, 0.4, 0.3, 0.9])
+    result = fit(
+        head,
+        loader(cache, head, config),
+        config,
+        validate=lambda _: {"score": next(values)},
+        progress=False,
+    )
+    assert result.steps == 3 * 4
+
+
+def test_an_unknown_selection_metric_names_those_there_are(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TOY.model_copy(update={"select": "auc"})
+    with pytest.raises(ConfigError, match="'auc', but validation returns score, other"):
+        fit(
+            head,
+            loader(cache, head, config),
+            config,
+            validate=lambda _: {"score": 0.0, "other": 0.0},
+            progress=False,
+        )
+
+
+def test_a_loss_that_is_not_finite_names_its_step(cache: FeatureCache) -> None:
+    head = linear(cache)
+    head.poison = 3
+    with pytest.raises(TrainingDiverged, match=r"loss of step 3 is nan .*part"):
+        fit(head, loader(cache, head, TOY), TOY, progress=False)
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    head = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+    decayed, kept = _parameter_groups(head, 0.1)
+    assert [tuple(p.shape) for p in decayed["params"]] == [(5, 3)]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert len(kept["params"]) == 3
+
+
+def test_the_learning_rate_rises_linearly_and_falls_to_zero() -> None:
+    shares = [_schedule(step, 2, 12) for step in range(12)]
+    assert shares[:3] == [0.5, 1.0, 1.0]
+    assert shares == sorted(shares[:2]) + sorted(shares[2:], reverse=True)
+    assert 0 < shares[-1] < 0.03
+    assert _schedule(12, 2, 12) == 0
+
+
+def test_warm_up_takes_at_most_a_tenth(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TOY.model_copy(update={"steps": 20})
+    result = fit(head, loader(cache, head, config), config, progress=False)
+    rates = [record["lr"] for record in result.history]
+    assert rates[0] == pytest.approx(config.lr / 2)
+    assert rates[1] == rates[2] == pytest.approx(config.lr)
+
+
+def test_a_head_without_parameters_passes_through(cache: FeatureCache) -> None:
+    module = load_method("zero_shot")
+    head = module.Head(module.Config(), context_of(cache))
+    result = fit(
+        head, loader(cache, head, TOY), TOY, validate=lambda _: {"score": 0.5}, progress=False
+    )
+    assert (result.steps, result.best["score"]) == (0, 0.5)
+
+
+def test_a_closed_form_head_is_solved_on_the_whole_set(cache: FeatureCache) -> None:
+    module = load_method("linear_probe")
+    head = module.Head(module.Config(), context_of(cache))
+    data = load_task(cache, "czsl", "train")
+    batches = Loader(data, head.needs(head.config), batch_size=4, seed=0)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    result = fit(head, batches, TOY, progress=False)
+    assert result.steps == 0
+    assert any(not torch.equal(before[name], value) for name, value in head.state_dict().items())
+
+
+def test_nothing_to_train_is_said(cache: FeatureCache) -> None:
+    head = linear(cache)
+    head.requires_grad_(requires_grad=False)
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        fit(head, loader(cache, head, TOY), TOY, progress=False)
+
+
+def test_bf16_trains_to_finite_weights(cache: FeatureCache) -> None:
+    module = load_method("tf_local")
+    seed_everything(0)
+    head = module.Head(module.Config(**SMALL), context_of(cache))
+    config = TOY.model_copy(update={"precision": "bf16"})
+    result = fit(head, loader(cache, head, config), config, progress=False)
+    assert result.steps == 3 * 4
+    assert all(torch.isfinite(p).all() for p in head.parameters())
