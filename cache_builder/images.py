@@ -122,10 +122,17 @@ def image_path(root: Path, name: str, *, follow_links: bool = False) -> Path:
         follow_links: allow links below `root` that lead out of it.
 
     Raises:
-        UnsafeName: see `check_name`; or the name leads, through a link, out of `root`.
+        UnsafeName: see `check_name`; or the name leads, through a link, out of `root` or nowhere.
     """
     path = root / check_name(name)
-    if not follow_links and not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (
+        RuntimeError,
+        OSError,
+    ) as error:  # a ring of links
+        raise UnsafeName(f"image {name!r} is no usable path below {root}: {error}") from error
+    if not follow_links and not inside:
         raise UnsafeName(
             f"image {name!r} is a link that leaves {root}; copy the file in, or pass follow_links=True"
         )

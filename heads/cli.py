@@ -152,6 +152,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _score(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
+    from eval import score_io
     from heads.runs import score_run
 
     paths = score_run(
@@ -166,6 +167,8 @@ def _score(args: argparse.Namespace) -> None:
     )
     for path in paths:
         print(f"wrote {path}; next: headstart metrics {path}")
+        if dropped := score_io.load(path).meta.get("dropped"):
+            print(f"left out {len(dropped)} examples whose image is quarantined; marked partial")
     if args.pictures:
         _draw(args)
 

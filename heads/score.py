@@ -49,7 +49,7 @@ def score(
         block: queries and candidates whose features are held at once.
         direction: retrieval only. t2i: captions ask for images; i2t: images ask for captions.
         rerank: retrieval only. The K best of every query by cached cosine get the head's score, the others stay below
-            them in cosine order; None scores every cell.
+            them in cosine order (also those tied with the first left out); None scores every cell.
         source: the rows of `data`, if they are already in memory (see `source_of`).
 
     Returns:
@@ -248,12 +248,17 @@ def _cosines(data: RetrievalData, device: torch.device) -> Float[np.ndarray, "i 
 def _below(
     cosine: Float[np.ndarray, "q c"], best: Int[np.ndarray, "q k"], fresh: Float[np.ndarray, "q k"]
 ) -> Float[np.ndarray, "q c"]:
-    """Reranked cells keep the head's score, the others follow below by whole steps: equal cosines stay ties."""
+    """Reranked cells keep the head's score, the others follow below by whole steps: equal cosines stay ties.
+
+    Candidates tied across the cut all stay below it: which of them came in would hang on their order.
+    """
     out = np.empty(cosine.shape, dtype=np.float32)
     for row in range(len(cosine)):
         _, rank = np.unique(-cosine[row], return_inverse=True)
+        left_out = np.delete(cosine[row], best[row])
+        inside = cosine[row, best[row]] > (left_out.max() if len(left_out) else -np.inf)
         out[row] = fresh[row].min() - 1 - rank
-        out[row, best[row]] = fresh[row]
+        out[row, best[row][inside]] = fresh[row][inside]
     return out
 
 

@@ -213,3 +213,9 @@ def test_the_image_folder_itself_may_be_a_link(tmp_path: Path) -> None:
 def test_the_decode_rule_says_whether_exif_is_applied() -> None:
     assert "EXIF orientation applied" in images.decode_rule(upright=True)
     assert "EXIF orientation ignored" in images.decode_rule(upright=False)
+
+
+def test_a_ring_of_links_is_refused_as_a_name(tmp_path: Path) -> None:
+    (tmp_path / "ring.jpg").symlink_to(tmp_path / "ring.jpg")
+    with pytest.raises(UnsafeName, match=r"'ring\.jpg' is no usable path"):
+        image_path(tmp_path, "ring.jpg")

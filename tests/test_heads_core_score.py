@@ -151,7 +151,8 @@ def test_reranking_scores_the_best_by_cosine_and_keeps_the_others_below_in_order
     assert got.meta["rerank"] == 3
     for q in range(len(full)):
         order = np.argsort(-cosine[q], kind="stable")
-        best, rest = order[:3], order[3:]
+        inside = cosine[q, order] > cosine[q, order[3]]  # a tie across the cut stays outside
+        best, rest = order[inside], order[~inside]
         np.testing.assert_allclose(got.scores[q, best], full[q, best], rtol=1e-4, atol=1e-4)
         assert got.scores[q, rest].max() < got.scores[q, best].min()
         falls = np.diff(cosine[q, rest]) < -1e-4  # closer ones may be rounded either way
@@ -226,3 +227,14 @@ def test_dropped_examples_mark_the_table_partial(
 def test_the_package_s_score_is_the_function_whatever_was_imported() -> None:
     assert heads.score is score
     assert callable(heads.score)
+
+
+def test_candidates_tied_across_the_cut_of_a_rerank_stay_tied_below_it() -> None:
+    cosine = np.array([[0.9, 0.5, 0.5, 0.1]], dtype=np.float32)
+    best = np.array([[0, 1]])
+    fresh = np.array([[2.0, 7.0]], dtype=np.float32)
+    (row,) = _below(cosine, best, fresh)
+    assert row[0] == 2.0
+    assert row[0] > row[1] == row[2] > row[3]
+    (kept,) = _below(cosine[:, :2], best, fresh)
+    np.testing.assert_array_equal(kept, [2.0, 7.0])

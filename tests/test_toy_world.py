@@ -29,6 +29,7 @@ from cache_builder.demo.world import (
     sample_scene,
     sample_two,
 )
+from cache_builder.records import DatasetError
 
 GOLDEN = Path(__file__).parent / "golden" / "toy_world.json"
 CLIP = Path(toy_world.__file__).parents[1] / "demo" / "clip"
@@ -294,3 +295,9 @@ def test_the_bundled_clip_loads_offline_and_beats_chance(monkeypatch):
     found = measure(CLIP, seed=9, split="val", scale=SCALE)
     assert found["czsl/open/pair_acc"] > 20 * found["czsl/open/chance"]
     assert found["2x2/replace_att/i2t"] > 0.7
+
+
+def test_an_unknown_key_in_the_marker_is_an_error(tmp_path):
+    (tmp_path / "toy_world.json").write_text('{"sede": 3}')
+    with pytest.raises(DatasetError, match="seed and scale, and nothing else"):
+        toy_world.load(tmp_path)

@@ -8,6 +8,7 @@ The metadata decides the split of an image, never its folder: seen pairs recur i
 Reader rules: docs/protocols.md, CZSL readers, 1-8. Prompts: "a photo of {attr} {obj}".
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -298,7 +299,7 @@ def _require_some_image(
     images: Path, places: Mapping[str, tuple[str, ...]], layout: Layout
 ) -> None:
     """A folder without a single listed image is a half-downloaded set, not 30,000 bad files."""
-    if not any((images / name).exists() for tried in places.values() for name in tried):
+    if not any(os.path.exists(images / name) for tried in places.values() for name in tried):
         first = next(iter(places.values()), ("…",))
         raise DatasetNotFound(
             f"{layout.name} found none of its {len(places):,} images; the first was looked for at "

@@ -163,7 +163,7 @@ def _list_images(images: Path) -> tuple[str, ...]:
 
 
 def _require_some(images: tuple[str, ...], root: Path) -> None:
-    if not any((root / "images" / name).exists() for name in images):
+    if not any(os.path.exists(root / "images" / name) for name in images):
         what = (
             f"none of the {len(images):,} images of the table, e.g. {images[0]!r}"
             if images

@@ -63,6 +63,7 @@ from cache_builder.demo.world import (
     pairs_of,
     sample_scene,
 )
+from cache_builder.records import DatasetError, read_json
 
 MARKER = "toy_world.json"
 SPLITS = ("train", "val", "test")
@@ -92,7 +93,12 @@ def load(
             raise FileNotFoundError(
                 f"toy_world was given root {root}, which has no {MARKER}; leave the root out, or write the file"
             )
-        options |= json.loads(path.read_text())
+        found = read_json(path)
+        if not isinstance(found, dict) or set(found) - set(options):
+            raise DatasetError(
+                f"{path} holds {found!r}; it may hold {' and '.join(options)}, and nothing else"
+            )
+        options |= found
     making = _Making(
         int(options["seed"] if seed is None else seed),
         float(options["scale"] if scale is None else scale),

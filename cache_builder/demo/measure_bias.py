@@ -161,7 +161,7 @@ def _retrieval(dataset: Dataset, embeddings: Embeddings, split: str) -> dict[str
     images = embeddings.of_images([e.image for e in examples])
     texts = embeddings.of_texts([e.captions[0] for e in examples])
     scores = texts @ images.T
-    rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
+    rank = (scores >= scores.diagonal()[:, None]).sum(dim=1) - 1  # a tie counts against
     return {
         "retrieval/t2i_recall@1": (rank < 1).double().mean().item(),
         "retrieval/t2i_recall@5": (rank < 5).double().mean().item(),

@@ -11,7 +11,7 @@ empty      a build of no rows: creating, fsyncing and sealing a cache, which doe
 decode     decoding and preprocessing alone, in one thread: what the build has to hide behind the forward pass
 
 `forward / this` is the share of the backbone's speed that is reached; `without empty` takes the fixed cost off first,
-and so is the share of a cache of any usual size. Wall seconds depend on who else is busy; CPU seconds of the process are
+and so is the share for a cache of usual size. Wall seconds depend on who else is busy; CPU seconds of the process are
 fairer, but hidden work counts there as well: with every core in the forward pass, forward / (forward + decode) is the
 most that can be had. One torch thread by default, because waiting OpenMP threads spin and count as CPU seconds.
 """
@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--backbone", default="random:ViT-B-32", help="%(default)s, or any name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--photo", type=int, nargs=2, default=(500, 375), metavar=("W", "H"))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)

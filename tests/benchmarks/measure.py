@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -60,15 +61,11 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print markdown: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [
-        heads,
-        [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])],
-        *rows,
-    ]
-    for line in lines:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
-        print(f"| {' | '.join(cells)} |")
+    widths = [max(3, *map(len, column)) for column in zip(heads, *rows, strict=True)]
+    ruler = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    for first, *rest in (heads, ruler, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print(f"| {' | '.join([first.ljust(widths[0]), *cells])} |")
 
 
 def pressure() -> str:
@@ -95,8 +92,11 @@ def write_random(arch: str, folder: Path) -> None:
     """An open_clip directory as it is published, with random weights."""
     torch.manual_seed(0)
     model = open_clip.create_model(arch, load_weights=False)
-    preprocess = getattr(model.visual, "preprocess_cfg")
-    config = {"model_cfg": open_clip.get_model_config(arch), "preprocess_cfg": preprocess}
+    visual: Any = model.visual
+    config = {
+        "model_cfg": open_clip.get_model_config(arch),
+        "preprocess_cfg": visual.preprocess_cfg,
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
