@@ -101,7 +101,7 @@ def trained(runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         if run.history:
             key = json.dumps(
-                [run.method, run.backbone, run.dataset, run.config], sort_keys=True, default=str
+                [run.name, run.backbone, run.dataset, run.config], sort_keys=True, default=str
             )
             groups.setdefault(key, []).append(run)
     return list(groups.values())
@@ -127,11 +127,11 @@ def training_figure(runs: Sequence[Run], series: Mapping[str, int]) -> str:
         ]
         for run in runs
     ]
-    if not any(losses) and not any(checks):
+    if not any(losses) and not any(len(check) > 1 for check in checks):  # no curve in one point
         return ""
-    label = f"{first.method} · {first.backbone}"
+    label = f"{first.name} · {first.backbone}"
     number = series.get(
-        label, next((n for name, n in series.items() if name.startswith(first.method)), 0)
+        label, next((n for name, n in series.items() if name.startswith(first.name)), 0)
     )
     task = first.facts.get("task")
     trained_on = f", {task}" if task else ""

@@ -97,7 +97,7 @@ def _cell(comparison: Comparison, row: Row, metric: str) -> str:
     cell = row.cells[metric]
     text = percent(cell.mean)
     if cell.std is not None:
-        text += f" ± {percent(cell.std)}"
+        text += f" ± {100 * cell.std:.1f}"
     if cell.low is not None and cell.high is not None:
         text += f" [{percent(cell.low)}, {percent(cell.high)}]"
     return f"{text} {BELOW}" if comparison.is_below_chance(row, metric) else text

@@ -90,7 +90,7 @@ def _summary(runs: Sequence[Run]) -> str:
     parts: list[str] = []
     for noun, names in (
         ("backbone", {r.backbone for r in runs}),
-        ("method", {r.method for r in runs}),
+        ("method", {r.name for r in runs}),
         ("data set", {r.dataset for r in runs}),
     ):
         shown = ", ".join(sorted(names)) if len(names) <= 8 else ""
@@ -178,7 +178,7 @@ def _heading(c: Comparison, metric: str) -> str:
 def _cell(c: Comparison, row: Row, metric: str) -> str:
     """Mean ± spread, and the interval below it."""
     cell = row.cells[metric]
-    shown = percent(cell.mean) + (f" ± {percent(cell.std)}" if cell.std is not None else "")
+    shown = percent(cell.mean) + (f" ± {100 * cell.std:.1f}" if cell.std is not None else "")
     if c.is_below_chance(row, metric):
         shown = f'<span class="below" title="below chance">{shown} {BELOW}</span>'
     if cell.low is not None and cell.high is not None:
@@ -237,7 +237,7 @@ def _provenance(runs: Sequence[Run]) -> str:
         )
         tables = ", ".join(run.tables) or "none"
         lines.append(
-            f"<tr><th scope=row>{text(run.method)}<small class=soft>{text(run.backbone)}</small></th>"
+            f"<tr><th scope=row>{text(run.name)}<small class=soft>{text(run.backbone)}</small></th>"
             f"<td>{run.seed}</td>"
             f'<td class="words">{text(run.dataset)}</td><td class="words"><code>{text(fingerprint[:12])}</code></td>'
             f'<td class="words"><code>{text(run.path)}</code><small class=soft>{text(tables)}</small></td>'

@@ -23,7 +23,7 @@ def pictures_of(run: Run) -> str:
     if not run.pictures:
         return ""
     shots = [_attention(path) if path.suffix == ".npz" else _picture(path) for path in run.pictures]
-    name = f"{run.method} · {run.backbone}, {run.dataset}, seed {run.seed}"
+    name = f"{run.name} · {run.backbone}, {run.dataset}, seed {run.seed}"
     return f"<h3>{text(name)}</h3>{''.join(shots)}"
 
 

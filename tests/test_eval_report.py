@@ -483,7 +483,12 @@ def test_other_forms_of_a_run_are_read_too(tmp_path):
     tables = {"1": matching_table(0, shape=(2,)), "2": seen_only}
     flat = {"cache": None, "backbone": "mine", "dataset": "theirs", "parameters": None}
     write_run(
-        tmp_path, "a", 0, tables, [{"step": 1, "validation": {"rsum": 2.0}}, {"step": 2}], **flat
+        tmp_path,
+        "a",
+        0,
+        tables,
+        [{"step": i, "validation": {"rsum": 2.0}} for i in (1, 2)] + [{"step": 3}],
+        **flat,
     )
     write_run(tmp_path, "b", 0, {"1": matching_table(0, shape=(2,))}, [{"step": 0}], **flat)
     found = compare(read_runs([tmp_path]))
