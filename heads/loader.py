@@ -224,9 +224,16 @@ class _TrueMatches:
     def table(
         self, images: Int[np.ndarray, " b"], captions: Int[np.ndarray, " m"]
     ) -> Bool[np.ndarray, "b m"]:
-        cells = images[:, None] * self.width + self.same[captions][None, :]
-        at = np.searchsorted(self.keys, cells).clip(max=len(self.keys) - 1)
-        return self.keys[at] == cells
+        """True in every cell that is a match; looks up the few captions of each image, not each of the B × M cells."""
+        own = images * self.width
+        first, last = np.searchsorted(self.keys, [own, own + self.width])
+        columns = self.same[captions]
+        out = np.zeros((len(images), len(captions)), dtype=bool)
+        for k in range((last - first).max(initial=0)):
+            at = first + k
+            caption = np.where(at < last, self.keys[at.clip(max=len(self.keys) - 1)] - own, -1)
+            out |= caption[:, None] == columns
+        return out
 
 
 def usual_negatives(data: TaskData) -> Negatives:

@@ -49,6 +49,7 @@ class PoolReader:
     ) -> Iterator[tuple[Int[np.ndarray, " b"], Tensor]]:
         """Example numbers and their values, `batch` at a time; an example is keyed by the cache row `keys[i]`.
 
+        Values are as stored, and valid until the next batch unless they are float32.
         A failed read is raised here, at the batch that needs it.
         """
         length = self.reader.chunk_rows
@@ -56,7 +57,7 @@ class PoolReader:
         chunks = rng.permutation(np.unique(chunk_of))
         pools = [chunks[i : i + self.pool_chunks] for i in range(0, len(chunks), self.pool_chunks)]
         index: list[np.ndarray] = []
-        values: list[Tensor] = []
+        values, filled = self._empty(batch), 0
         with ThreadPoolExecutor(READERS, thread_name_prefix="pool") as threads:
             coming = self._read(threads, pools[0], 0)
             try:
@@ -71,18 +72,26 @@ class PoolReader:
                     place += keys[members] % length
                     buffer = torch.from_numpy(self.buffers[number % 2]).flatten(0, 1)
                     while len(members):
-                        room = batch - sum(map(len, index))
-                        index.append(members[:room])
-                        values.append(buffer.index_select(0, torch.from_numpy(place[:room])))
-                        members, place = members[room:], place[room:]
-                        if sum(map(len, index)) == batch:
-                            yield _joined(index, values)
-                            index, values = [], []
+                        part = torch.from_numpy(place[: batch - filled])
+                        into = values[filled : filled + len(part)]
+                        torch.index_select(buffer, 0, part, out=into)
+                        index.append(members[: len(part)])
+                        members, place = members[len(part) :], place[len(part) :]
+                        filled += len(part)
+                        if filled == batch:
+                            yield np.concatenate(index), values
+                            index, filled = [], 0
+                            # Half precision is widened by whoever asks, a copy: its buffer can be used again.
+                            if values.dtype == torch.float32:
+                                values = self._empty(batch)
                 if index:
-                    yield _joined(index, values)
+                    yield np.concatenate(index), values[:filled]
             finally:
                 for future in coming:
                     future.cancel()
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.from_numpy(np.empty((rows, *self.reader.row_shape), self.reader.dtype))
 
     def _read(
         self, threads: ThreadPoolExecutor, pool: Int[np.ndarray, " k"], number: int
@@ -92,10 +101,3 @@ class PoolReader:
             threads.submit(self.reader.read_chunk, int(chunk), buffer[i])
             for i, chunk in enumerate(pool)
         ]
-
-
-def _joined(index: list[np.ndarray], values: list[Tensor]) -> tuple[np.ndarray, Tensor]:
-    """One batch from its parts; a batch inside one pool is passed on without a copy."""
-    if len(index) == 1:
-        return index[0], values[0]
-    return np.concatenate(index), torch.cat(values)

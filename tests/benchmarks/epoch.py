@@ -124,7 +124,7 @@ def main() -> None:
     )
     parser.add_argument("--backbone", default="random:ViT-B-32", help="%(default)s, or any name")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--items", type=int, default=24, help="of two pictures and captions each")
+    parser.add_argument("--items", type=int, default=16, help="of two pictures and captions each")
     parser.add_argument("--photo", type=int, nargs=2, default=(500, 375), metavar=("W", "H"))
     parser.add_argument("--batch-size", type=int, default=16, help="pictures")
     parser.add_argument("--rounds", type=int, default=3)

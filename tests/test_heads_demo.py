@@ -1,0 +1,73 @@
+"""compare and demo, end to end on a few dozen scenes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from heads.cli import main
+from heads.compare import Entry, Question, compare
+from heads.errors import ConfigError
+
+SMALL = {"layers": 2, "dim": 16, "heads": 2, "ffn": 16, "n_sampled": 1}
+ENTRIES = (
+    Entry("zero_shot", "zero_shot", "two_by_two", (Question("two_by_two"),)),
+    Entry("local", "tf_local", "two_by_two", (Question("two_by_two"),), SMALL, {"steps": 2}),
+)
+
+
+@pytest.fixture(scope="module")
+def cache(fast_folder: Path) -> FeatureCache:
+    dataset = load_dataset("toy_world", scale=0.01)
+    return build(dataset, load_backbone("clip:demo"), fast_folder / "compare.zarr", progress=False)
+
+
+def test_a_comparison_does_not_depend_on_the_number_of_workers(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    one = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "one")
+    two = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "two", workers=2)
+    assert [run.name for run in one] == ["zero_shot-seed3", "local-seed3", "local-seed4"]
+    for a, b in zip(one, two, strict=True):
+        weights = [(run / "model.safetensors").read_bytes() for run in (a, b)]
+        assert weights[0] == weights[1]
+    assert (one[1] / "model.safetensors").read_bytes() != (
+        one[2] / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_comparison_refuses_other_samples_and_equal_labels(
+    cache: FeatureCache, fast_folder: Path, tmp_path: Path
+) -> None:
+    other = build(
+        load_dataset("toy_world", scale=0.01, seed=1),
+        load_backbone("clip:demo"),
+        fast_folder / "other.zarr",
+        progress=False,
+    )
+    with pytest.raises(ConfigError, match="hold different samples"):
+        compare({"a": cache, "b": other}, ENTRIES, (0,), tmp_path)
+    with pytest.raises(ConfigError, match=r"labels of their own.*local, local"):
+        compare({"a": cache}, (ENTRIES[1], ENTRIES[1]), (0,), tmp_path)
+
+
+def test_the_demo_goes_from_pictures_to_a_report(
+    fast_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = fast_folder / "demo"
+    assert (
+        main(["demo", "--out", str(out), "--scale", "0.02", "--epochs", "1", "--seeds", "1"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert f"report: {out / 'report.html'}" in shown
+    assert "| zero_shot " in shown
+    metrics = json.loads((out / "metrics.json").read_text())["clip:demo"]
+    assert set(metrics) == {"zero_shot", "linear_probe", "tf_global", "late_maxsim", "tf_local"}
+    assert set(metrics["tf_local"]) == {"0"}
+    closed = metrics["zero_shot"]["0"]["toy_world/czsl/test/closed"]["metrics"]
+    assert closed["pair_acc"] > 0.3  # chance is 1/221
+    page = (out / "report.html").read_text()
+    assert "Where words look" in page
+    assert main(["demo", "--out", str(out)]) == 1
+    assert "holds an earlier demo" in capsys.readouterr().err
