@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from cache_builder.datasets.base import Dataset
     from cache_builder.spec import CacheSpec
 
-SHELVES = {
-    "backbones": "cache_builder.backbones",
-    "datasets": "cache_builder.datasets",
-    "methods": "heads.methods",
-}
-
 INTERRUPTED = 130
 """Exit status of a command stopped by Ctrl-C, as shells have it."""
 
@@ -112,14 +106,6 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     verify.add_argument("cache", type=Path)
     verify.set_defaults(func=_verify)
-
-    shelf = verbs.add_parser(
-        "list",
-        help="names of backbones, datasets or methods",
-        description="A name is a file: python -m pydoc FILE shows what it says about itself.",
-    )
-    shelf.add_argument("what", choices=tuple(SHELVES))
-    shelf.set_defaults(func=_list)
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -262,13 +248,6 @@ def _verify(args: argparse.Namespace) -> None:
     print(
         f"{args.cache}: {report.chunks} chunks, {report.bytes / 1e6:,.1f} MB, every byte as written"
     )
-
-
-def _list(args: argparse.Namespace) -> None:
-    from cache_builder.plugins import names
-
-    for name in names(SHELVES[args.what]):
-        print(name)
 
 
 def _options(dataset: str, settings: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ Nothing heavy is imported here: `headstart --help` answers at once, torch comes 
 """
 
 import argparse
+import ast
+import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +16,13 @@ from cache_builder.errors import CacheError
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
 from heads.errors import HeadError
+
+SHELVES = {
+    "backbones": "cache_builder.backbones",
+    "datasets": "cache_builder.datasets",
+    "methods": "heads.methods",
+}
+"""What can be listed, and the folder whose files it is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +102,15 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="also draw for N examples where each word looks (tf_local); reads the data set's images again",
     )
     score.set_defaults(func=_score)
+
+    shelf = verbs.add_parser(
+        "list",
+        help="backbones, datasets or methods, or the settings of one",
+        description="A plugin is a file: list all of a kind, or say what one is and which settings it takes.",
+    )
+    shelf.add_argument("what", choices=tuple(SHELVES))
+    shelf.add_argument("name", nargs="?", help="one of them, or a dotted module of your own")
+    shelf.set_defaults(func=_list)
 
     demo = verbs.add_parser(
         "demo",
@@ -188,6 +207,28 @@ def _draw(args: argparse.Namespace) -> None:
         args.run, cache, dataset, task=task, split=args.split, n=args.pictures
     ):
         print(f"wrote {path}")
+
+
+def _list(args: argparse.Namespace) -> None:
+    from cache_builder.plugins import find, names
+
+    shelf = SHELVES[args.what]
+    if args.name is None:
+        for name in names(shelf):
+            folder = Path(next(iter(importlib.import_module(shelf).__path__)))
+            text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
+            print(f"{name:14} {text.split(chr(10) * 2)[0]}")
+        return
+    module = find(shelf, args.name)
+    print(inspect.getdoc(module))
+    print()
+    if args.what == "methods":
+        for key, field in module.Config.model_fields.items():
+            print(f"--set head.{key}={field.default!r:12} {field.description}")
+    elif args.what == "datasets":
+        for key, parameter in inspect.signature(module.load).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                print(f"--set {key}={parameter.default!r}")
 
 
 def _demo(args: argparse.Namespace) -> None:

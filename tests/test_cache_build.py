@@ -242,6 +242,19 @@ def test_a_cache_of_something_else_is_not_built_into(make_cache: Make) -> None:
         make_cache(dataset=dataset(12))
 
 
+def test_a_file_that_zarr_was_writing_when_killed_is_no_obstacle(
+    make_cache: Make, fast_path: Path
+) -> None:
+    whole = make_cache().digest()
+    path = fast_path / "killed.zarr"
+    path.mkdir()
+    (path / "lock").touch()
+    (path / "zarr.1205c9ffb79f498d93e02661d312c721.partial").write_text("{")
+    cache = build(dataset(), StandIn(), path, batch_size=4, chunk_bytes=100, progress=False)
+    assert cache.digest() == whole
+    assert not list(path.glob("*.partial"))
+
+
 def test_a_folder_of_other_things_is_not_touched(make_cache: Make, fast_path: Path) -> None:
     (fast_path / "demo.zarr").mkdir()
     keep = fast_path / "demo.zarr" / "photo.jpg"

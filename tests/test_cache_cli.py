@@ -118,13 +118,6 @@ def test_info_and_verify_tell_a_good_cache_from_a_bad_one(
     assert "no feature cache at nowhere.zarr" in capsys.readouterr().err
 
 
-def test_list_names_the_plugins(capsys: Captured) -> None:
-    assert main(["list", "datasets"]) == 0
-    assert "folder" in capsys.readouterr().out.split()
-    assert main(["list", "backbones"]) == 0
-    assert "clip" in capsys.readouterr().out.split()
-
-
 def test_control_c_says_how_to_go_on(
     command: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

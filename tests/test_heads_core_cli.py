@@ -180,3 +180,18 @@ def test_help_costs_no_torch() -> None:
         [sys.executable, "-c", code], check=True, cwd=root, capture_output=True, text=True
     )
     assert "train" in done.stdout
+
+
+def test_list_names_the_plugins_and_the_settings_of_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["list", "datasets"]) == 0
+    assert "folder " in capsys.readouterr().out
+    assert main(["list", "methods", "tf_local"]) == 0
+    shown = capsys.readouterr().out
+    assert "2604.11496" in shown
+    assert "--set head.layers=4" in shown
+    assert main(["list", "datasets", "toy_world"]) == 0
+    assert "--set scale=None" in capsys.readouterr().out
+    assert main(["list", "methods", "tf_locl"]) == 1
+    assert "did you mean 'tf_local'" in capsys.readouterr().err

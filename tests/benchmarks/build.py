@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="random:ViT-B-32", help="%(default)s, or any name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--photo", type=int, nargs=2, default=(500, 375), metavar=("W", "H"))
     parser.add_argument("--batch-size", type=int, default=16)
