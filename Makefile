@@ -7,6 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
+	rm -rf runs/demo/runs        # a second demo replaces the first; its cache is used again
 	$(BIN)/headstart demo --out runs/demo
 
 test: $(VENV)/.dev

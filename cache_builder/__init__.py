@@ -28,7 +28,7 @@ def load_backbone(name: str, *, dtype: str = "float32", device: str = "cpu") -> 
     """A frozen backbone by `family:checkpoint`, e.g. `clip:ViT-B-32/openai`.
 
     Raises:
-        UnknownName: no such family, or no checkpoint named.
+        UnknownName: no such family or device, or no checkpoint named.
     """
     from cache_builder.plugins import find, names
 
@@ -40,6 +40,7 @@ def load_backbone(name: str, *, dtype: str = "float32", device: str = "cpu") -> 
             f"(families: {known})"
         )
     module = find("cache_builder.backbones", family)
+    _check_device(device)
     return module.load(checkpoint, dtype=dtype, device=device)
 
 
@@ -49,6 +50,18 @@ def load_dataset(name: str, root: str | Path | None = None, **options: Any) -> "
 
     dataset = find("cache_builder.datasets", name).load(root, **options)
     return replace(dataset, options=options)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnknownName(
+            f"device {device!r} cannot be used here: {reason}; cpu always can"
+        ) from error
 
 
 def __getattr__(name: str) -> Any:

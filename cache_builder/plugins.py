@@ -47,13 +47,18 @@ def find(package: str, name: str) -> ModuleType:
         UnknownName: there is no such file or module; names the nearest and all that are known.
     """
     if "." in name:
-        return _own_module(package, name)
+        module = _own_module(package, name)
+        handle = HANDLES.get(package.rpartition(".")[2])
+        if handle and not hasattr(module, handle):
+            raise UnknownName(f"module {name} is no {_noun(package)}: it defines no `{handle}`")
+        return module
     known = names(package)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UnknownName(
-            f"no {_noun(package)} {name!r} in {package.replace('.', '/')}{hint} (known: {', '.join(known) or 'none'})"
+            f"no {_noun(package)} {name!r} in {package.replace('.', '/')}{hint} (known: {', '.join(known) or 'none'}; "
+            "a module of your own is named with its dots)"
         )
     return importlib.import_module(f"{package}.{name}")
 

@@ -76,3 +76,13 @@ def test_a_broken_import_inside_the_user_s_module_shows_itself(own_folder: Path)
 def test_a_family_without_a_checkpoint_is_refused() -> None:
     with pytest.raises(UnknownName, match="names no checkpoint"):
         load_backbone("clip")
+
+
+def test_a_module_without_the_handle_is_no_plugin() -> None:
+    with pytest.raises(UnknownName, match=r"module os\.path is no method: it defines no `Head`"):
+        find("heads.methods", "os.path")
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(UnknownName, match="device 'nonsense' cannot be used here"):
+        load_backbone("clip:demo", device="nonsense")

@@ -301,3 +301,10 @@ def test_an_unknown_key_in_the_marker_is_an_error(tmp_path):
     (tmp_path / "toy_world.json").write_text('{"sede": 3}')
     with pytest.raises(DatasetError, match="seed and scale, and nothing else"):
         toy_world.load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"scale": -1}, {"scale": "abc"}, {"seed": -1}, {"seed": True}])
+def test_a_size_or_seed_that_is_none_is_an_error(tmp_path, options):
+    (tmp_path / "toy_world.json").write_text(json.dumps(options))
+    with pytest.raises(DatasetError, match="it must be"):
+        toy_world.load(tmp_path)

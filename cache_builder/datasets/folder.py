@@ -87,6 +87,9 @@ def load(
             f"folder was asked for world={world!r}, names={names!r}; "
             f"world is closed or open, names {' or '.join(PRESETS)}"
         )
+    for key, value in (("upright", upright), ("follow_links", follow_links)):
+        if value not in (True, False):
+            raise UnknownName(f"folder was asked for {key}={value!r}; {key} is true or false")
     if not (root / "images").is_dir():
         raise DatasetNotFound(
             f"folder looked for pictures in {root / 'images'} and found no such folder; {HOW}"

@@ -74,7 +74,10 @@ COMPOSED = {"train": 300, "val": 100, "test": 300}
 
 
 def load(
-    root: str | Path | None = None, *, seed: int | None = None, scale: float | None = None
+    root: str | Path | None = None,
+    *,
+    seed: int | None = None,
+    scale: float | int | None = None,
 ) -> Dataset:
     """Sample the whole data set; pictures are drawn when they are opened.
 
@@ -99,10 +102,9 @@ def load(
                 f"{path} holds {found!r}; it may hold {' and '.join(options)}, and nothing else"
             )
         options |= found
-    making = _Making(
-        int(options["seed"] if seed is None else seed),
-        float(options["scale"] if scale is None else scale),
-    )
+    options |= {k: v for k, v in (("seed", seed), ("scale", scale)) if v is not None}
+    made = {key: _number(key, value) for key, value in options.items()}
+    making = _Making(int(made["seed"]), made["scale"])
     tasks = making.tasks()
     return Dataset(
         name="toy_world",
@@ -253,6 +255,14 @@ class _Making:
             )
             for d in drafts
         ]
+
+
+def _number(key: str, value: object) -> float:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or value < 0 or (key == "scale" and not 0 < value <= 100):
+        wish = "a number above 0 and at most 100" if key == "scale" else "a whole number from 0"
+        raise DatasetError(f"toy_world's {key} is {value!r}; it must be {wish}")
+    return float(value)
 
 
 def _counts(tasks: Tasks) -> dict[str, str]:
