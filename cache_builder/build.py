@@ -9,6 +9,7 @@ arrived. Ragged text, chunks of different lengths, resuming, and equal bits howe
 all this one rule. Every hand-over is bounded, so memory does not grow with the data set.
 """
 
+import errno
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,14 @@ log = logging.getLogger(__name__)
 AHEAD = 2
 """Batches that wait at each hand-over, beside the one being worked on."""
 
+FILE_FAULTS = frozenset(
+    {
+        *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),
+        *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    }
+)
+"""System errors that one file is to blame for. Any other, say EMFILE, ENOMEM or EIO, may be gone at the next try."""
+
 
 def build(
     dataset: Dataset,
@@ -52,9 +61,13 @@ def build(
     strict: bool = False,
     progress: bool = True,
     workers: int = 2,
+    backbone_name: str = "",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FeatureCache:
     """Encode a data set into a cache; repeating the call after any interruption finishes it.
+
+    An image is quarantined, for the life of the cache, only for what its file is: missing, forbidden, unsafe by name,
+    or no picture. Where reading fails for another reason (no descriptors, no memory, a failing disk), the build stops.
 
     Args:
         dataset, backbone: what to encode, and with what.
@@ -66,6 +79,7 @@ def build(
         strict: fail at the first image that cannot be used, instead of quarantining it.
         progress: show tqdm bars.
         workers: threads that decode and preprocess.
+        backbone_name: as `load_backbone` took it; recorded, so that messages can name the command that resumes.
         chunk_bytes: aim for the largest chunks of a new cache.
 
     Returns:
@@ -76,6 +90,7 @@ def build(
         CacheLocked: another process is building it.
         BadInput: `strict` and an image cannot be used; or not one of the images can be used.
         BadOutput: the backbone gave numbers that cannot be stored.
+        CacheError: an image could not be read, and its file may not be to blame; what is finished is kept.
     """
     path = Path(path)
     spec = cache_spec(dataset, backbone, streams=streams, storage=storage, order_seed=order_seed)
@@ -84,7 +99,7 @@ def build(
     with locked(path):
         cache = _resumed(path, spec, batch_size)
         if cache is None:
-            cache = _created(path, spec, dataset, backbone, batch_size, chunk_bytes)
+            cache = _created(path, spec, dataset, backbone, backbone_name, batch_size, chunk_bytes)
         if strict and cache.quarantined:
             first = _unusable(*next(iter(cache.quarantined.items())))
             raise BadInput(
@@ -161,6 +176,7 @@ def _created(
     spec: CacheSpec,
     dataset: Dataset,
     backbone: Backbone,
+    backbone_name: str,
     batch_size: int,
     chunk_bytes: int,
 ) -> FeatureCache:
@@ -189,6 +205,7 @@ def _created(
         counts=dataset.counts,
         root=dataset.root,
         options=dataset.options,
+        backbone_name=backbone_name,
         chunk_bytes=chunk_bytes,
     )
 
@@ -258,6 +275,13 @@ def _encode_images(
         try:
             return backbone.preprocess(record.open())
         except (OSError, ValueError) as error:
+            # PIL's own OSErrors have no number: the picture is to blame.
+            if isinstance(error, OSError) and error.errno not in {None, *FILE_FAULTS}:
+                raise CacheError(
+                    f"image {record.id!r} could not be read ({error}), which may not be its file's fault, so the "
+                    f"build stopped; what is finished lies in {cache.path}: mend the cause and repeat, or, if it is "
+                    "the file, remove that"
+                ) from error
             return str(error) or type(error).__name__
 
     def stack(rows: range, loads: Sequence[Future[Tensor | str] | None]) -> Batch:

@@ -30,7 +30,7 @@ from cache_builder.format import RAGGED, Bad, Layout
 from cache_builder.header import Header, check_spec, read_header, write_header
 from cache_builder.reader import ChunkReader, aligned_empty
 from cache_builder.spec import CacheSpec
-from cache_builder.verify import VerifyReport, verify
+from cache_builder.verify import VerifyReport, read_tasks, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class FeatureCache:
         counts: Mapping[str, str] | None = None,
         root: str = "",
         options: Mapping[str, Any] | None = None,
+        backbone_name: str = "",
         chunk_bytes: int = fmt.CHUNK_BYTES,
     ) -> "FeatureCache":
         """Lay out a new cache in state `building`, with everything in it but the embeddings.
@@ -90,6 +91,7 @@ class FeatureCache:
             batch_size: rows encoded together; this partition decides the last bits.
             counts: what the data set's reader found, for people.
             root, options: where and how the data set was read, to find its pictures again.
+            backbone_name: as it was asked for, to find its weights again.
             chunk_bytes: aim for the largest chunks.
         """
         path = Path(path)
@@ -139,6 +141,7 @@ class FeatureCache:
             counts=dict(counts or {}),
             root=root,
             options=dict(options or {}),
+            backbone_name=backbone_name,
         )
         write_header(path, header)
         return cls(path, header)
@@ -187,7 +190,7 @@ class FeatureCache:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the spec: equal fingerprints promise equal content."""
+        """sha256 of the spec: equal fingerprints make the same claim; equal digests hold the same bytes."""
         return self.header.fingerprint
 
     @property
@@ -235,8 +238,8 @@ class FeatureCache:
 
     @cached_property
     def tasks(self) -> Tasks:
-        """What can be asked of these rows; examples name rows by id."""
-        return Tasks.from_json((self.path / "tasks.json").read_text("utf-8"))
+        """What can be asked of these rows; examples name rows by id. `CacheCorrupt` if the file was changed."""
+        return Tasks.from_json(read_tasks(self.path, self.header))
 
     @property
     def quarantined(self) -> dict[str, str]:

@@ -135,6 +135,7 @@ def _build(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             strict=args.strict,
             workers=args.workers,
+            backbone_name=args.backbone,
         )
     except KeyboardInterrupt:
         print(

@@ -1,6 +1,8 @@
 """The header: what a cache claims to be, in the attributes of its root group, and the checks on opening."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from cache_builder.errors import (
     CacheTooNew,
 )
 from cache_builder.format import FORMAT, SCHEMA, Layout
-from cache_builder.lock import is_remnant
+from cache_builder.lock import has_embeddings, is_remnant
 from cache_builder.spec import CacheSpec, differences
 
 
@@ -27,6 +29,8 @@ class Header(BaseModel):
         arrays: layout of every array; verify compares their zarr.json with it.
         counts, root, options: what the data set's reader found, where, and with which options it was asked; to find the
             pictures again, not part of any fingerprint.
+        backbone_name: as it was asked for, e.g. with the path of a local checkpoint, of which the spec keeps only
+            the name; empty if the builder was not told. Not part of any fingerprint.
         digest: of the content, once sealed.
     """
 
@@ -43,18 +47,22 @@ class Header(BaseModel):
     counts: dict[str, str]
     root: str
     options: dict[str, Any]
+    backbone_name: str = ""
     digest: str | None = None
 
     def command(self, path: Path) -> str:
-        """The command line that builds this cache at `path`."""
+        """The command line that builds this cache at `path`, quoted for a shell; --device is the user's choice."""
         spec = self.spec
-        backbone = f"{spec.backbone.family}:{spec.backbone.checkpoint}"
-        root = f" --root {self.root}" if self.root else ""
-        root += "".join(f" --set {k}={json.dumps(v)}" for k, v in self.options.items())
-        return (
-            f"headstart build --backbone {backbone} --dataset {spec.dataset.name}{root} "
-            f"--streams {' '.join(spec.streams)} --store {spec.storage} --out {path}"
-        )
+        named = self.backbone_name or f"{spec.backbone.family}:{spec.backbone.checkpoint}"
+        words = ["headstart", "build", "--backbone", named, "--dataset", spec.dataset.name]
+        words += ["--root", self.root] if self.root else []
+        for key, value in self.options.items():
+            words += ["--set", f"{key}={json.dumps(value)}"]
+        words += ["--streams", *spec.streams]
+        dtype = re.match(r"\w+", spec.backbone.compute)  # e.g. "bfloat16, nn.MultiheadAttention"
+        words += ["--dtype", dtype.group()] if dtype else []
+        words += ["--order-seed", str(spec.order_seed), "--store", spec.storage]
+        return shlex.join([*words, "--out", str(path)])
 
 
 def write_header(path: Path, header: Header) -> None:
@@ -77,6 +85,11 @@ def read_header(path: Path) -> Header:
     except (ValueError, KeyError, TypeError) as error:
         raise CacheCorrupt(f"{file} is not the header of a zarr group ({error})") from error
     if found.get("format") != FORMAT:
+        if has_embeddings(path):
+            raise CacheCorrupt(
+                f"{path} holds encoded chunks, but its header {file} is lost, so nobody knows what they are; restore "
+                "that file from a backup or the original, or remove the folder and build again. Nothing was changed"
+            )
         if is_remnant(path):
             raise CacheIncomplete(
                 f"{path} holds the remains of a build that was stopped while it began: 0 chunks; repeat the build"

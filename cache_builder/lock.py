@@ -1,6 +1,7 @@
 """One builder per cache: a lock that the kernel frees when its holder ends, however it ends."""
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from cache_builder.durable import make_folder
 from cache_builder.errors import CacheLocked, CacheNotFound
+from cache_builder.format import FORMAT, STREAMS
 
 OWN = frozenset(
     {"zarr.json", "image", "text", "readout", "tasks.json", "manifest.jsonl", "quarantine.jsonl"}
@@ -29,7 +31,7 @@ def locked(path: Path) -> Iterator[None]:
         CacheLocked: another process holds it; names it.
         CacheNotFound: the path holds something else, which is not touched.
     """
-    foreign = path.exists() and not (path / "lock").is_file()
+    foreign = path.exists() and not (path / "lock").is_file() and not _has_header(path)
     if foreign and (not path.is_dir() or any(path.iterdir())):
         raise CacheNotFound(
             f"{path} exists and is not a feature cache, so nothing is built into it; choose a path that is free"
@@ -50,9 +52,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _has_header(path: Path) -> bool:
+    """Whether the root zarr.json is a cache's, as in a copy made without the lock."""
+    try:
+        return json.loads((path / "zarr.json").read_bytes())["attributes"]["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def has_embeddings(path: Path) -> bool:
+    """Whether a chunk of an embedding stream was begun: creation writes none, so there has been a header."""
+    journal = (path / "manifest.jsonl").is_file()
+    return journal and any((path / stream / "c").exists() for stream in STREAMS)
+
+
 def is_remnant(path: Path) -> bool:
-    """Whether a builder was stopped while it laid out this folder: its lock is there, and nothing foreign."""
-    if not (path / "lock").is_file():
+    """Whether a builder was stopped while it laid out this folder: its lock is there, nothing foreign, no embedding."""
+    if not (path / "lock").is_file() or has_embeddings(path):
         return False
     names = {p.name for p in path.iterdir() if not fnmatch(p.name, ZARR_PART)}
     return names <= OWN | {"lock", *(f"{name}.part" for name in OWN)}

@@ -63,7 +63,7 @@ class DatasetSpec(Spec):
 
 
 class CacheSpec(Spec):
-    """Everything that decides a cache's content."""
+    """What a cache claims to hold: samples by id, strings, tasks, backbone. Pixels are not in it; `digest` tells."""
 
     backbone: BackboneSpec
     dataset: DatasetSpec

@@ -4,11 +4,12 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
 from cache_builder.chunks import Chunks
-from cache_builder.errors import CacheError
+from cache_builder.errors import CacheCorrupt, CacheError
 from cache_builder.format import Entry, metadata_problem
 from cache_builder.header import Header
 
@@ -67,14 +68,29 @@ def verify(chunks: Chunks, header: Header, digest: str, progress: bool) -> Verif
     return VerifyReport(len(entries), sum(e.bytes for e in entries), tuple(problems))
 
 
+def read_tasks(path: Path, header: Header) -> str:
+    """The text of `tasks.json`, compared with the header first: an edited one would ask something else.
+
+    Raises:
+        CacheCorrupt: it is gone, or not the file that was written.
+    """
+    file, remedy = path / "tasks.json", "restore it from a backup, or remove the cache and rebuild"
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise CacheCorrupt(f"{file} is gone; {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != header.tasks_sha256:
+        raise CacheCorrupt(f"{file} is not the file that was written; {remedy}")
+    return data.decode()
+
+
 def _file_problems(chunks: Chunks, header: Header, digest: str) -> list[str]:
     """What is wrong with the files that are not chunks."""
     problems: list[str] = []
-    tasks = chunks.path / "tasks.json"
-    if not tasks.is_file():
-        problems.append(f"{tasks} is gone; remove the cache and build it again")
-    elif hashlib.sha256(tasks.read_bytes()).hexdigest() != header.tasks_sha256:
-        problems.append(f"{tasks} is not the file that was written")
+    try:
+        read_tasks(chunks.path, header)
+    except CacheCorrupt as error:
+        problems.append(str(error))
     if header.state != "sealed":
         problems.append(f"{chunks.path} was never sealed; repeat the build: {chunks.command}")
     elif header.digest != digest:

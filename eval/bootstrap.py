@@ -3,14 +3,16 @@
 Percentile bootstrap (Efron 1979). One resample draws the items again with replacement, the *same* draw for every table
 of a comparison, and draws the training seeds again with replacement; a metric is recomputed on it. Items of CZSL are
 images, drawn within the seen- and the unseen-labelled ones, whose numbers the split fixes; the curve is recomputed from
-each image's threshold (`eval.czsl.hit_rates`), since its area is not a mean over images.
+each image's threshold (`eval.czsl.hit_rates`), since its area is not a mean over images. Queries of retrieval that
+share a right answer (the captions of one image) are drawn together (`clusters`): their hits go together, and as items
+of their own they would make the interval too narrow.
 
 Our choice over `scipy.stats.bootstrap`: shared draws across tables and metrics, counts instead of index arrays (the
 curves of 1,000 resamples are one cumulative sum), and no BCa, whose jackknife needs as many curves as there are images.
 
-Not for: fewer than about 30 items, or rates at 0 or 1, where resampling cannot leave the edge and an interval of width
-zero means "no variation seen", not "certain". With two or three seeds their variance is underestimated; read the listed
-values of each seed too.
+Not for: fewer than about 30 items (or clusters), or rates at 0 or 1, where resampling cannot leave the edge and an
+interval of width zero means "no variation seen", not "certain". With two or three seeds their variance is
+underestimated; read the listed values of each seed too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +128,7 @@ def distribution(
     once = [measure(np.ones((1, n))) for measure in estimators]
     parts = [
         [measure(weights) for measure in estimators]
-        for weights in draws(strata(tables[0]), resamples, seed)
+        for weights in draws(strata(tables[0]), resamples, seed, clusters(tables[0]))
     ]
     chosen = np.random.default_rng((seed, 1)).multinomial(
         len(tables), np.full(len(tables), 1 / len(tables)), size=resamples
@@ -190,21 +192,51 @@ def strata(table: Table) -> Int[np.ndarray, " n"]:
     return np.zeros(len(table.scores), dtype=np.int64)
 
 
+def clusters(table: Table) -> Int[np.ndarray, " n"]:
+    """Items with one number are drawn together: queries connected by shared right answers; elsewhere each is alone."""
+    mine = np.arange(len(table.scores))
+    if not isinstance(table, RetrievalScores):
+        return mine
+    query, candidate = np.nonzero(table.positives)
+    while True:  # the smallest number spreads over shared answers: one round more than the longest chain of them
+        smallest = np.full(table.positives.shape[1], len(mine))
+        np.minimum.at(smallest, candidate, mine[query])
+        spread = mine.copy()
+        np.minimum.at(spread, query, smallest[candidate])
+        if (spread == mine).all():
+            return mine
+        mine = spread
+
+
 def draws(
-    groups: Int[np.ndarray, " n"], resamples: int, seed: int
+    groups: Int[np.ndarray, " n"],
+    resamples: int,
+    seed: int,
+    together: Int[np.ndarray, " n"] | None = None,
 ) -> Iterator[Float[np.ndarray, "r n"]]:
-    """How often each item is drawn, some resamples at a time; each group keeps its size."""
+    """How often each item is drawn, some resamples at a time; each group keeps its number of clusters.
+
+    Args:
+        groups: strata of the items.
+        resamples: number of draws.
+        seed: of the draws.
+        together: cluster of each item, inside one group; None: every item is its own.
+
+    """
     rng = np.random.default_rng((seed, 0))
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    if together is None:
+        together = np.arange(len(groups))
+    _, first, unit = np.unique(together, return_index=True, return_inverse=True)
+    members = [np.flatnonzero(groups[first] == g) for g in np.unique(groups)]
     step = max(1, CELLS_PER_DRAW // len(groups))
     for start in range(0, resamples, step):
         r = min(step, resamples - start)
-        counts = np.zeros((r, len(groups)))
+        counts = np.zeros((r, len(first)))
         for rows in members:
             n = len(rows)
             drawn = rng.integers(n, size=(r, n)) + n * np.arange(r)[:, None]
             counts[:, rows] = np.bincount(drawn.ravel(), minlength=r * n).reshape(r, n)
-        yield counts
+        yield counts[:, unit]
 
 
 def estimator(

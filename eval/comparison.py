@@ -55,9 +55,18 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One backbone × method: its metrics, and the headline's difference to zero-shot on the same items."""
+    """One backbone × method.
+
+    Attributes:
+        group: its runs.
+        values: every metric of each seed, fractions.
+        cells: metrics that all seeds have.
+        gain: the headline's difference to zero-shot on the same items.
+
+    """
 
     group: Group
+    values: tuple[Mapping[str, float], ...]
     cells: Mapping[str, Cell]
     gain: Interval | None = None
 
@@ -139,7 +148,7 @@ def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
     baselines = {g.backbone: d for g, d in zip(groups, resampled, strict=True) if g.is_baseline}
     rows: list[Row] = []
     for group, mine in zip(groups, resampled, strict=True):
-        values = [evaluate(table, k) for table in group.tables]
+        values = tuple(evaluate(table, k) for table in group.tables)
         ranges = bootstrap.percentiles(mine)
         cells = {
             m: Cell(
@@ -154,7 +163,7 @@ def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
         if theirs is not None and not group.is_baseline:
             headline = next(m for m in HEADLINES if m in cells)
             gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[headline]
-        rows.append(Row(group, cells, gain))
+        rows.append(Row(group, values, cells, gain))
     return tuple(rows)
 
 
@@ -167,8 +176,10 @@ def _legacy(exact: Comparison, k: int) -> Comparison:
         results = [_quietly_legacy(t, k) for t in tables]
         for note in dict.fromkeys(note for _, found in results for note in found):
             notes.setdefault(note, []).append(row.group.label)
-        names = [m for m in results[0][0] if all(m in r for r, _ in results)]
-        rows.append(Row(row.group, {m: Cell(tuple(r[m] for r, _ in results)) for m in names}))
+        values = tuple(r for r, _ in results)
+        names = [m for m in values[0] if all(m in v for v in values)]
+        cells = {m: Cell(tuple(v[m] for v in values)) for m in names}
+        rows.append(Row(row.group, values, cells))
     chance = {m: v for m, v in exact.chance.items() if m not in ("auc", "best_hm")}
     return Comparison(
         exact.question,
@@ -218,22 +229,29 @@ def counts(table: Table) -> str:
     return f"{len(table.scores)} queries, {table.scores.shape[1]} candidates"
 
 
-def metrics(runs: Sequence[Run], *, k: int = 1) -> dict[str, Any]:
+def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Every metric of every table: backbone → method → seed → task → numbers, as fractions.
 
     A task is `<data set>/<kind>[/<variant>]/<split>[/<world>]`; its entry names space, k and items, holds `metrics` and
     `chance`, and for CZSL `legacy_metrics`.
+
+    Args:
+        comparisons: what `compare` gives: a legacy curve behind the exact one.
+
     """
     nested: dict[str, Any] = {}
-    for asked, groups in questions(runs).items():
-        for group in groups:
+    for c in comparisons:
+        key = c.question.key()
+        for row in c.rows:
+            group = row.group
             seeds = nested.setdefault(group.backbone, {}).setdefault(group.method, {})
-            for run, table in zip(group.runs, group.tables, strict=True):
-                entry: dict[str, Any] = {"space": group.space, "k": k, "items": counts(table)}
-                entry |= {"metrics": evaluate(table, k), "chance": chance(table, k)}
-                if isinstance(table, CompositionScores) and k <= table.seen.sum():
-                    entry["legacy_metrics"] = _quietly_legacy(table, k)[0]
+            for run, values in zip(group.runs, row.values, strict=True):
                 tasks = seeds.setdefault(str(run.seed), {})
-                key = asked.key()
-                tasks[key if key not in tasks else f"{key}/{asked.items}"] = entry
+                longer = f"{key}/{c.question.items}"  # where one task has tables of several items
+                if c.curve == "legacy":
+                    tasks[longer if longer in tasks else key]["legacy_metrics"] = values
+                    continue
+                entry = {"space": group.space, "k": c.k, "items": c.counts}
+                entry |= {"metrics": values, "chance": c.chance}
+                tasks[key if key not in tasks else longer] = entry
     return nested

@@ -15,11 +15,12 @@ is tuned on the labels of the very images it is measured on); ranking models by 
 extremes that cannot be had together.
 """
 
+import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -170,9 +171,14 @@ def evaluate(
         curve: "exact", or "legacy" for comparison with published numbers.
 
     Raises:
-        ScoreTableError: more than the available candidates are asked for.
+        ScoreTableError: more than the available candidates are asked for, or an unknown curve.
 
     """
+    known = get_args(CurveKind)
+    if curve not in known:
+        near = difflib.get_close_matches(str(curve), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ScoreTableError(f"no curve {curve!r}{hint} (known: {', '.join(known)})")
     points = exact_curve(scores, k) if curve == "exact" else legacy_curve(scores, k)
     metrics: dict[str, float] = {}
     n_seen, n_unseen = scores.counts
@@ -413,7 +419,7 @@ def chance(scores: CompositionScores, *, k: int = 1) -> dict[str, float]:
     """What random scores get, n seen and m unseen pairs competing (a column of -inf does not compete).
 
     Extremes min(k/n, 1) and min(k/m, 1); for k = 1 also auc 1/(2nm), best_hm 2/(√n + √m)², and the accuracies of a pair
-    drawn at random. Only metrics that `evaluate` also gives.
+    drawn at random. Only metrics that `evaluate` also gives, and none of a side on which no candidate competes.
     """
     alive = (scores.scores > -np.inf).any(0)
     n, m = int((alive & scores.seen).sum()), int((alive & ~scores.seen).sum())
@@ -423,9 +429,9 @@ def chance(scores: CompositionScores, *, k: int = 1) -> dict[str, float]:
         lines["best_seen"] = min(k / n, 1.0)
     if n_unseen and m:
         lines["best_unseen"] = min(k / m, 1.0)
-    if k == 1:
-        if len(lines) == 2:
-            lines |= {"auc": 1 / (2 * n * m), "best_hm": 2 / (math.sqrt(n) + math.sqrt(m)) ** 2}
+    if k == 1 and len(lines) == 2:
+        lines |= {"auc": 1 / (2 * n * m), "best_hm": 2 / (math.sqrt(n) + math.sqrt(m)) ** 2}
+    if k == 1 and n + m:
         pairs = np.asarray(scores.pairs)
         lines["pair_acc"] = 1 / (n + m)
         for name, part in (("attr_acc", 0), ("obj_acc", 1)):

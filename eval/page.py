@@ -58,7 +58,7 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], title: str) -
     page = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return page.substitute(
         title=text(title),
-        summary=_summary(runs),
+        summary=_summary(runs, comparisons),
         nav="".join(f'<a href="#{text(i)}">{text(name)}</a>' for i, name, _ in sections),
         body="\n".join(
             f'<section id="{text(i)}"><h2>{text(name)}</h2>{body}</section>'
@@ -85,13 +85,13 @@ The <b>exact</b> curve is for comparing rows of this page; published numbers use
 """
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     """One line: how many of what."""
     parts: list[str] = []
     for noun, names in (
         ("backbone", {r.backbone for r in runs}),
         ("method", {r.name for r in runs}),
-        ("data set", {r.dataset for r in runs}),
+        ("data set", {c.question.dataset for c in comparisons} or {r.dataset for r in runs}),
     ):
         shown = ", ".join(sorted(names)) if len(names) <= 8 else ""
         parts.append(

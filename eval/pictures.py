@@ -12,11 +12,6 @@ from eval.errors import RunError
 from eval.markup import data_image, text
 from eval.runs import Run
 
-SKIPPED_WORDS = frozenset(
-    {"<start_of_text>", "<end_of_text>", "<s>", "</s>", "<pad>", "[SOS]", "[EOS]", "[PAD]"}
-)
-"""Not words of the caption, so they get no picture."""
-
 
 def pictures_of(run: Run) -> str:
     """All pictures of a run."""
@@ -60,17 +55,16 @@ def _attention(path: Path) -> str:
             f"{path} must hold image (H, W, 3) uint8 and weights (words, rows, columns), but they are {image.dtype} "
             f"{image.shape} and {weights.shape} for {len(words)} words"
         )
-    caption = caption or " ".join(word for word in words if word not in SKIPPED_WORDS)
+    caption = caption or " ".join(words)
     height, width = image.shape[:2]
     small = " pixels" if max(height, width) < 160 else ""
     looks = [
         f'<li><span class="look{small}" style="aspect-ratio:{width}/{height}"></span><small>image</small></li>'
     ]
     for word, weight in zip(words, weights, strict=True):
-        if word not in SKIPPED_WORDS:
-            veil = f'<img src="{data_image(_png(_veil(weight)))}" alt="where “{text(word)}” looks">'
-            look = f'<span class="look{small}" style="aspect-ratio:{width}/{height}">{veil}</span>'
-            looks.append(f"<li>{look}{text(word)}</li>")
+        veil = f'<img src="{data_image(_png(_veil(weight)))}" alt="where “{text(word)}” looks">'
+        look = f'<span class="look{small}" style="aspect-ratio:{width}/{height}">{veil}</span>'
+        looks.append(f"<li>{look}{text(word)}</li>")
     return (
         f'<div class="shot" style="--picture:url({data_image(_png(image))})"><b>{text(caption)}</b>'
         f'<span class="soft">{text(score)}</span><ul class="looks">{"".join(looks)}</ul></div>'

@@ -45,7 +45,7 @@ def report(
         out: page.render(found, comparisons, title),
         out.with_suffix(".md"): markdown(comparisons),
         out.with_suffix(".csv"): to_csv(comparisons),
-        out.with_suffix(".json"): json.dumps(metrics(found, k=k), indent=1, ensure_ascii=False),
+        out.with_suffix(".json"): json.dumps(metrics(comparisons), indent=1, ensure_ascii=False),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():

@@ -69,7 +69,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """Name of the data set."""
+        """Name of the data set it was trained on; what a table was scored on is `scored_on`."""
         return str(_dataset(self.facts))
 
     @property
@@ -81,7 +81,8 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Settings with dotted names that make this method what it is: no seeds, devices or paths."""
         named: dict[str, Any] = {n: self.facts.get(n) or {} for n in ("config", "head", "train")}
-        flat = dict(_flat({**named, "trained_on": self.facts.get("task")}))
+        named |= {"trained_on": self.facts.get("task"), "trained_data": self.dataset}
+        flat = dict(_flat(named))
         return {key: value for key, value in flat.items() if key.split(".")[-1] not in NOT_CONFIG}
 
 
@@ -100,12 +101,20 @@ def _dataset(facts: Mapping[str, Any]) -> str | None:
     return facts.get("dataset") or spec.get("name")
 
 
+def scored_on(run: Run, table: Table) -> str:
+    """Name of the data set whose items a table holds: its own record of the cache, else the run's data set."""
+    record: dict[str, Any] = table.meta.get("run") or {}
+    cache: dict[str, Any] = record.get("cache") or {}
+    spec: dict[str, Any] = cache.get("dataset") or {}
+    return str(spec.get("name") or run.dataset)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Question:
     """What a table answers. Numbers with different questions never share a table.
 
     Attributes:
-        dataset: name of the data set.
+        dataset: name of the data set it was scored on.
         kind: czsl, matching or retrieval.
         variant: "2×2" or "1×2" for matching, the direction for retrieval where it is known.
         split, world: of the score table; the world is empty outside CZSL.
@@ -245,7 +254,7 @@ def question(run: Run, table: Table) -> Question:
             else "\0".join(values.ravel().tolist()).encode()
         )
     return Question(
-        run.dataset,
+        scored_on(run, table),
         kind,
         variant,
         table.split,

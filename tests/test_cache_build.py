@@ -1,24 +1,29 @@
 """Building: what is stored, at once or in pieces, bad pictures, bad numbers, and one builder at a time."""
 
+import errno
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from stand_in import StandIn, dataset
 from torch import Tensor
 
 from cache_builder import FeatureCache, build
 from cache_builder.backbones import clip
 from cache_builder.build import cache_spec
+from cache_builder.datasets.base import Dataset
 from cache_builder.errors import (
     BadInput,
     BadOutput,
+    CacheCorrupt,
     CacheError,
     CacheIncomplete,
     CacheLocked,
@@ -26,6 +31,7 @@ from cache_builder.errors import (
     CacheNotFound,
     UnknownName,
 )
+from cache_builder.images import BadImage, UnsafeName
 from cache_builder.lock import locked
 
 Make = Callable[..., FeatureCache]
@@ -110,6 +116,35 @@ def test_a_lost_chunk_of_a_finished_cache_is_filled_in_again(make_cache: Make) -
     assert not FeatureCache.open(cache.path).verify().problems
 
 
+def test_a_cut_chunk_of_a_finished_cache_is_written_again(make_cache: Make) -> None:
+    cache = make_cache()
+    file = cache.chunks.file("image/patches", 2)
+    file.write_bytes(file.read_bytes()[:-2])
+    assert make_cache().digest() == cache.digest()
+    assert FeatureCache.open(cache.path).verify().ok
+
+
+def test_a_cache_that_lost_its_header_is_not_built_over(make_cache: Make) -> None:
+    cache = make_cache()
+    header = (cache.path / "zarr.json").read_bytes()
+    (cache.path / "zarr.json").unlink()
+    before = {p: p.stat().st_size for p in cache.path.rglob("*") if p.name != "lock"}
+    for use in (make_cache, lambda: FeatureCache.open(cache.path)):
+        with pytest.raises(CacheCorrupt, match=r"header .*zarr\.json is lost.* restore .* remove"):
+            use()
+    assert {p: p.stat().st_size for p in cache.path.rglob("*") if p.name != "lock"} == before
+    (cache.path / "zarr.json").write_bytes(header)
+    assert make_cache().digest() == cache.digest()
+
+
+def test_a_copy_without_the_lock_is_a_cache_to_the_builder_too(make_cache: Make) -> None:
+    cache = make_cache()
+    (cache.path / "lock").unlink()
+    cache.chunks.file("image/patches", 1).unlink()
+    assert make_cache().digest() == cache.digest()
+    assert FeatureCache.open(cache.path).verify().ok
+
+
 def test_a_lost_small_array_needs_a_new_cache(make_cache: Make) -> None:
     make_cache().chunks.file("text/string", 0).unlink()
     with pytest.raises(CacheIncomplete, match=r"text/string .*remove the cache"):
@@ -165,6 +200,93 @@ def test_a_picture_that_cannot_be_used_is_quarantined(make_cache: Make) -> None:
     with pytest.raises(KeyError, match=r"'i8' \(picture 8 is cut off\)"):
         cache.rows("image", ["i1", "i8"])
     assert cache.verify().ok
+
+
+def failing(image: int, error: Exception) -> Dataset:
+    """Pictures of which one raises `error` when it is opened."""
+    data = dataset()
+
+    def fail() -> Image.Image:
+        raise error
+
+    images = [replace(r, open=fail) if r.id == f"i{image}" else r for r in data.images]
+    return replace(data, images=tuple(images))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO])
+def test_a_failing_machine_stops_the_build_and_condemns_no_picture(
+    make_cache: Make, fast_path: Path, number: int
+) -> None:
+    with pytest.raises(CacheError, match=r"image 'i3' could not be read \(.*repeat") as info:
+        make_cache(dataset=failing(3, OSError(number, os.strerror(number))))
+    assert os.strerror(number) in str(info.value)
+    assert FeatureCache.open(fast_path / "demo.zarr", allow_building=True).quarantined == {}
+    assert make_cache().digest() == make_cache("whole.zarr").digest()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(n, "no") for n in (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ELOOP)),
+        OSError("image file is truncated"),
+        BadImage("not a picture"),
+        UnsafeName("leads out"),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_with_the_file_itself_condemns_it(make_cache: Make, error: Exception) -> None:
+    assert make_cache(dataset=failing(3, error)).quarantined == {"i3": str(error)}
+
+
+def test_a_picture_repaired_between_two_halves_stays_in_quarantine(make_cache: Make) -> None:
+    first = int(np.random.default_rng(0).permutation(13)[1])  # row 1, in the first batch
+    broken = dataset(bad=(first,))
+    whole = make_cache("whole.zarr", dataset=broken)
+    with pytest.raises(Stop):
+        make_cache(dataset=broken, backbone=stopping_after(4))  # 3 batches of texts, 1 of images
+    cache = make_cache(dataset=dataset())
+    assert list(cache.quarantined) == [f"i{first}"]
+    for stream in ("image/pooled", "image/patches", "image/prefix"):
+        assert np.isnan(cache.read(stream, np.array([1]))).all(), stream
+    assert cache.digest() == whole.digest()
+
+
+def test_a_chunk_is_synced_then_named_then_listed(
+    make_cache: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache()
+    manifest, folder = cache.path / "manifest.jsonl", cache.path / "image/pooled/c/0"
+    values = np.frombuffer((folder / "0").read_bytes(), "<f2").reshape(
+        cache.layout("image/pooled").chunk_shape
+    )
+    listed = len(manifest.read_bytes().splitlines())
+    events: list[tuple[str, str, int]] = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def note(what: str, name: str) -> None:
+        events.append((what, name, len(manifest.read_bytes().splitlines()) - listed))
+
+    def sync(handle: int) -> None:
+        places = (manifest, folder, *folder.iterdir())
+        (place,) = [p for p in places if os.path.samestat(p.stat(), os.fstat(handle))]
+        note("fsync", place.name)
+        if place.suffix == ".part":
+            assert place.read_bytes() == values.tobytes()  # nothing is left in a buffer
+        real_sync(handle)
+
+    def rename(old: Path, new: Path) -> None:
+        note("rename", Path(new).name)
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    cache.write_chunk("image/pooled", 0, values)
+    assert events == [
+        ("fsync", "0.part", 0),
+        ("rename", "0", 0),
+        ("fsync", "0", 0),  # the folder, whose name is 0 too
+        ("fsync", "manifest.jsonl", 1),
+    ]
 
 
 def test_a_whole_batch_may_be_quarantined(make_cache: Make) -> None:

@@ -37,6 +37,7 @@ def test_build_says_what_it_will_do_and_what_it_did(
     shown = capsys.readouterr().out
     assert "images/s" in shown
     assert f"cache: {fast_path / 'c.zarr'}" in shown
+    assert FeatureCache.open(fast_path / "c.zarr").header.backbone_name == "clip:demo"
     assert main(command) == 0
     assert "finished already, nothing to do" in capsys.readouterr().out
 

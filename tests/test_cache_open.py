@@ -1,9 +1,12 @@
 """Opening and verifying: a cache is refused unless it is whole, of a known version, intact, and what was asked for."""
 
+import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from stand_in import StandIn, dataset
 
 from cache_builder import FeatureCache
+from cache_builder.cli import add_verbs
 from cache_builder.errors import (
     CacheCorrupt,
     CacheError,
@@ -86,6 +90,33 @@ def test_an_unfinished_cache_says_how_far_it_is_and_how_to_go_on(make_cache: Mak
     ):
         FeatureCache.open(cache.path)
     assert len(FeatureCache.open(cache.path, allow_building=True).pending()) == 3
+
+
+def test_the_command_in_messages_says_again_what_was_asked(make_cache: Make) -> None:
+    backbone = StandIn()
+    compute = "bfloat16, nn.MultiheadAttention"
+    backbone.spec = backbone.spec.model_copy(update={"compute": compute})
+    data = replace(dataset(), root="my photos", options={"world": "open", "scale": 0.5})
+    cache = make_cache(
+        "a cache.zarr",
+        dataset=data,
+        backbone=backbone,
+        order_seed=7,
+        storage="fp32",
+        backbone_name="stand_in:../my models/x@a file",
+    )
+    words = shlex.split(FeatureCache.open(cache.path).chunks.command)
+    parser = argparse.ArgumentParser()
+    add_verbs(parser.add_subparsers())
+    assert words.pop(0) == "headstart"
+    args = parser.parse_args(words)
+    assert args.backbone == "stand_in:../my models/x@a file"
+    assert (args.dataset, args.root) == ("stand_in", Path("my photos"))
+    assert args.set == ['world="open"', "scale=0.5"]
+    assert (args.dtype, args.order_seed, args.store) == ("bfloat16", 7, "fp32")
+    assert (tuple(args.streams), args.out) == (cache.streams, cache.path)
+    unnamed = make_cache("b.zarr", dataset=data, backbone=backbone, order_seed=7, storage="fp32")
+    assert unnamed.digest() == cache.digest()
 
 
 EXAMPLE = CacheSpec(
@@ -240,6 +271,31 @@ def test_verify_looks_at_all_other_files_too(
     problems = FeatureCache.open(cache.path).verify().problems
     assert len(problems) == 1
     assert message.replace("the content", "content") in problems[0]
+
+
+def test_edited_or_lost_tasks_are_never_used(make_cache: Make) -> None:
+    cache = make_cache()
+    file = cache.path / "tasks.json"
+    file.write_bytes(file.read_bytes().replace(b"red", b"rad"))
+    with pytest.raises(
+        CacheCorrupt, match=r"tasks\.json is not the file that was written; restore"
+    ):
+        _ = FeatureCache.open(cache.path).tasks
+    file.unlink()
+    with pytest.raises(CacheCorrupt, match=r"tasks\.json is gone; restore"):
+        _ = FeatureCache.open(cache.path).tasks
+
+
+def test_other_pixels_under_the_same_names_change_the_digest_not_the_fingerprint(
+    make_cache: Make,
+) -> None:
+    data = dataset()
+    swapped = tuple(
+        replace(r, open=o.open) for r, o in zip(data.images, reversed(data.images), strict=True)
+    )
+    one, other = make_cache("a.zarr"), make_cache("b.zarr", dataset=replace(data, images=swapped))
+    assert one.fingerprint == other.fingerprint
+    assert one.digest() != other.digest()
 
 
 def test_the_digest_tells_contents_apart_and_places_not(make_cache: Make) -> None:

@@ -71,6 +71,44 @@ def test_every_draw_keeps_the_sizes_of_its_groups():
     assert len({tuple(w) for w in weights.tolist()}) > 20
 
 
+def test_seen_and_unseen_images_keep_their_shares_in_every_draw():
+    """All seen-labelled images right, all others wrong: only a draw of other shares could move the accuracy."""
+    t = composition()
+    right = np.where(t.seen_labelled, t.target, (t.target + 1) % 6)
+    sure = CompositionScores(np.eye(6)[right], t.target, t.pairs, t.seen, "test", "logit")
+    interval = bootstrap.intervals([sure], resamples=100)["pair_acc"]
+    assert (interval.estimate, interval.low, interval.high) == (0.5, 0.5, 0.5)
+
+
+def test_a_second_caption_that_always_agrees_narrows_no_interval():
+    """Captions of one image are drawn together, also where they are no neighbours."""
+    one = gallery(q=150)
+    order = np.random.default_rng(1).permutation(300)
+    scores, right = (np.repeat(x, 2, axis=0)[order] for x in (one.scores, one.positives))
+    two = RetrievalScores(scores, right, "cosine")
+    a, b = (bootstrap.intervals([t], resamples=2000)["recall@1"] for t in (one, two))
+    assert b.estimate == pytest.approx(a.estimate)
+    assert b.high - b.low == pytest.approx(a.high - a.low, rel=0.1)
+
+
+def test_images_that_ask_for_their_captions_are_drawn_one_by_one():
+    right = np.repeat(np.eye(5, dtype=bool), 2, axis=1)
+    table = RetrievalScores(np.zeros((5, 10)), right, "cosine")
+    assert bootstrap.clusters(table).tolist() == list(range(5))
+
+
+def test_queries_are_drawn_together_along_chains_of_shared_answers():
+    right = np.zeros((6, 5), dtype=bool)
+    for query, candidate in [(0, 4), (1, 3), (2, 3), (2, 2), (4, 2), (4, 4)]:
+        right[query, candidate] = True  # 0-4-2-1; 3 and 5 have no right answer
+    table = RetrievalScores(np.zeros((6, 5)), right, "cosine")
+    assert bootstrap.clusters(table).tolist() == [0, 0, 0, 3, 0, 5]
+    weights = next(bootstrap.draws(np.zeros(6, dtype=int), 40, 0, bootstrap.clusters(table)))
+    assert (weights[:, [0, 1, 2, 4]] == weights[:, :1]).all()
+    assert (weights[:, [0, 3, 5]].sum(1) == 3).all()
+    assert bootstrap.clusters(pairs_of_captions(n=4)).tolist() == [0, 1, 2, 3]
+
+
 def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     groups = np.zeros(10, dtype=int)
     whole = np.concatenate(list(bootstrap.draws(groups, 6, 0)))

@@ -1,5 +1,6 @@
 """CZSL against the slow loop written from the definition, and against the legacy procedure step by step."""
 
+import inspect
 import itertools
 import warnings
 from typing import Any
@@ -468,3 +469,28 @@ def test_integer_scores_and_pairs_by_name_are_taken():
     )
     assert t.scores.dtype == np.float64
     assert evaluate(t)["obj_acc"] == 1
+
+
+def test_an_unknown_curve_is_refused():
+    """Without the type checks of the tests, which a user does not have."""
+    t = composition(np.eye(2), [0, 1], [True, False])
+    with pytest.raises(ScoreTableError, match=r"no curve 'exakt'; did you mean 'exact'.*legacy"):
+        inspect.unwrap(evaluate)(t, curve="exakt")
+    with pytest.raises(ScoreTableError, match=r"no curve 'x' \(known: exact, legacy\)"):
+        inspect.unwrap(evaluate)(t, curve="x")
+
+
+@pytest.mark.parametrize(
+    ("dead", "absent"),
+    [
+        ([True, True], {"auc", "best_hm", "best_seen", "best_unseen", "pair_acc", "attr_acc"}),
+        ([True, False], {"auc", "best_hm", "best_seen"}),
+        ([False, True], {"auc", "best_hm", "best_unseen"}),
+    ],
+)
+def test_without_a_candidate_there_is_no_chance(dead, absent):
+    t = composition(np.where(dead, -np.inf, np.eye(2)), [0, 1], [True, False])
+    found = czsl.chance(t)
+    assert not set(found) & absent
+    assert set(found) < set(evaluate(t))
+    assert ("pair_acc" in found) == (not all(dead))

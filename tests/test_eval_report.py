@@ -195,6 +195,43 @@ def test_tables_of_other_items_worlds_or_splits_are_other_comparisons(tmp_path):
     assert titles[-1] == "retrieval · partial · toy_world · test"
 
 
+def scored_elsewhere(run: Path, table, dataset: str) -> None:
+    """A further table of a run, of another cache than it was trained on."""
+    record = json.loads((run / "run.json").read_text())
+    record["cache"] = CACHE | {"dataset": {"name": dataset}}
+    score_io.save(table, run / "scores-elsewhere.zarr", run=record)
+
+
+def test_a_table_belongs_to_the_data_set_it_was_scored_on(tmp_path):
+    """Trained on toy_world, scored also on mit_states, whose items happen to be equal here."""
+    root = tmp_path / "runs"
+    scored_elsewhere(write_run(root, "a"), czsl_table(1), "mit_states")
+    write_run(root, "b", cache=CACHE | {"dataset": {"name": "mit_states"}})
+    found = [c for c in compare(read_runs([root])) if c.curve == "exact"]
+    rows = {c.question.dataset: [row.group.runs[0].method for row in c.rows] for c in found}
+    assert rows == {"mit_states": ["a", "b"], "toy_world": ["a"]}
+    assert set(metrics(found)["clip:demo"]["a"]["0"]) == {
+        f"{name}/czsl/test/closed" for name in ("mit_states", "toy_world")
+    }
+    only = root / "c-seed0"
+    (root / "a-0-seed0").rename(only)
+    (only / "scores-test.zarr").rename(tmp_path / "gone.zarr")
+    text = report([only], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    assert "1 data set (mit_states)" in text
+
+
+def test_seeds_trained_on_other_data_are_no_seeds_of_one_row(tmp_path):
+    root = tmp_path / "runs"
+    for seed, trained in enumerate(("toy_world", "photos")):
+        facts = {"cache": CACHE | {"dataset": {"name": trained}}}
+        scored_elsewhere(write_run(root, "a", seed, **facts), czsl_table(seed), "mit_states")
+    found = next(c for c in compare(read_runs([root])) if c.question.dataset == "mit_states")
+    assert [row.group.method for row in found.rows] == [
+        "a (trained_data=toy_world)",
+        "a (trained_data=photos)",
+    ]
+
+
 def test_the_score_space_keeps_rows_apart(tmp_path):
     root = tmp_path / "runs"
     write_run(root, "a", 0, {"1": czsl_table(0, space="cosine")})
@@ -323,7 +360,7 @@ def test_signed_differences_show_their_interval():
 
 
 def test_metrics_are_nested_by_backbone_method_seed_and_task(runs):
-    found = metrics(read_runs([runs]))
+    found = metrics(compare(read_runs([runs])))
     entry = found["clip:demo"]["tf_local"]["1"]["toy_world/czsl/test/closed"]
     assert entry["metrics"] == czsl.evaluate(czsl_table(1, 3))
     assert entry["legacy_metrics"] == czsl.evaluate(czsl_table(1, 3), curve="legacy")
@@ -342,9 +379,33 @@ def test_two_tables_of_one_task_are_told_apart_by_their_items(tmp_path):
             "2": RetrievalScores(np.eye(3), np.eye(3, dtype=bool), "cosine"),
         },
     )
-    tasks = metrics(read_runs([tmp_path]))["clip:demo"]["a"]["0"]
+    tasks = metrics(compare(read_runs([tmp_path])))["clip:demo"]["a"]["0"]
     assert len(tasks) == 2
     assert len([key for key in tasks if key.startswith("toy_world/retrieval/test/")]) == 1
+
+
+def test_each_of_two_tables_of_one_task_has_its_own_legacy_metrics(tmp_path):
+    tables = {"1": czsl_table(0), "2": czsl_table(1, ids=[f"i{i}" for i in range(Q)])}
+    write_run(tmp_path, "a", tables=tables)
+    tasks = metrics(compare(read_runs([tmp_path])))["clip:demo"]["a"]["0"]
+    found = {entry["metrics"]["auc"]: entry["legacy_metrics"] for entry in tasks.values()}
+    assert found == {
+        czsl.evaluate(t)["auc"]: czsl.evaluate(t, curve="legacy") for t in tables.values()
+    }
+
+
+def test_the_json_has_metrics_that_only_one_seed_has(tmp_path):
+    """`bias_at_best_hm` is absent where unbounded: no cell of the row, but a number of the other seed."""
+    for seed, scores in enumerate((czsl_table(0).scores, np.zeros((Q, C)))):
+        table = CompositionScores(scores, TARGET, PAIRS, np.arange(C) < 4, "test", "logit")
+        write_run(tmp_path, "a", seed, {"1": table})
+    comparisons = compare(read_runs([tmp_path]))
+    assert "bias_at_best_hm" not in comparisons[0].rows[0].cells
+    seeds = metrics(comparisons)["clip:demo"]["a"]
+    first, second = (seeds[s]["toy_world/czsl/test/closed"]["metrics"] for s in "01")
+    assert first == czsl.evaluate(czsl_table(0))
+    assert "bias_at_best_hm" in first
+    assert "bias_at_best_hm" not in second
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -398,6 +459,16 @@ def test_the_page_says_what_every_number_needs(files):
     assert all('role="img" aria-label="' in svg for svg in re.findall(r"<svg [^>]*>", text))
 
 
+def test_a_training_panel_says_whose_it_is(tmp_path):
+    root, history = tmp_path / "runs", [{"step": i, "loss": 1.0 / i} for i in (1, 2)]
+    write_run(root, "tf_local", history=history, label="ours", task="czsl")
+    write_run(root, "late_maxsim", history=history)
+    text = report([root], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    for name, task in (("ours", ", czsl"), ("late_maxsim", "")):
+        assert f"<b>{name} · clip:demo</b>{task}, toy_world: one line a seed" in text
+        assert f'aria-label="Training of {name} · clip:demo{task}"' in text
+
+
 def test_the_numbers_of_a_plot_come_with_it(files):
     text = files[0].read_text(encoding="utf-8")
     data = {
@@ -418,7 +489,12 @@ def test_the_numbers_of_a_plot_come_with_it(files):
 def test_words_from_files_cannot_become_markup(tmp_path):
     evil = "<img src=x onerror=alert(1)>\x07"
     write_run(
-        tmp_path, "a", backbone=evil, dataset='"><script>', label=evil, note="</code><script>"
+        tmp_path,
+        "a",
+        backbone=evil,
+        cache={"dataset": {"name": '"><script>'}},
+        label=evil,
+        note="</code><script>",
     )
     text = report([tmp_path], tmp_path / "r.html")[0].read_text(encoding="utf-8")
     page = Page(text)
@@ -429,24 +505,25 @@ def test_words_from_files_cannot_become_markup(tmp_path):
 def attention(path: Path, **change) -> None:
     arrays = {
         "image": np.full((8, 12, 3), 90, np.uint8),
-        "words": np.array(["<start_of_text>", "red", "cup", "<end_of_text>"]),
-        "weights": np.arange(24, dtype=np.float32).reshape(4, 2, 3),
-        "caption": np.array("red cup"),
+        "words": np.array(["red", "cup"]),
+        "weights": np.arange(12, dtype=np.float32).reshape(2, 2, 3),
+        "caption": np.array("a red cup"),
         "score": np.float32(0.25),
     } | change
     path.parent.mkdir(exist_ok=True)
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
 
 
-def test_pictures_show_every_word_but_no_special_token(tmp_path):
+def test_pictures_show_every_word_and_whose_they_are(tmp_path):
     run = write_run(tmp_path / "runs", "tf_local")
     attention(run / "pictures" / "a.npz")
-    attention(run / "pictures" / "b.npz", caption=None, score=None, weights=np.zeros((4, 2, 3)))
+    attention(run / "pictures" / "b.npz", caption=None, score=None, weights=np.zeros((2, 2, 3)))
     imsave(run / "pictures" / "c.png", np.zeros((3, 5, 3), np.uint8))
     text = report([run], tmp_path / "r.html")[0].read_text(encoding="utf-8")
-    assert 'red cup</b><span class="soft"> · score 0.250' in text
-    assert text.count("where “red” looks") == 2
-    assert "end_of_text" not in text
+    assert "<h3>tf_local · clip:demo, toy_world, seed 0</h3>" in text
+    assert '<b>a red cup</b><span class="soft"> · score 0.250' in text
+    assert '<b>red cup</b><span class="soft"></span>' in text
+    assert [text.count(f"where “{word}” looks") for word in ("red", "cup")] == [2, 2]
     assert 'alt="c"' in text
     assert Page(text).fetched == []
 
@@ -464,7 +541,7 @@ def test_a_veil_is_clear_where_the_word_looks_most():
     ("change", "message"),
     [
         ({"weights": None}, "weights"),
-        ({"weights": np.zeros((3, 2, 3))}, r"\(3, 2, 3\) for 4 words"),
+        ({"weights": np.zeros((3, 2, 3))}, r"\(3, 2, 3\) for 2 words"),
         ({"image": np.zeros((8, 12, 3))}, "float64"),
     ],
 )

@@ -22,8 +22,8 @@ class ImageRecord:
 
     Attributes:
         id: unique within the data set.
-        open: returns the decoded RGB picture; raises `OSError` or `ValueError` for a file that cannot be used, which
-            the build then quarantines.
+        open: returns the decoded RGB picture; raises `ValueError`, or an `OSError` about the file itself, if it cannot
+            be used, which the build then quarantines.
 
     """
 

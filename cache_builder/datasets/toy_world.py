@@ -258,11 +258,11 @@ class _Making:
 
 
 def _number(key: str, value: object) -> float:
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or value < 0 or (key == "scale" and not 0 < value <= 100):
-        wish = "a number above 0 and at most 100" if key == "scale" else "a whole number from 0"
-        raise DatasetError(f"toy_world's {key} is {value!r}; it must be {wish}")
-    return float(value)
+    number = float(value) if isinstance(value, int | float) and value is not True else -1.0
+    if 0 < number <= 100 if key == "scale" else number >= 0 and number.is_integer():
+        return number
+    wish = "a number above 0 and at most 100" if key == "scale" else "a whole number from 0"
+    raise DatasetError(f"toy_world's {key} is {value!r}; it must be {wish}")
 
 
 def _counts(tasks: Tasks) -> dict[str, str]:
