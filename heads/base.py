@@ -5,7 +5,7 @@ below one of the bases here. Hyper-parameters come in through `Config`, facts ab
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -77,9 +77,17 @@ class Head(nn.Module, ABC):
     def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
         """Score of query i with candidate i."""
 
+    def n_trained(self) -> int:
+        """How many numbers training decides."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar training loss, and parts of it worth logging (detached)."""
         raise TypeError(f"{type(self).__module__} has nothing to train by gradient")
+
+    def candidates(self) -> Sequence[Any]:
+        """Configurations that a closed-form head is solved under; the best on validation stays. One: its own."""
+        return (self.config,)
 
     def solve(self, batch: Batch, seed: int) -> dict[str, float]:
         """Fit in closed form (or by a solver) on the whole training set as one batch."""

@@ -1,4 +1,4 @@
-"""`headstart`: train · score · compare · demo, and the verbs of the other rooms.
+"""`headstart`: train · score · list · demo, and the verbs of the other rooms.
 
 Nothing heavy is imported here: `headstart --help` answers at once, torch comes with the verb that needs it.
 """
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CacheError, ScoreTableError, HeadError) as error:
         print(f"headstart {args.verb}: {error}", file=sys.stderr)
         return 1
-    except FileNotFoundError as error:
-        what = f"there is no {error.filename}" if error.filename else error
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
         print(f"headstart {args.verb}: {what}", file=sys.stderr)
         return 1
     return 0
@@ -149,7 +149,7 @@ def _train(args: argparse.Namespace) -> None:
 
     sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
     settings = read_settings(args.config, sets)
-    cache = FeatureCache.open(args.cache)
+    cache = FeatureCache.open(args.cache, check="read")
     task = task_of(cache, args.task)
     seed = parse(TrainConfig, settings["train"], "train").seed
     out = args.out or Path("runs", f"{args.method}-{args.cache.stem}-{task}-seed{seed}")
@@ -178,7 +178,7 @@ def _score(args: argparse.Namespace) -> None:
         args.run,
         split=args.split,
         world=args.world,
-        cache=FeatureCache.open(args.cache) if args.cache else None,
+        cache=FeatureCache.open(args.cache, check="read") if args.cache else None,
         task=args.task,
         rerank=args.rerank,
         allow_missing=args.allow_missing,
@@ -195,10 +195,10 @@ def _score(args: argparse.Namespace) -> None:
 def _draw(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache, load_dataset
     from heads.pictures import save_attention
-    from heads.runs import read_run
+    from heads.runs import read_run, trained_cache
 
     record = read_run(args.run)
-    cache = FeatureCache.open(args.cache or record["cache"]["path"])
+    cache = FeatureCache.open(args.cache, check="read") if args.cache else trained_cache(record)
     dataset = load_dataset(
         cache.spec.dataset.name, cache.header.root or None, **cache.header.options
     )

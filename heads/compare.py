@@ -108,7 +108,7 @@ def compare(
 
 def _run(job: Job) -> None:
     torch.set_num_threads(job.threads)
-    cache = FeatureCache.open(job.cache)
+    cache = FeatureCache.open(job.cache, check="read")
     entry = job.entry
     trained = train_run(
         cache,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder import build, load_backbone, load_dataset
-from eval.report import comparison_table, report
+from eval.report import report
 from heads.compare import Entry, Question, compare
 from heads.errors import RunExists
 from heads.pictures import save_attention
@@ -82,4 +82,6 @@ def run(out: str | Path, *, scale: float = 1.0, epochs: int = EPOCHS, seeds: int
     page, *tables, figures = report(runs, out / "report.html", title="headstart demo: toy_world")
     named = figures.rename(out / "metrics.json")
     files = {"report": page, **{f"tables ({p.suffix[1:]})": p for p in tables}, "metrics": named}
-    return Demo(comparison_table(runs), {**files, "caches": out / "caches", "runs": out / "runs"})
+    (markdown,) = (p for p in tables if p.suffix == ".md")
+    text = markdown.read_text(encoding="utf-8")
+    return Demo(text, {**files, "caches": out / "caches", "runs": out / "runs"})

@@ -41,7 +41,8 @@ class Plan:
     Attributes:
         images: image rows of each example, (E, 1) or (E, 2).
         captions: text rows of each example for one epoch, (E, T); T = 0 when all batches share their candidates.
-        true: (image row, text row) of every true match; what is in here is never a negative.
+        true: (image row, text row) of every true match; what is in here is never a negative. None with shared
+            candidates, where `target` says it all.
         labels: of each example's image.
         target: column of each example, with shared candidates.
         pairs: (C, 2) labels of the shared candidates, and `prompts` (C,) their text rows.
@@ -52,7 +53,7 @@ class Plan:
     images: Int[np.ndarray, "e i"]
     captions: Captions
     text_rows: Int[np.ndarray, " t"]
-    true: Int[np.ndarray, "m 2"]
+    true: Int[np.ndarray, "m 2"] | None = None
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     target: Int[np.ndarray, " e"] | None = None
     pairs: Int[np.ndarray, "c 2"] | None = None
@@ -113,7 +114,7 @@ class Loader:
         big = [s for s in self.source.on_disk if s.startswith("image/")]
         self.pools = PoolReader(data.cache, big[0], ram_limit) if big else None
         self.shared = self._shared_candidates()
-        self.true = _TrueMatches(data, self.plan.true)
+        self.true = None if self.plan.true is None else _TrueMatches(data, self.plan.true)
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -158,6 +159,7 @@ class Loader:
         queries = self.source.images(images.reshape(-1), given)
         if self.shared is not None:
             return self._labelled(index, queries, self.shared)
+        assert self.true is not None
         texts = captions[index]
         rows = texts.reshape(-1) if self.paired_negatives else texts.T.reshape(-1)
         target = np.arange(images.size)
@@ -263,7 +265,6 @@ def _composition(data: CompositionData, negatives: Negatives) -> Plan:
         images=data.images[:, None],
         captions=lambda _: none,
         text_rows=data.prompts,
-        true=np.stack([data.images, data.prompts[data.target]], axis=1),
         labels={"attr": data.attr, "obj": data.obj},
         target=data.target,
         pairs=data.pair_index,

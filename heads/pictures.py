@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import Dataset
@@ -28,6 +28,9 @@ LARGEST = 224
 
 SPECIAL = re.compile(r"<[^<>]+>")
 """Start, end and padding: tokens that are no words."""
+
+RESIZE_MODE = re.compile(r'"resize_mode": "(\w+)"')
+"""Within a cache's `preprocessing`: open_clip's word for how a picture becomes a square."""
 
 
 def save_attention(
@@ -73,7 +76,7 @@ def save_attention(
         path = folder / f"{len(paths):02d}-{name}.npz"
         np.savez(
             path,
-            image=_square(picture, cropped="CenterCrop" in cache.spec.backbone.preprocessing),
+            image=_square(picture, cache.spec.backbone.preprocessing),
             words=np.array([words[i] for i in kept]),
             weights=weights[kept].reshape(len(kept), side, side),
             caption=np.array(cache.texts[int(text)]),
@@ -110,11 +113,10 @@ def _items(data: TaskData) -> list[tuple[str, np.ndarray, np.ndarray]]:
     ]
 
 
-def _square(picture: Image.Image, *, cropped: bool) -> UInt8[np.ndarray, "s s 3"]:
-    """The part of the picture that the patch grid covers: its centre square, or all of it squashed."""
-    side = min(picture.size)
-    if cropped:
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-    side = min(side, LARGEST)
-    return np.asarray(picture.convert("RGB").resize((side, side)))
+def _square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3"]:
+    """What the patch grid covers: the centre square, all of it padded, or (also by default) all of it squashed."""
+    found = RESIZE_MODE.search(preprocessing)
+    mode = found[1] if found else "squash"
+    side = min(*picture.size, LARGEST)
+    shapes = {"shortest": ImageOps.fit, "longest": ImageOps.pad}
+    return np.asarray(shapes.get(mode, Image.Image.resize)(picture.convert("RGB"), (side, side)))

@@ -65,6 +65,8 @@ def train_run(
 ) -> Trained:
     """Train a method on a cache's train split, select on its val split, and keep the result in `out`.
 
+    A head without training needs no train split, and reads none.
+
     Args:
         cache: a sealed feature cache.
         method: a file of `heads/methods`, or the dotted name of a module with `Config` and `Head`.
@@ -81,6 +83,9 @@ def train_run(
     out = Path(out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise RunExists(f"{out} already exists; choose another --out, or remove it")
+    out.mkdir(
+        parents=True, exist_ok=True
+    )  # an unwritable place is found before training, not after
     module = load_method(method)
     settings = settings or {}
     head_config = parse(module.Config, settings.get("head", {}), "head")
@@ -88,7 +93,8 @@ def train_run(
     task = task_of(cache, task)
     _check_task(module.Head, method, task)
     check_streams(cache, module.Head.needs(head_config), method)
-    data = load_task(cache, task, "train", allow_missing=True)
+    trains = module.Head.training_kind != "none"
+    data = load_task(cache, task, "train", allow_missing=True) if trains else None
     validation = (
         load_task(cache, task, "val", allow_missing=True)
         if "val" in splits_of(cache, task)
@@ -98,14 +104,16 @@ def train_run(
 
     seed_everything(train_config.seed)
     head: Head = module.Head(head_config, context_of(cache)).to(train_config.torch_device())
-    batches = Loader(
-        data,
-        head.needs(head_config),
-        batch_size=train_config.batch_size,
-        seed=train_config.seed,
-        negatives=train_config.negatives,
-        device=train_config.torch_device(),
-    )
+    batches = None
+    if data is not None:
+        batches = Loader(
+            data,
+            head.needs(head_config),
+            batch_size=train_config.batch_size,
+            seed=train_config.seed,
+            negatives=train_config.negatives,
+            device=train_config.torch_device(),
+        )
     validate = _validator(validation, head) if validation is not None else None
     result = fit(head, batches, train_config, validate=validate, progress=progress)
     record = {
@@ -113,20 +121,23 @@ def train_run(
         **({"label": label} if label else {}),
         "task": task,
         "seed": train_config.seed,
-        "head": head_config.model_dump(mode="json"),
+        "head": head.config.model_dump(mode="json"),
         "train": train_config.model_dump(mode="json"),
         "device": str(train_config.torch_device()),
-        "parameters": sum(p.numel() for p in head.parameters() if p.requires_grad),
-        "examples": {"train": len(data), "val": len(validation) if validation is not None else 0},
+        "parameters": head.n_trained(),
+        "examples": {
+            "train": len(data) if data else 0,
+            "val": len(validation) if validation else 0,
+        },
         "dropped": {
-            "train": len(data.dropped),
+            "train": len(data.dropped) if data else 0,
             "val": len(validation.dropped) if validation else 0,
         },
         "selected_on": f"val {train_config.select}" if validation is not None else None,
         "best": result.best,
         "steps": result.steps,
         "seconds": round(result.seconds, 3),
-        "data_wait_seconds": round(batches.waited, 3),
+        "data_wait_seconds": round(batches.waited, 3) if batches else 0.0,
         "versions": versions(),
         "commit": git_commit(),
         "cache": describe_cache(cache),
@@ -156,14 +167,15 @@ def score_run(
     Args:
         run: the run's directory.
         split, world, task: what to score; `task` is the trained one unless given.
-        cache: where from; None opens the one trained on.
+        cache: where from; None opens the one trained on. The tables of another one carry its name.
         rerank: for retrieval: the head scores only the K best by cached cosine.
         allow_missing: drop examples of quarantined images, which marks the table partial.
         block: queries and candidates held at once.
         head: the run's head, if it is already loaded.
 
     Returns:
-        The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`.
+        The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`,
+        `RUN/scores-OTHERCACHE-test.zarr`.
 
     Raises:
         RunExists: a table is already there.
@@ -171,10 +183,12 @@ def score_run(
     """
     run = Path(run)
     record = read_run(run)
-    cache = cache or FeatureCache.open(record["cache"]["path"])
+    cache = cache or trained_cache(record)
     task = task or record["task"]
     directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
+    scored = describe_cache(cache)
     parts = [
+        *([cache.path.stem] if scored["digest"] != record["cache"]["digest"] else []),
         *([task] if task != record["task"] else []),
         split,
         *(["open"] if world == "open" and task == "czsl" else []),
@@ -193,7 +207,7 @@ def score_run(
         scores = score(
             head, data, block=block, direction=direction or "t2i", rerank=rerank, source=source
         )
-        score_io.save(scores, path, run={"run": run.name, **record})
+        score_io.save(scores, path, run={"run": run.name, **record, "cache": scored})
     return list(paths.values())
 
 
@@ -211,12 +225,28 @@ def read_run(run: str | Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["task"], record["cache"]["path"]
+        _ = record["task"], record["cache"]["path"], record["cache"]["digest"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointMismatch(
             f"{path} is no record of a run ({error!r}); train it again"
         ) from error
     return record
+
+
+def trained_cache(record: Mapping[str, Any]) -> FeatureCache:
+    """Open the cache that a run was trained on; chunks are compared with their checksums as they are read.
+
+    Raises:
+        CheckpointMismatch: what lies at its path now holds something else.
+    """
+    cache = FeatureCache.open(record["cache"]["path"], check="read")
+    found, trained = cache.digest(), record["cache"]["digest"]
+    if found != trained:
+        raise CheckpointMismatch(
+            f"{cache.path} is no longer the cache this run was trained on: its content digest is {found[:12]}, it was "
+            f"{trained[:12]}; name the cache to score on (--cache), or train again"
+        )
+    return cache
 
 
 def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
@@ -249,9 +279,13 @@ def _validator(data: TaskData, head: Head):
     return lambda head: metrics(head, data, source=source)
 
 
-def _settled(config: TrainConfig, data: TaskData, validation: TaskData | None) -> TrainConfig:
+def _settled(
+    config: TrainConfig, data: TaskData | None, validation: TaskData | None
+) -> TrainConfig:
     """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
-    negatives = usual_negatives(data) if config.negatives == "auto" else config.negatives
+    negatives = config.negatives
+    if negatives == "auto":
+        negatives = usual_negatives(data) if data else "none"
     select = config.select
     if select is None and validation is not None:
         select = _selection(validation)

@@ -23,8 +23,6 @@ from heads.features import Features
 DERIVED = {"text/ids": "text/tokens", "text/mask": "text/tokens"}
 """Streams that come with another one."""
 
-ITEM_BYTES = {"fp16": 2, "fp32": 4}
-
 
 def quarter_of_free_memory() -> int:
     """A quarter of the memory the system calls available, in bytes; 1 GiB where it does not say."""
@@ -183,13 +181,11 @@ class Source:
         return values.float() if values.is_floating_point() else values.long()
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
-        if stream == "text/ids":
-            return 8 * len(rows) * self.cache.shape("text/tokens")[0]
-        width = ITEM_BYTES.get(self.cache.spec.storage, 4)
-        if stream == "text/tokens":
-            tokens = int(self.cache.read_ragged("text/ids", rows)[1][-1]) if len(rows) else 0
-            return tokens * self.cache.shape(stream)[-1] * width
-        return len(rows) * int(np.prod(self.cache.shape(stream))) * width
+        n = len(rows)
+        if _is_ragged(stream):
+            offsets = self.cache.offsets
+            n = int((offsets[rows + 1] - offsets[rows]).sum())
+        return n * self.cache.layout(stream).row_bytes
 
 
 def _is_ragged(stream: str) -> bool:

@@ -218,8 +218,9 @@ def _usable(
     if bad and not allow:
         first = "; ".join(f"{i}: {quarantined[i]}" for i in list(bad)[:3])
         raise TaskError(
-            f"{len(bad)} images of these examples are quarantined in {cache.path} ({first}); repair the files and "
-            "build again, or drop the examples with allow_missing=True (--allow-missing), which marks it partial"
+            f"{len(bad)} images of these examples are quarantined in {cache.path} ({first}); repair the files, "
+            "remove the cache and build again, or drop the examples with allow_missing=True (--allow-missing), which "
+            "marks it partial"
         )
     if not kept:
         raise TaskError(f"all {len(dropped)} examples are of images quarantined in {cache.path}")

@@ -4,8 +4,8 @@
 
 The checks follow the list in docs/design.md: reads only what it declares · every trainable parameter gets a
 gradient and is saved · candidates permute · one query and one candidate work · `paired` is the diagonal of
-`forward` · padding is invisible · rows do not see each other · state round-trips bit for bit · bf16 stays finite ·
-frozen stays frozen · same seed, same start.
+`forward` · padding is invisible · rows do not see each other · state round-trips bit for bit · bf16 stays finite and
+unrounded · frozen stays frozen · same seed, same start.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,9 @@ D, N, W, L, V = 8, 7, 10, 4, 9
 
 TOLERANCE = 2e-5
 """Largest difference allowed where only the shape of a float32 matrix product changed, for scores of order 1 to 100."""
+
+HALF_TOLERANCE = 2e-3
+"""The same under bf16: half a step of bf16, so a final product in half precision is caught."""
 
 
 class NotConforming(AssertionError):
@@ -317,10 +320,18 @@ def _bf16_stays_finite(head: Head) -> None:
     want = head(*sides)
     with torch.autocast("cpu", torch.bfloat16):
         got = head(*sides)
+        pairs = _sides(head, B, B)
+        diagonal, paired = head(*pairs).diagonal(), head.paired(*pairs)
     _require(
         torch.equal(torch.isfinite(want), torch.isfinite(got)),
         head,
         "scores under bf16 are not finite",
+    )
+    _require(
+        torch.allclose(diagonal.float(), paired.float(), rtol=HALF_TOLERANCE, atol=HALF_TOLERANCE),
+        head,
+        f"under bf16 `paired` must be the diagonal of `forward`, within {HALF_TOLERANCE:g}; they differ by "
+        f"{_gap(diagonal, paired)}, as scores that are rounded to bf16 do",
     )
 
 

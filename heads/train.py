@@ -95,7 +95,13 @@ class TrainConfig(BaseModel):
         """The device meant by `device`."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"train.device {self.device!r} cannot be used here: {reason}"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,7 @@ def seed_everything(seed: int) -> None:
 
 def fit(
     head: Head,
-    batches: Loader,
+    batches: Loader | None,
     config: TrainConfig,
     *,
     validate: Validate | None = None,
@@ -139,14 +145,15 @@ def fit(
 
     Args:
         head: freshly built under `seed_everything(config.seed)`, so that the same seed gives the same weights.
-        batches: the training data.
+        batches: the training data; None for a head without training.
         config: the recipe.
         validate: metrics of the head on held-out data, larger is better; called after every epoch and at the end.
         progress: show a bar.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite; names the step. Nothing is skipped.
-        ConfigError: the head has no trainable parameter, or `select` is no metric that validation returns.
+        ConfigError: the head has no trainable parameter or no data, `select` is no metric that validation returns, or
+            there is `patience` but no validation to wait for.
     """
     started = time.perf_counter()
     seed_everything(config.seed)
@@ -154,6 +161,13 @@ def fit(
     head.to(device)
     if head.training_kind != "gradient":
         return _fit_without_gradient(head, batches, config, validate, started)
+    if batches is None:
+        raise ConfigError(f"{type(head).__module__} is trained by gradient, but got no batches")
+    if config.patience is not None and validate is None:
+        raise ConfigError(
+            f"train.patience is {config.patience}, but there is no validation to wait for; give the data set a val "
+            "split, or leave patience out"
+        )
 
     optimizer = torch.optim.AdamW(
         _parameter_groups(head, config.weight_decay),
@@ -216,18 +230,31 @@ def fit(
 
 
 def _fit_without_gradient(
-    head: Head, batches: Loader, config: TrainConfig, validate: Validate | None, started: float
+    head: Head,
+    batches: Loader | None,
+    config: TrainConfig,
+    validate: Validate | None,
+    started: float,
 ) -> FitResult:
-    """Solve a closed-form head on the whole set; a head without parameters is left as it is."""
+    """Solve a closed-form head on the whole set, under each configuration it offers if there is validation to choose.
+
+    A head without parameters is left as it is. `step` counts the configurations.
+    """
     history: list[dict[str, Any]] = []
-    if head.training_kind == "closed_form":
-        history.append(
-            {"step": 0, **head.solve(batches.all().to(config.torch_device()), config.seed)}
-        )
     best = _Best(config.select)
-    if validate is not None:
-        history.append(_validation(head, validate, 0, 0))
-        best.offer(head, history[-1])
+    offered = [head.config] if validate is None else head.candidates()
+    whole = None
+    if head.training_kind == "closed_form":
+        if batches is None:
+            raise ConfigError(f"{type(head).__module__} is solved on data, but got no batches")
+        whole = batches.all().to(config.torch_device())
+    for step, head.config in enumerate(offered):
+        if whole is not None:
+            history.append({"step": step, **head.solve(whole, config.seed)})
+        if validate is not None:
+            history.append(_validation(head, validate, step, 0))
+            best.offer(head, history[-1])
+    best.restore(head)
     head.eval()
     return FitResult(history, best.record, time.perf_counter() - started, 0)
 
@@ -247,6 +274,7 @@ class _Best:
         self.metric, self.value, self.stale = metric, -math.inf, 0
         self.record: dict[str, float | int] = {}
         self.state: dict[str, Tensor] = {}
+        self.config: Any = None
 
     def offer(self, head: Head, record: dict[str, Any]) -> None:
         metrics: dict[str, float] = record["validation"]
@@ -260,9 +288,11 @@ class _Best:
             self.value, self.stale = metrics[self.metric], 0
             self.record = {"step": record["step"], "epoch": record["epoch"], **metrics}
             self.state = {k: v.detach().cpu().clone() for k, v in head.state_dict().items()}
+            self.config = head.config
 
     def restore(self, head: Head) -> None:
-        if self.state:
+        if self.record:
+            head.config = self.config
             head.load_state_dict(self.state)
 
 

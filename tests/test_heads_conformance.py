@@ -114,6 +114,14 @@ class Overflowing(Honest):
         return x / (x.dtype == torch.float32)
 
 
+class Rounded(Honest):
+    def forward(self, queries: Any, candidates: Any) -> Tensor:
+        return 30 * (self.embed_queries(queries) @ self.embed_candidates(candidates).T)
+
+    def paired(self, queries: Any, candidates: Any) -> Tensor:
+        return 30 * super().paired(queries, candidates)
+
+
 class TrainsTheReadout(Honest):
     def __init__(self, config: HeadConfig, context: Any) -> None:
         super().__init__(config, context)
@@ -140,6 +148,7 @@ def test_an_honest_head_passes() -> None:
         (OtherPairs, "diagonal"),
         (Unsaved, "bit for bit"),
         (Overflowing, "bf16"),
+        (Rounded, "under bf16 `paired` must be the diagonal"),
         (TrainsTheReadout, "readout/image/proj is frozen"),
     ],
 )

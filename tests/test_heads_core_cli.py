@@ -1,20 +1,25 @@
 """The whole path on the command line: train, score, and refusals in one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from drawn import make_drawn
+from drawn import drawn, make_drawn
 
-from cache_builder import FeatureCache
+from cache_builder import FeatureCache, build
+from cache_builder.backbones import clip
+from cache_builder.datasets.base import Tasks
 from eval import score_io
 from heads import checkpoint
 from heads.cli import main
+from heads.errors import CheckpointMismatch, TaskError
 from heads.runs import read_run, score_run, train_run
 
 SMALL = ["head.layers=1", "head.dim=8", "head.heads=2", "head.ffn=12"]
@@ -120,7 +125,7 @@ def test_nothing_is_overwritten(
         (["zero_shot", "--task", "composed"], "no task 'composed'"),
         (["linear_probe", "--task", "matching"], "linear_probe works on czsl, not on matching"),
         (["tf_local", "--task", "czsl", "--set", "head.layer=1"], "did you mean 'layers'"),
-        (["zero_shot", "--task", "czsl", "--config", "no.toml"], "there is no no.toml"),
+        (["zero_shot", "--task", "czsl", "--config", "no.toml"], "no.toml: No such file"),
         (["no.such.module", "--task", "czsl"], "no module 'no.such.module'"),
     ],
 )
@@ -147,11 +152,72 @@ def test_a_missing_cache_or_run_is_said(tmp_path: Path, capsys: pytest.CaptureFi
 def test_dropped_training_images_are_counted(tmp_path: Path) -> None:
     cache = make_drawn(tmp_path / "c.zarr", broken=("train2", "val5"))
     settings: dict[str, dict[str, Any]] = {"head": {}, "train": {"device": "cpu"}}
-    run = train_run(cache, "zero_shot", tmp_path / "run", task="czsl", settings=settings)
+    run = train_run(cache, "linear_probe", tmp_path / "run", task="czsl", settings=settings)
     assert run.record["dropped"] == {"train": 1, "val": 1}
     assert run.record["examples"] == {"train": 36, "val": 12}
     (path,) = score_run(run.path, split="val", allow_missing=True)
     assert score_io.load(path).meta["partial"] is True
+
+
+def test_a_table_is_of_the_cache_it_was_scored_on(cache: FeatureCache, tmp_path: Path) -> None:
+    other = make_drawn(tmp_path / "other.zarr", order_seed=1)
+    assert other.digest() != cache.digest()
+    run = tmp_path / "run"
+    assert train(cache, run, "zero_shot", "--task", "matching") == 0
+    for path in (cache.path, other.path):
+        assert main(["score", str(run), "--cache", str(path)]) == 0
+    for name, scored in (("scores-test.zarr", cache), ("scores-other-test.zarr", other)):
+        meta = score_io.load(run / name).meta
+        assert meta["run"]["cache"]["digest"] == scored.digest()
+        assert meta["run"]["cache"]["path"] == str(scored.path)
+        assert meta["run"]["cache"]["dataset"]["name"] == "drawn"
+
+
+def test_a_cache_that_changed_since_training_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "drawn.zarr"
+    trained = make_drawn(path)
+    run = train_run(trained, "zero_shot", tmp_path / "run", task="matching")
+    shutil.rmtree(path)
+    now = make_drawn(path, order_seed=1)
+    with pytest.raises(CheckpointMismatch) as caught:
+        score_run(run.path)
+    for digest in (trained.digest(), now.digest()):
+        assert digest[:12] in str(caught.value)
+    assert "--cache" in str(caught.value)
+
+
+@pytest.mark.parametrize("verb", ["train", "score"])
+def test_a_flipped_byte_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    cache = make_drawn(tmp_path / "c.zarr")
+    run = tmp_path / "run"
+    if verb == "score":
+        assert train(cache, run, "zero_shot", "--task", "matching") == 0
+        capsys.readouterr()
+    file = cache.chunks.file("image/pooled", 0)
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    if verb == "train":
+        assert train(cache, run, "zero_shot", "--task", "matching") == 1
+    else:
+        assert main(["score", str(run)]) == 1
+    assert "chunk 0 of image/pooled is damaged" in said(capsys)
+
+
+def test_a_head_without_training_needs_no_train_split(tmp_path: Path) -> None:
+    whole = drawn()
+    tasks = Tasks(matching=tuple(e for e in whole.tasks.matching if e.split == "test"))
+    path = tmp_path / "c.zarr"
+    cache = build(replace(whole, tasks=tasks), clip.tiny(), path, progress=False)
+    run = train_run(cache, "zero_shot", tmp_path / "run")
+    assert run.record["examples"] == {"train": 0, "val": 0}
+    assert run.record["selected_on"] is None
+    (table,) = score_run(run.path)
+    assert np.asarray(score_io.load(table).scores).shape == (5, 2)
+    with pytest.raises(TaskError, match="no matching examples of split 'train'"):
+        train_run(cache, "tf_local", tmp_path / "other")
 
 
 def test_training_from_a_cache_imports_no_backbone_library(

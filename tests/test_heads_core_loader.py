@@ -1,7 +1,7 @@
 """Tasks joined with rows, and the batches made of them."""
 
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +145,50 @@ def test_the_order_is_a_function_of_seed_and_epoch(cache: FeatureCache, ram: int
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
     assert order(1, 0) != order(2, 0)
+
+
+def test_block_shuffle_permutes_the_chunks_anew_every_epoch(cache: FeatureCache) -> None:
+    data = load_task(cache, "czsl", "train")
+    loader = Loader(data, BOTH, batch_size=1, seed=1, ram_limit=TOO_LITTLE)
+    assert loader.pools is not None
+    assert loader.pools.pool_chunks == 1
+    length = loader.pools.reader.chunk_rows
+
+    def chunks(epoch: int) -> list[int]:
+        rows = [
+            rows_of(batch.queries["image/pooled"], cache, "image/pooled")[0] // length
+            for batch in loader.epoch(epoch)
+        ]
+        return [row for row, _ in groupby(rows)]
+
+    found = [chunks(epoch) for epoch in range(3)]
+    stored = sorted(found[0])
+    assert len(stored) >= 4
+    assert all(sorted(order) == stored for order in found)  # each chunk in one piece
+    assert stored not in found
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_a_flipped_byte_is_found_by_block_shuffle(tmp_path: Path) -> None:
+    path = make_drawn(tmp_path / "c.zarr").path
+    cache = FeatureCache.open(path, check="read")
+    file = cache.chunks.file("image/patches", 1)
+    damaged = bytearray(file.read_bytes())
+    damaged[7] ^= 1
+    file.write_bytes(damaged)
+    data = load_task(cache, "czsl", "train")
+    loader = Loader(data, TOKENS, batch_size=4, seed=0, ram_limit=TOO_LITTLE)
+    with pytest.raises(CacheError, match="chunk 1 of image/patches is damaged"):
+        list(loader.epoch(0))
+
+
+def test_streams_are_taken_into_memory_up_to_their_exact_size(cache: FeatureCache) -> None:
+    rows = cache.rows("text", ["shared", "train echo 2"])
+    needs = Needs(frozenset(), frozenset({"text/tokens"}))
+    size = cache.read_ragged("text/tokens", rows)[0].nbytes
+    for limit, on_disk in ((size, ()), (size - 1, ("text/tokens",))):
+        source = Source(cache, needs, np.empty(0, np.int64), rows, ram_limit=limit)
+        assert source.on_disk == on_disk
 
 
 def test_compositions_compete_over_all_train_pairs_with_labels(cache: FeatureCache) -> None:

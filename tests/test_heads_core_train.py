@@ -138,6 +138,18 @@ def test_patience_stops_after_validations_without_a_new_best(cache: FeatureCache
     assert result.steps == 3 * 4
 
 
+def test_patience_without_validation_is_refused(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TOY.model_copy(update={"patience": 2})
+    with pytest.raises(ConfigError, match=r"train\.patience is 2, but there is no validation"):
+        fit(head, loader(cache, head, config), config, progress=False)
+
+
+def test_only_a_head_without_training_goes_without_batches(cache: FeatureCache) -> None:
+    with pytest.raises(ConfigError, match="got no batches"):
+        fit(linear(cache), None, TOY, progress=False)
+
+
 def test_an_unknown_selection_metric_names_those_there_are(cache: FeatureCache) -> None:
     head = linear(cache)
     config = TOY.model_copy(update={"select": "auc"})
@@ -201,6 +213,37 @@ def test_a_closed_form_head_is_solved_on_the_whole_set(cache: FeatureCache) -> N
     result = fit(head, batches, TOY, progress=False)
     assert result.steps == 0
     assert any(not torch.equal(before[name], value) for name, value in head.state_dict().items())
+
+
+def test_a_probe_keeps_the_penalty_that_is_best_on_validation(cache: FeatureCache) -> None:
+    module = load_method("linear_probe")
+    data = load_task(cache, "czsl", "train")
+    values = iter([0.1, 0.2, 0.9, 0.9, 0.3, 0.2, 0.1])
+    states: list[Tensor] = []
+
+    def validate(head: Head) -> dict[str, float]:
+        states.append(head.state_dict()["attr.weight"].clone())
+        return {"score": next(values)}
+
+    head = module.Head(module.Config(max_iter=9999), context_of(cache))
+    batches = Loader(data, head.needs(head.config), batch_size=4, seed=0)
+    result = fit(head, batches, TOY, validate=validate, progress=False)
+    solved = [record["C"] for record in result.history if "C" in record]
+    assert solved == [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0]
+    assert (head.config.C, result.best["step"]) == (1.0, 2)
+    assert torch.equal(head.state_dict()["attr.weight"], states[2])
+    assert not torch.equal(states[2], states[3])
+
+
+def test_a_penalty_that_is_set_is_not_searched(cache: FeatureCache) -> None:
+    module = load_method("linear_probe")
+    head = module.Head(module.Config(C=0.5), context_of(cache))
+    batches = Loader(
+        load_task(cache, "czsl", "train"), head.needs(head.config), batch_size=4, seed=0
+    )
+    result = fit(head, batches, TOY, validate=lambda _: {"score": 0.0}, progress=False)
+    assert [record["C"] for record in result.history if "C" in record] == [0.5]
+    assert head.config.C == 0.5
 
 
 def test_nothing_to_train_is_said(cache: FeatureCache) -> None:

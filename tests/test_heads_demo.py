@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from eval import score_io
+from eval.czsl import CompositionScores
 from heads.cli import main
 from heads.compare import Entry, Question, compare
 from heads.errors import ConfigError
+from heads.runs import score_run, train_run
 
 SMALL = {"layers": 2, "dim": 16, "heads": 2, "ffn": 16, "n_sampled": 1}
 ENTRIES = (
@@ -50,6 +53,22 @@ def test_a_comparison_refuses_other_samples_and_equal_labels(
         compare({"a": cache, "b": other}, ENTRIES, (0,), tmp_path)
     with pytest.raises(ConfigError, match=r"labels of their own.*local, local"):
         compare({"a": cache}, (ENTRIES[1], ENTRIES[1]), (0,), tmp_path)
+
+
+def test_a_trained_probe_beats_chance_on_held_out_images(fast_folder: Path) -> None:
+    dataset = load_dataset("toy_world", scale=0.05)
+    cache = build(dataset, load_backbone("clip:demo"), fast_folder / "e.zarr", progress=False)
+    settings = {"head": {"C": 1.0}, "train": {"device": "cpu"}}
+    run = train_run(
+        cache, "linear_probe", fast_folder / "probe", task="czsl", settings=settings, progress=False
+    )
+    (table,) = score_run(run.path)
+    scores = score_io.load(table)
+    assert isinstance(scores, CompositionScores)
+    right = scores.scores.argmax(1) == scores.target
+    assert len(right) >= 50
+    assert right.mean() > 30 / scores.scores.shape[1]  # thirty times chance
+    assert right[scores.seen[scores.target]].mean() > 0.3
 
 
 def test_the_demo_goes_from_pictures_to_a_report(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from heads import testing
 from heads.base import Context, Needs
 from heads.blocks.attention import Block
+from heads.blocks.readout import Readout
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.methods import tf_local, zero_shot
@@ -51,6 +53,28 @@ def batch_of(head: tf_local.Head) -> Batch:
     ignore = torch.zeros(3, 5, dtype=torch.bool)
     ignore[1, 4] = True
     return Batch(queries, candidates, torch.arange(3), ignore, torch.tensor([[3], [3], [4]]))
+
+
+def test_joint_space_reads_a_linear_layer_as_well_as_a_matrix() -> None:
+    """SigLIP-like text towers project with weight (D, V) and bias (D,) instead of a matrix (V, D)."""
+    readout = dict(CONTEXT.readout)
+    readout["text/proj.weight"] = readout.pop("text/proj").T.contiguous()
+    head = head_of(space="joint")
+    torch.manual_seed(0)
+    other = tf_local.Head(head.config, replace(CONTEXT, readout=readout)).eval()
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(other(*sides(head)), head(*sides(head)))
+    raw = sides(head)[1]["text/tokens"]
+    shift = torch.arange(float(testing.D))
+    plain = other.readout.joint("text", raw)
+    shifted = Readout({**readout, "text/proj.bias": shift}).joint("text", raw)
+    torch.testing.assert_close(shifted, plain + shift)
+
+
+def test_joint_space_without_a_projection_is_refused() -> None:
+    readout = {name: value for name, value in CONTEXT.readout.items() if name != "image/proj"}
+    with pytest.raises(ConfigError, match=r"needs readout/image/proj\.weight, but"):
+        tf_local.Head(tf_local.Config(space="joint"), replace(CONTEXT, readout=readout))
 
 
 # The equations, one token and one head at a time ---------------------------------------------------------------------

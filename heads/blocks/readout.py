@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cache_builder.readout import project_patches, project_tokens
 from heads.errors import ConfigError
 
 
@@ -16,7 +17,8 @@ class Readout(nn.Module):
     They belong to the cache, and a head's `Context` keeps a copy.
 
     Args:
-        tensors: name → value, e.g. `image/norm.weight` (W,), `image/proj` (W, D), `image/eps`, `logit_scale` (a log).
+        tensors: name → value, e.g. `image/norm.weight` (W,), `image/proj` (W, D) or
+            `text/proj.weight` (D, V) and `text/proj.bias` (D,) of a linear layer, `image/eps`, `logit_scale` (a log).
 
     """
 
@@ -58,7 +60,15 @@ class Readout(nn.Module):
         """Epsilon of the final norm."""
         return float(self[f"{side}/eps"])
 
-    def project(self, side: str, normed: Float[Tensor, "*b w"]) -> Float[Tensor, "*b d"]:
-        """Normed tokens into the joint space; not normalised."""
-        with torch.autocast(normed.device.type, enabled=False):
-            return normed.float() @ self[f"{side}/proj"]
+    def joint(self, side: str, raw: Float[Tensor, "b n w"]) -> Float[Tensor, "b n d"]:
+        """Raw tokens of tower `side` in the joint space, as its pooled token gets there; not normalised."""
+        self.joint_width(side)  # refuses a readout without projection
+        project = project_patches if side == "image" else project_tokens
+        with torch.autocast(raw.device.type, enabled=False):
+            return project({name: self[name] for name in self._names}, raw.float())
+
+    def joint_width(self, side: str) -> int:
+        """D of the projection of tower `side`."""
+        if f"{side}/proj" in self._names:
+            return self[f"{side}/proj"].shape[1]
+        return self[f"{side}/proj.weight"].shape[0]

@@ -4,12 +4,12 @@ Paper:      the linear-probe protocol of CLIP, arXiv 2103.00020 (ICML 2021), sec
 Reference:  scikit-learn LogisticRegression (lbfgs, max_iter 1000); log-probabilities equal its `predict_log_proba`.
 Symbols:    x → unit(`image/pooled`); C → `C`, the inverse L2 penalty; w_p, b_p → rows of `pair_weight`.
 Differs:    not a published CZSL method, so no published numbers. Of two classes scikit-learn stores one row w; here
-            they are ±w/2, the same probabilities. CLIP sweeps C on validation data; here C is a setting, swept by
-            the caller over `C_GRID`.
+            they are ±w/2, the same probabilities. CLIP sweeps C on a finer grid than `C_GRID`.
 Mode, cost: cache-only, `image/pooled`; (D+1)(A+O) parameters for `factorised`, (D+1)·P for `pair`; seconds to
             minutes on a CPU.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,10 @@ from heads.errors import ConfigError
 from heads.features import Batch, Features
 
 C_GRID = tuple(10.0**k for k in range(-2, 5))
-"""Values worth trying, one a decade (our choice; CLIP sweeps a finer log grid)."""
+"""Values that are tried, one a decade (our choice; CLIP sweeps a finer log grid)."""
+
+USUAL_C = 100.0
+"""Where there is no validation to choose by (our choice)."""
 
 
 class Config(HeadConfig):
@@ -45,10 +48,11 @@ class Config(HeadConfig):
         default="unit",
         description="embeddings as cached, with unit length, or with mean 0 and variance 1 per axis (O)",
     )
-    C: float = Field(
-        default=100.0,
+    C: float | None = Field(
+        default=None,
         gt=0,
-        description="inverse penalty, 1e-2 to 1e4; choose by validation AUC, e.g. one run per decade (O)",
+        description="inverse penalty; none: the best on validation of 1e-2 to 1e4, one a decade, or 100 without "
+        "validation (O)",
     )
     max_iter: int = Field(default=1000, ge=1, description="lbfgs iterations at most (C)")
     n_pairs: int = Field(
@@ -88,6 +92,16 @@ class Head(base.Head):
         """Pooled images; of candidates the labels alone."""
         return Needs(frozenset({"image/pooled"}), frozenset())
 
+    def n_trained(self) -> int:
+        """Weights and biases of the classifiers; they are buffers, because no gradient reaches them."""
+        classes = [m for m in self.modules() if isinstance(m, _Classes)]
+        return sum(c.weight.numel() + c.bias.numel() for c in classes)
+
+    def candidates(self) -> Sequence[Config]:
+        """Every C of the grid, smallest first, unless one is set."""
+        grid = C_GRID if self.config.C is None else (self.config.C,)
+        return tuple(self.config.model_copy(update={"C": c}) for c in grid)
+
     def solve(self, batch: Batch, seed: int) -> dict[str, float]:
         """Fit on the whole training set.
 
@@ -96,7 +110,7 @@ class Head(base.Head):
             seed: unused, lbfgs draws nothing; here because every closed-form head takes one.
 
         Returns:
-            Accuracy on the training images, and how many primitives had none.
+            C, accuracy on the training images, and how many primitives had none.
         """
         attr, obj = (batch.queries.labels[k].cpu().numpy() for k in ("attr", "obj"))
         pooled = batch.queries["image/pooled"].float()
@@ -106,7 +120,7 @@ class Head(base.Head):
             std = pooled.std(0, correction=0)
             self.get_buffer("std").copy_(torch.where(std > 0, std, torch.ones_like(std)))
         x = self._inputs(pooled).cpu().numpy()
-        report: dict[str, float] = {}
+        report: dict[str, float] = {"C": self.config.C or USUAL_C}
         if self.config.target == "factorised":
             for name, classes, labels in (("attr", self.attr, attr), ("obj", self.obj, obj)):
                 report[f"train_{name}_acc"] = self._fit(classes, x, labels)
@@ -138,7 +152,7 @@ class Head(base.Head):
         if len(found) == 1:  # nothing to tell apart: probability 1 for the only class
             classes.fill(found, np.zeros((1, x.shape[1])), np.zeros(1))
             return 1.0
-        model = LogisticRegression(C=self.config.C, max_iter=self.config.max_iter)
+        model: Any = LogisticRegression(C=self.config.C or USUAL_C, max_iter=self.config.max_iter)
         model.fit(x, labels)  # scikit-learn itself warns when `max_iter` is too small
         weight, bias = model.coef_, model.intercept_
         if len(found) == 2:

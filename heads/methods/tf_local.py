@@ -134,7 +134,9 @@ class Head(base.Head):
         )
         if self.a is None:
             return scores
-        return scores + self.a * (self._unit(queries, "image") @ self._unit(candidates, "text").T)
+        image, text = self._unit(queries, "image"), self._unit(candidates, "text")
+        with torch.autocast(image.device.type, enabled=False):  # half precision would make ties
+            return scores + self.a * (image @ text.T)
 
     def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
         """Row by row."""
@@ -179,8 +181,8 @@ class Head(base.Head):
         return self.scorer.encode_text(tokens, candidates["text/mask"])
 
     def _normed(self, side: str, raw: Tensor) -> Tensor:
-        normed = self.readout.norm(side, raw)
-        return self.readout.project(side, normed) if self.config.space == "joint" else normed
+        read = self.readout.joint if self.config.space == "joint" else self.readout.norm
+        return read(side, raw)
 
     def _unit(self, features: Features, side: str) -> Tensor:
         return F.normalize(features[f"{side}/pooled"].float(), dim=-1)
@@ -232,6 +234,6 @@ def _token_shapes(config: Config, context: Context) -> tuple[tuple[int, int], tu
     if config.keep_prefix:
         n += context.shapes["image/prefix"][0]
     if config.space == "joint":
-        w = context.readout["image/proj"].shape[1]
-        v = context.readout["text/proj"].shape[1]
+        readout = Readout(context.readout)
+        w, v = readout.joint_width("image"), readout.joint_width("text")
     return (n, w), (l, v)
