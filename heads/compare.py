@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from cache_builder import FeatureCache
@@ -108,6 +109,9 @@ def compare(
 
 def _run(job: Job) -> None:
     torch.set_num_threads(job.threads)
+    threadpool_limits(
+        job.threads
+    )  # scikit-learn's BLAS too: its idle threads spin and slow the worker beside it
     cache = FeatureCache.open(job.cache, check="read")
     entry = job.entry
     trained = train_run(

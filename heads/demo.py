@@ -17,7 +17,7 @@ from heads.pictures import save_attention
 
 BACKBONES = ("clip",)
 SEEDS = 3
-EPOCHS = 5
+EPOCHS = 4
 PICTURED = ("tf_local-seed0", "late_maxsim-seed0")
 
 SCORER = {"dim": 64, "heads": 4, "ffn": 128, "n_sampled": 2}
