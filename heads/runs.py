@@ -83,9 +83,6 @@ def train_run(
     out = Path(out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise RunExists(f"{out} already exists; choose another --out, or remove it")
-    out.mkdir(
-        parents=True, exist_ok=True
-    )  # an unwritable place is found before training, not after
     module = load_method(method)
     settings = settings or {}
     head_config = parse(module.Config, settings.get("head", {}), "head")
@@ -102,6 +99,8 @@ def train_run(
     )
     train_config = _settled(train_config, data, validation)
 
+    # Made only now that nothing is wrong with the request, but before training: an unwritable place shows at once.
+    out.mkdir(parents=True, exist_ok=True)
     seed_everything(train_config.seed)
     head: Head = module.Head(head_config, context_of(cache)).to(train_config.torch_device())
     batches = None
