@@ -122,7 +122,10 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--scale", type=float, default=1.0, help="size of toy_world; below 1 for a quick look"
     )
     demo.add_argument(
-        "--epochs", type=int, default=4, help="per trained head (default: 4; 20 to converge)"
+        "--epochs",
+        type=int,
+        default=4,
+        help="per trained head (default: 4; the README's table: 20)",
     )
     demo.add_argument("--seeds", type=int, default=3, help="per trained head (default: 3)")
     demo.set_defaults(func=_demo)
