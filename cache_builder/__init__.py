@@ -24,8 +24,16 @@ __all__ = ["FeatureCache", "build", "load_backbone", "load_dataset"]
 LAZY = {"build": "cache_builder.build", "FeatureCache": "cache_builder.cache"}
 
 
-def load_backbone(name: str, *, dtype: str = "float32", device: str = "cpu") -> "Backbone":
+def load_backbone(
+    name: str, *, dtype: str = "float32", device: str = "cpu", compiled: bool = False
+) -> "Backbone":
     """A frozen backbone by `family:checkpoint`, e.g. `clip:ViT-B-32/openai`.
+
+    Args:
+        name: the file of the family, and what it loads.
+        dtype: it computes in it; float32, or bfloat16 or float16 by autocast.
+        device: torch's name of it.
+        compiled: run its blocks through torch.compile.
 
     Raises:
         UnknownName: no such family or device, or no checkpoint named.
@@ -41,7 +49,7 @@ def load_backbone(name: str, *, dtype: str = "float32", device: str = "cpu") -> 
         )
     module = find("cache_builder.backbones", family)
     _check_device(device)
-    return module.load(checkpoint, dtype=dtype, device=device)
+    return module.load(checkpoint, dtype=dtype, device=device, compiled=compiled)
 
 
 def load_dataset(name: str, root: str | Path | None = None, **options: Any) -> "Dataset":

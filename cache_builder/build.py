@@ -1,7 +1,7 @@
 """The one pass: every image and text once through a frozen backbone, into a cache that a kill cannot spoil.
 
-    files ── decode, preprocess ──▶ stack ──▶ encode ──▶ cast, check, scatter ──▶ whole chunks: crc, fsync ──▶ disk
-             `workers` threads     1 thread  this one   1 thread                 1 thread
+    files ── decode, look, prepare ──▶ stack ──▶ encode ──▶ cast, check, scatter ──▶ whole chunks: crc, fsync ──▶ disk
+             `workers` threads        1 thread  this one   1 thread                 1 thread
 
 Rows are cut into a fixed partition of batches, recorded in the cache. Whatever chunks are missing, the batches that
 touch them are encoded in order and their rows scattered into open chunks; a chunk is written when its last row has
@@ -9,44 +9,35 @@ arrived. Ragged text, chunks of different lengths, resuming, and equal bits howe
 all this one rule. Every hand-over is bounded, so memory does not grow with the data set.
 """
 
-import errno
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import chain
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_builder.backbones.base import Backbone
-from cache_builder.cache import Contents, FeatureCache
-from cache_builder.datasets.base import Dataset, ImageRecord
+from cache_builder.backbones.base import Backbone, Pixels
+from cache_builder.cache import FeatureCache
+from cache_builder.contents import contents
+from cache_builder.datasets.base import Dataset
 from cache_builder.durable import heal
-from cache_builder.errors import BadInput, CacheError, CacheIncomplete, UnknownName
+from cache_builder.errors import BadInput, BadOutput, CacheError, CacheIncomplete
 from cache_builder.filler import Batch, Filler
-from cache_builder.format import CHUNK_BYTES, DTYPES, Bad
+from cache_builder.format import CHUNK_BYTES, stream
 from cache_builder.header import check_spec, read_header
+from cache_builder.loading import AHEAD, Loading, attempt, each, pool, unusable
 from cache_builder.lock import clear_remnant, is_remnant, locked
-from cache_builder.spec import CacheSpec, DatasetSpec
+from cache_builder.request import cache_spec
+from cache_builder.spec import CacheSpec
+from cache_builder.views import VIEWS, crop_boxes, resize_for_crops
 
 log = logging.getLogger(__name__)
-
-AHEAD = 2
-"""Batches that wait at each hand-over, beside the one being worked on."""
-
-FILE_FAULTS = frozenset(
-    {
-        *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),
-        *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
-    }
-)
-"""System errors that one file is to blame for. Any other, say EMFILE, ENOMEM or EIO, may be gone at the next try."""
 
 
 def build(
@@ -57,6 +48,7 @@ def build(
     streams: Sequence[str] | None = None,
     batch_size: int = 64,
     storage: str = "fp16",
+    crops: str = "all",
     order_seed: int = 0,
     strict: bool = False,
     progress: bool = True,
@@ -72,9 +64,11 @@ def build(
     Args:
         dataset, backbone: what to encode, and with what.
         path: folder of the cache: new, or a cache of exactly the same spec.
-        streams: what to store; all that the backbone offers by default.
+        streams: what to store; all that the backbone offers by default. Besides, `image/block_<k>` (what enters
+            block k), `image/view_<view>/…` of these (see cache_builder/views.py), and `crop/pooled`.
         batch_size: rows encoded together. A cache begun with another one keeps it, and the log says so.
         storage: `fp16` or `fp32`.
+        crops: which windows `crop/pooled` holds: `all` or `fast`.
         order_seed: seed of the permutation image → row.
         strict: fail at the first image that cannot be used, instead of quarantining it.
         progress: show tqdm bars.
@@ -93,15 +87,30 @@ def build(
         CacheError: an image could not be read, and its file may not be to blame; what is finished is kept.
     """
     path = Path(path)
-    spec = cache_spec(dataset, backbone, streams=streams, storage=storage, order_seed=order_seed)
+    spec = cache_spec(
+        dataset, backbone, streams=streams, storage=storage, crops=crops, order_seed=order_seed
+    )
     if batch_size < 1 or workers < 1:
         raise CacheError(f"batch_size {batch_size} and workers {workers} must be at least 1")
     with locked(path):
         cache = _resumed(path, spec, batch_size)
         if cache is None:
-            cache = _created(path, spec, dataset, backbone, backbone_name, batch_size, chunk_bytes)
+            known = contents(spec, dataset, backbone, attempt=attempt, progress=progress)
+            if strict and known.bad:
+                raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
+            cache = FeatureCache.create(
+                path,
+                spec,
+                known,
+                batch_size=batch_size,
+                counts=dataset.counts,
+                root=dataset.root,
+                options=dataset.options,
+                backbone_name=backbone_name,
+                chunk_bytes=chunk_bytes,
+            )
         if strict and cache.quarantined:
-            first = _unusable(*next(iter(cache.quarantined.items())))
+            first = unusable(*next(iter(cache.quarantined.items())))
             raise BadInput(
                 f"{first} (in quarantine since an earlier build; remove {path} to try it again)"
             )
@@ -110,47 +119,14 @@ def build(
             if cache.state == "sealed":
                 cache.unseal()  # a chunk's file was lost or cut: repair
             _encode_texts(cache, backbone, progress)
-            _encode_images(cache, dataset, backbone, workers, strict, progress)
+            _encode_words(cache, backbone, progress)
+            _encode_pictures(cache, dataset, backbone, workers, strict, progress)
         if cache.state == "sealed":
             log.info("%s is finished and holds exactly this: nothing to do", path)
         else:
             _check_usable(cache)
             cache.seal()
     return FeatureCache.open(path)
-
-
-def cache_spec(
-    dataset: Dataset,
-    backbone: Backbone,
-    *,
-    streams: Sequence[str] | None = None,
-    storage: str = "fp16",
-    order_seed: int = 0,
-) -> CacheSpec:
-    """What the cache of such a build claims to be."""
-    wanted = tuple(sorted(backbone.streams if streams is None else set(streams)))
-    unknown = [s for s in wanted if s not in backbone.streams]
-    if unknown or not wanted:
-        raise UnknownName(
-            f"{backbone.spec.family} does not offer the streams {', '.join(unknown) or '(none asked for)'}; it offers "
-            f"{', '.join(sorted(backbone.streams))}"
-        )
-    if storage not in DTYPES:
-        raise UnknownName(f"no storage {storage!r} (known: {', '.join(DTYPES)})")
-    found = DatasetSpec(
-        name=dataset.name,
-        digest=dataset.digest(),
-        decode=dataset.decode,
-        n_images=len(dataset.images),
-        n_texts=len(dataset.texts),
-    )
-    return CacheSpec(
-        backbone=backbone.spec,
-        dataset=found,
-        streams=wanted,
-        storage=storage,
-        order_seed=order_seed,
-    )
 
 
 def _resumed(path: Path, spec: CacheSpec, batch_size: int) -> FeatureCache | None:
@@ -171,59 +147,6 @@ def _resumed(path: Path, spec: CacheSpec, batch_size: int) -> FeatureCache | Non
     return cache
 
 
-def _created(
-    path: Path,
-    spec: CacheSpec,
-    dataset: Dataset,
-    backbone: Backbone,
-    backbone_name: str,
-    batch_size: int,
-    chunk_bytes: int,
-) -> FeatureCache:
-    """A new cache: rows permuted, texts tokenised, so that all offsets are known before the first forward pass."""
-    order = np.random.default_rng(spec.order_seed).permutation(len(dataset.images))
-    texts = [t.text for t in dataset.texts]
-    ids, lengths, vocabulary = np.zeros(0, np.int32), np.zeros(0, np.int64), list[str]()
-    if "text/tokens" in spec.streams:
-        ids, lengths = _tokens(backbone, texts, batch_size)
-        vocabulary = backbone.vocabulary()
-    contents = Contents(
-        image_ids=[dataset.images[i].id for i in order],
-        text_ids=[t.id for t in dataset.texts],
-        texts=texts,
-        tasks=dataset.tasks,
-        readout={k: v.detach().float().cpu().numpy() for k, v in backbone.readout().items()},
-        token_ids=ids,
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        vocabulary=vocabulary,
-    )
-    return FeatureCache.create(
-        path,
-        spec,
-        contents,
-        batch_size=batch_size,
-        counts=dataset.counts,
-        root=dataset.root,
-        options=dataset.options,
-        backbone_name=backbone_name,
-        chunk_bytes=chunk_bytes,
-    )
-
-
-def _tokens(
-    backbone: Backbone, texts: Sequence[str], batch_size: int
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Ids of all tokens to store, one text after the other, and how many each text has."""
-    ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
-    lengths: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    for start in range(0, len(texts), batch_size):
-        batch = backbone.tokenize(texts[start : start + batch_size])
-        length = backbone.lengths(batch)
-        ids.append(batch[torch.arange(batch.shape[1]) < length[:, None]].numpy().astype(np.int32))
-        lengths.append(length.numpy().astype(np.int64))
-    return np.concatenate(ids), np.concatenate(lengths)
-
-
 def _check_small(cache: FeatureCache) -> None:
     """Arrays written at creation cannot be encoded again."""
     lost = [f"{array} ({chunk})" for array, chunk in cache.pending() if array not in cache.streams]
@@ -237,13 +160,9 @@ def _check_usable(cache: FeatureCache) -> None:
     bad, n = cache.quarantined, cache.spec.dataset.n_images
     if n and len(bad) == n:
         raise BadInput(
-            f"not one of the {n} images can be used; the first: {_unusable(*next(iter(bad.items())))}. "
+            f"not one of the {n} images can be used; the first: {unusable(*next(iter(bad.items())))}. "
             f"Repair them, remove {cache.path} and repeat"
         )
-
-
-def _unusable(name: str, reason: str) -> str:
-    return f"image {name!r} cannot be used: {reason}"
 
 
 def _encode_texts(cache: FeatureCache, backbone: Backbone, progress: bool) -> None:
@@ -257,7 +176,21 @@ def _encode_texts(cache: FeatureCache, backbone: Backbone, progress: bool) -> No
         _run(filler, map(batch, filler.batches), backbone.encode_texts, backbone.device, progress)
 
 
-def _encode_images(
+def _encode_words(cache: FeatureCache, backbone: Backbone, progress: bool) -> None:
+    """Fill the missing chunks of the word streams; rows are parts of words."""
+    with Filler(cache, "word") as filler:
+        if not filler.batches:
+            return
+        parts = cache.word_strings
+
+        def batch(rows: range) -> Batch:
+            ids = backbone.tokenize_words([parts[r] for r in rows])
+            return Batch(rows, ids, np.ones(len(rows), bool))
+
+        _run(filler, map(batch, filler.batches), backbone.encode_words, backbone.device, progress)
+
+
+def _encode_pictures(
     cache: FeatureCache,
     dataset: Dataset,
     backbone: Backbone,
@@ -265,58 +198,59 @@ def _encode_images(
     strict: bool,
     progress: bool,
 ) -> None:
-    """Fill the missing chunks of the image streams."""
+    """Fill the missing chunks of the image streams, views included, then those of the crops."""
     by_id = {record.id: record for record in dataset.images}
     records = [by_id[i] for i in cache.image_ids]
-    bad = set(cache.quarantined)  # once bad, always bad: a row must not differ between streams
+    found = [stream(s) for s in cache.streams]
+    blocks: dict[str, list[int]] = defaultdict(list)
+    for one in found:
+        if one.block is not None:
+            blocks[one.key.rpartition("/")[0]].append(one.block)
+    views = sorted({one.view for one in found if one.view is not None})
+    plain = any(one.side == "image" and one.view is None for one in found)
 
-    def load(record: ImageRecord) -> Tensor | str:
-        """Pixels, or why there are none."""
-        try:
-            return backbone.preprocess(record.open())
-        except (OSError, ValueError) as error:
-            # PIL's own OSErrors have no number: the picture is to blame.
-            if isinstance(error, OSError) and error.errno not in {None, *FILE_FAULTS}:
-                raise CacheError(
-                    f"image {record.id!r} could not be read ({error}), which may not be its file's fault, so the "
-                    f"build stopped; what is finished lies in {cache.path}: mend the cause and repeat, or, if it is "
-                    "the file, remove that"
-                ) from error
-            return str(error) or type(error).__name__
+    def looks(row: int, image: Image) -> dict[str, Image]:
+        shown = {f"view_{view}": VIEWS[view].apply(image) for view in views}
+        return {"": image, **shown} if plain else shown
 
-    def stack(rows: range, loads: Sequence[Future[Tensor | str] | None]) -> Batch:
-        """A batch; unusable pictures are recorded before any chunk that holds their rows."""
-        loaded = [future and future.result() for future in loads]
-        for row, found in zip(rows, loaded, strict=True):
-            if isinstance(found, str) and strict:
-                raise BadInput(_unusable(records[row].id, found))
-            if isinstance(found, str):
-                cache.quarantine(Bad(id=records[row].id, reason=found, row=row))
-        pixels = [found if isinstance(found, Tensor) else None for found in loaded]
-        good = np.array([p is not None for p in pixels])
-        some = next((p for p in pixels if p is not None), None)
-        if some is None:
-            return Batch(rows, None, good)
-        inputs = torch.stack([torch.zeros_like(some) if p is None else p for p in pixels])
-        return Batch(rows, inputs.pin_memory() if "cuda" in backbone.device else inputs, good)
+    def encode(inputs: Mapping[str, Pixels]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for home, pixels in inputs.items():
+            asked = {"blocks": blocks[home]} if blocks[home] else {}
+            streams = backbone.encode_images(pixels, **asked)
+            out |= {f"{home}/{k}" if home else k: v for k, v in streams.items()}
+        return out
 
-    with _pool(workers, "decode") as decoders, _pool(1, "stack") as stacker:
+    load = Loading(cache, records, backbone, workers, strict)
+    with Filler(cache, "image") as filler:
+        owner = np.arange(filler.n_rows)
+        _run(filler, load.batches(filler, owner, looks), encode, backbone.device, progress)
+    with Filler(cache, "crop") as filler:
+        if not filler.batches:
+            return
+        boxes, owner, bounds = cache.boxes(), cache.crop_owners(), cache.offsets("crop/box")
+        rule = cache.spec.rules["crop"].partition(":")[0]
 
-        def start(rows: range) -> Future[Batch]:
-            loads = [
-                None if records[r].id in bad else decoders.submit(load, records[r]) for r in rows
-            ]
-            return stacker.submit(stack, rows, loads)
+        def resized(row: int, image: Image) -> Image:
+            planned = boxes[bounds[row] : bounds[row + 1]].tolist()
+            if planned != [list(box) for box in crop_boxes(*image.size, rule)]:
+                raise BadOutput(
+                    f"image {records[row].id!r} has another size ({image.width} × {image.height}) than when its crops "
+                    "were planned: it has changed since; restore it, or remove the cache and repeat"
+                )
+            return resize_for_crops(image)
 
-        with Filler(cache, "image") as filler:
-            batches = _ahead(map(start, filler.batches))
-            _run(filler, batches, backbone.encode_images, backbone.device, progress)
+        def window(row: int, image: Image) -> dict[str, Image]:
+            return {"": image.crop(tuple(boxes[row].tolist()))}
+
+        batches = load.batches(filler, owner, window, resized)
+        _run(filler, batches, encode, backbone.device, progress)
 
 
 def _run(
     filler: Filler,
     batches: Iterable[Batch],
-    encode: Callable[[Tensor], dict[str, Tensor]],
+    encode: Callable[[Any], dict[str, Tensor]],
     device: str,
     progress: bool,
 ) -> None:
@@ -331,36 +265,16 @@ def _run(
             unit=filler.side,
             disable=not progress,
         ) as bar,
-        _pool(1, "store") as store,
+        pool(1, "store") as store,
     ):
         for batch in batches:
             outputs = None
             if batch.inputs is not None:
                 with torch.inference_mode():
-                    outputs = encode(batch.inputs.to(device, non_blocking=True))
+                    outputs = encode(each(batch.inputs, lambda t: t.to(device, non_blocking=True)))
             storing.append(store.submit(filler.take, batch, outputs))
             if len(storing) > AHEAD:
                 storing.popleft().result()
             bar.update(len(batch.rows))
         while storing:
             storing.popleft().result()
-
-
-def _ahead(futures: Iterator[Future[Batch]]) -> Iterator[Batch]:
-    """Results in order, with the next ones already begun."""
-    waiting: deque[Future[Batch]] = deque()
-    for future in chain(futures, [None] * AHEAD):
-        if future is not None:
-            waiting.append(future)
-        if waiting and (future is None or len(waiting) > AHEAD):
-            yield waiting.popleft().result()
-
-
-@contextmanager
-def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Threads that, at an error or Ctrl-C, finish what they have begun and drop the rest."""
-    pool = ThreadPoolExecutor(threads, name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

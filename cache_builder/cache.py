@@ -26,7 +26,7 @@ from cache_builder.chunks import Chunks, Values
 from cache_builder.datasets.base import Tasks
 from cache_builder.durable import append_line, make_folder, read_lines, sync_tree, write_durably
 from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete, UnknownIds, UnknownName
-from cache_builder.format import RAGGED, Bad, Layout
+from cache_builder.format import Bad, Layout
 from cache_builder.header import Header, check_spec, read_header, write_header
 from cache_builder.reader import ChunkReader, aligned_empty
 from cache_builder.spec import CacheSpec
@@ -35,23 +35,19 @@ from cache_builder.verify import VerifyReport, read_tasks, verify
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """All of a cache but its embeddings.
+    """All of a cache but its embeddings: what is known before the first forward pass.
 
     Attributes:
-        image_ids, text_ids, texts: in row order.
-        readout: name → frozen tensor between raw tokens and joint space.
-        token_ids, offsets: ids of the stored tokens, and where each text's begin; no tokens without `text/tokens`.
-        vocabulary: the string of every token id; empty without `text/tokens`.
+        tasks: what can be asked.
+        arrays: name → values, strings or numbers: `image/id`, `text/id`, `text/string`, `readout/…`, and, for ragged
+            streams, where each row's entries begin (`text/offsets`, `word/offsets`, `crop/offsets`, …). See
+            docs/cache-format.md.
+        bad: images that are known already to be unusable.
     """
 
-    image_ids: Sequence[str]
-    text_ids: Sequence[str]
-    texts: Sequence[str]
     tasks: Tasks
-    readout: Mapping[str, NDArray[np.float32]]
-    token_ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    vocabulary: Sequence[str] = ()
+    arrays: Mapping[str, Values]
+    bad: Sequence[Bad] = ()
 
 
 class FeatureCache:
@@ -95,22 +91,19 @@ class FeatureCache:
             chunk_bytes: aim for the largest chunks.
         """
         path = Path(path)
-        _check_unique(spec, "image", contents.image_ids)
-        _check_unique(spec, "text", contents.text_ids)
-        small: dict[str, Values] = {
-            "image/id": contents.image_ids,
-            "text/id": contents.text_ids,
-            "text/string": contents.texts,
-            **{f"readout/{k}": np.asarray(v, "<f4") for k, v in contents.readout.items()},
+        for side in ("image", "text"):
+            _check_unique(spec, side, contents.arrays[f"{side}/id"])
+        small = {name: _plain(values) for name, values in contents.arrays.items()}
+        known = {
+            name: (np.shape(v), str(v.dtype) if isinstance(v, np.ndarray) else "string")
+            for name, v in small.items()
         }
-        if "text/tokens" in spec.streams:
-            small["text/offsets"] = contents.offsets.astype("<i8")
-            small["text/ids"] = contents.token_ids.astype("<i4")
-            small["text/vocabulary"] = contents.vocabulary
-        shapes = {k: tuple(np.shape(v)) for k, v in contents.readout.items()}
-        layouts = fmt.plan(
-            spec, shapes, len(contents.token_ids), len(contents.vocabulary), chunk_bytes
-        )
+        totals = {
+            name.removesuffix("/offsets"): int(np.asarray(v)[-1])
+            for name, v in small.items()
+            if name.endswith("/offsets")
+        }
+        layouts = fmt.plan(spec, known, totals, chunk_bytes)
         make_folder(path)
         for layout in layouts.values():
             zarr.create_array(
@@ -127,6 +120,8 @@ class FeatureCache:
         write_durably(path / "tasks.json", tasks, sync=False)
         for journal in ("manifest.jsonl", "quarantine.jsonl"):
             write_durably(path / journal, b"", sync=False)
+        for bad in contents.bad:
+            append_line(path / "quarantine.jsonl", bad, sync=False)
         chunks = Chunks(path, layouts)
         for name, values in small.items():
             chunks.write_all(name, values)
@@ -164,7 +159,7 @@ class FeatureCache:
             check: "open" compares sizes as chunks are read; "read" also compares each chunk's checksum when first read.
 
         Raises:
-            CacheNotFound, CacheTooNew, CacheIncomplete, CacheMismatch, CacheCorrupt: see their messages.
+            CacheNotFound, CacheTooNew, CacheTooOld, CacheIncomplete, CacheMismatch, CacheCorrupt: see their messages.
         """
         path = Path(path)
         cache = cls(path, read_header(path), check)
@@ -195,7 +190,7 @@ class FeatureCache:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Names of the embedding streams, sorted; `text/ids` comes with `text/tokens`."""
+        """Names of the embedding streams, sorted; token ids come with `text/tokens` and `word/states`."""
         return self.spec.streams
 
     def layout(self, array: str) -> Layout:
@@ -203,9 +198,20 @@ class FeatureCache:
         return self.chunks.layout(array)
 
     def shape(self, stream: str) -> tuple[int, ...]:
-        """Shape of one row; of a ragged stream (longest text possible, …)."""
+        """Shape of one row; of a ragged stream (longest row possible, …)."""
         rest = self.layout(stream).shape[1:]
-        return (self.spec.backbone.dims["context"], *rest) if stream in RAGGED else rest
+        if not self.is_ragged(stream):
+            return rest
+        side, dims = stream.split("/")[0], self.spec.backbone.dims
+        if side in ("text", "word"):
+            return (dims["context"], *rest)
+        if side == "crop":
+            return (int(np.diff(self.offsets(stream)).max(initial=0)), *rest)
+        return (dims["most_patches"], *rest)
+
+    def is_ragged(self, stream: str) -> bool:
+        """Do its rows differ in length, so that `read_ragged` reads them?"""
+        return fmt.is_ragged(stream, self.spec.backbone.dims)
 
     @cached_property
     def image_ids(self) -> list[str]:
@@ -231,10 +237,57 @@ class FeatureCache:
         self.layout("text/vocabulary")
         return fmt.decode_strings(self.chunks.read_whole("text/vocabulary"))
 
+    def offsets(self, stream: str) -> NDArray[np.int64]:
+        """Row i of a ragged stream has entries offsets[i] … offsets[i + 1] - 1 along its first axis.
+
+        Rows are texts (`text/tokens`, `text/ids`), parts of words (`word/states`, `word/ids`), or images (`crop/pooled`
+        and `crop/box`; patches that keep the picture's shape).
+        """
+        return self._numbers(f"{stream.rpartition('/')[0]}/offsets")
+
     @cached_property
-    def offsets(self) -> NDArray[np.int64]:
-        """Text row i has tokens offsets[i] … offsets[i + 1] - 1."""
-        return np.frombuffer(self.chunks.read_whole("text/offsets"), "<i8").astype(np.int64)
+    def word_ids(self) -> list[str]:
+        """Ids of the words of `word/states`, with their role: `attr:red`, `obj:cup`, `pair:red cup`."""
+        self.layout("word/id")
+        return fmt.decode_strings(self.chunks.read_whole("word/id"))
+
+    @cached_property
+    def word_strings(self) -> list[str]:
+        """What was encoded: the parts of all words, one after the other."""
+        return fmt.decode_strings(self.chunks.read_whole("word/string"))
+
+    @property
+    def word_parts(self) -> NDArray[np.int64]:
+        """Word i has parts word_parts[i] … word_parts[i + 1] - 1, the rows of `word/states`; nearly always one."""
+        return self._numbers("word/parts")
+
+    def grid(self, home: str = "image") -> NDArray[np.int32]:
+        """Rows and columns of patches of every image (n, 2), of a backbone that keeps the picture's shape.
+
+        Args:
+            home: `image`, or a view as `image/view_flip`.
+        """
+        name = f"{home}/grid"
+        return np.frombuffer(self.chunks.read_whole(name), "<i4").reshape(self.layout(name).shape)
+
+    def boxes(self) -> NDArray[np.int32]:
+        """Left, upper, right, lower of every crop (crops, 4), in pixels of the resized picture."""
+        return np.frombuffer(self.chunks.read_whole("crop/box"), "<i4").reshape(-1, 4)
+
+    def crop_owners(self) -> NDArray[np.int64]:
+        """The image row of every crop, (crops,)."""
+        sizes = np.diff(self.offsets("crop/box"))
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    def _numbers(self, name: str) -> NDArray[np.int64]:
+        if name not in self._kept:
+            values = np.frombuffer(self.chunks.read_whole(name), "<i8")
+            self._kept[name] = values.astype(np.int64)
+        return self._kept[name]
+
+    @cached_property
+    def _kept(self) -> dict[str, NDArray[np.int64]]:
+        return {}
 
     @cached_property
     def tasks(self) -> Tasks:
@@ -246,12 +299,14 @@ class FeatureCache:
         """Image id → why it could not be used."""
         return {bad.id: bad.reason for bad in read_lines(self.path / "quarantine.jsonl", Bad)}
 
-    def rows(self, side: Literal["image", "text"], ids: Sequence[str]) -> NDArray[np.int64]:
+    def rows(self, side: Literal["image", "text", "word"], ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of ids, in their order; ids may repeat.
 
         Raises:
             UnknownIds: some are not in the cache, or are quarantined images; names the first three and the count.
         """
+        if side not in self._index:
+            raise UnknownName(f"{self.path} holds no words: build with the stream word/states")
         index, bad = self._index[side], self._bad if side == "image" else {}
         wrong = [i for i in dict.fromkeys(ids) if i not in index or i in bad]
         if wrong:
@@ -266,6 +321,7 @@ class FeatureCache:
     @cached_property
     def _index(self) -> dict[str, dict[str, int]]:
         sides = {"image": self.image_ids, "text": self.text_ids}
+        sides |= {"word": self.word_ids} if "word/id" in self.header.arrays else {}
         return {side: {i: row for row, i in enumerate(ids)} for side, ids in sides.items()}
 
     @cached_property
@@ -275,16 +331,15 @@ class FeatureCache:
     def readout(self) -> dict[str, NDArray[np.float32]]:
         """The backbone's frozen tensors between raw tokens and joint space, by name."""
         arrays = [la for la in self.header.arrays.values() if la.name.startswith("readout/")]
+        values = {la: np.frombuffer(self.chunks.read_whole(la.name), la.dtype) for la in arrays}
         return {
-            la.name.removeprefix("readout/"): np.frombuffer(self.chunks.read_whole(la.name), "<f4")
-            .astype(np.float32)
-            .reshape(la.shape)
-            for la in arrays
+            la.name.removeprefix("readout/"): found.astype(np.float32).reshape(la.shape)
+            for la, found in values.items()
         }
 
     def read(self, stream: str, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """Values of rows (all by default), as stored: (B, …). Quarantined images are NaN; `rows()` refuses them."""
-        if stream in RAGGED:
+        if stream in self.streams and self.is_ragged(stream):
             raise UnknownName(f"{stream} is ragged, its rows differ in length: use read_ragged")
         if stream not in self.streams:
             known = ", ".join(self.streams)
@@ -294,18 +349,19 @@ class FeatureCache:
     def read_ragged(
         self, stream: str, rows: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Values of text rows one after the other, and offsets (B + 1,) where each begins.
+        """Values of rows one after the other, and offsets (B + 1,) where each begins.
 
         Args:
-            stream: `text/tokens`, with values (total, V), or `text/ids`, with values (total,).
-            rows: all by default.
+            stream: a ragged one, e.g. `text/tokens`, with values (total, V), or `text/ids`, with values (total,).
+            rows: what `offsets` calls rows; all by default.
         """
-        if stream not in RAGGED:
-            raise UnknownName(f"{stream} is not ragged: use read")
         self.layout(stream)
-        wanted = _checked_rows(rows, len(self.offsets) - 1, stream)
-        starts = self.offsets[wanted]
-        sizes = self.offsets[wanted + 1] - starts
+        if not self.is_ragged(stream):
+            raise UnknownName(f"{stream} is not ragged: use read")
+        bounds = self.offsets(stream)
+        wanted = _checked_rows(rows, len(bounds) - 1, stream)
+        starts = bounds[wanted]
+        sizes = bounds[wanted + 1] - starts
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
         return self._read(stream, places), offsets
@@ -368,7 +424,14 @@ class FeatureCache:
         return verify(self.chunks, self.header, self.digest(), progress)
 
 
-def _check_unique(spec: CacheSpec, side: str, ids: Sequence[str]) -> None:
+def _plain(values: Values) -> Values:
+    """Numbers as little-endian arrays, strings as they are."""
+    if not isinstance(values, np.ndarray):
+        return values
+    return np.asarray(values, values.dtype.newbyteorder("<"), order="C")
+
+
+def _check_unique(spec: CacheSpec, side: str, ids: Sequence[Any] | NDArray[Any]) -> None:
     twice = [i for i, n in Counter(ids).items() if n > 1]
     if twice:
         raise CacheError(

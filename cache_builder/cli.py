@@ -23,7 +23,7 @@ INTERRUPTED = 130
 """Exit status of a command stopped by Ctrl-C, as shells have it."""
 
 SAMPLE = 64
-"""Texts looked at to estimate how many tokens all of them have."""
+"""Texts and pictures looked at to estimate how many tokens, patches and crops all of them have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,10 +60,20 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--streams",
         nargs="+",
         metavar="STREAM",
-        help="what to store, e.g. image/pooled (default: all)",
+        help="what to store (default: all the backbone's own); also image/block_<k>, image/view_<view>/…, crop/pooled",
     )
     build.add_argument(
-        "--batch-size", type=int, default=64, help="rows encoded together (default: 64)"
+        "--crops",
+        choices=("all", "fast"),
+        default="all",
+        help="windows of crop/pooled: all sizes, or 1, 2 and 7 cells (default: all)",
+    )
+    build.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default=64,
+        metavar="N",
+        help="rows encoded together, or auto: what the accelerator's memory takes (default: 64)",
     )
     build.add_argument(
         "--store", choices=("fp16", "fp32"), default="fp16", help="stored dtype (default: fp16)"
@@ -79,7 +89,12 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--device", default="cpu", help="where the backbone runs, e.g. cuda (default: cpu)"
     )
     build.add_argument(
-        "--dtype", default="float32", help="the backbone computes in it (default: float32)"
+        "--dtype",
+        default="float32",
+        help="float32, or bfloat16 or float16 by autocast (default: float32)",
+    )
+    build.add_argument(
+        "--compile", action="store_true", help="run the backbone's blocks through torch.compile"
     )
     build.add_argument(
         "--set",
@@ -108,23 +123,36 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verify.set_defaults(func=_verify)
 
 
+def _batch_size(text: str) -> int | None:
+    """A number, or None for `auto`."""
+    return None if text == "auto" else int(text)
+
+
 def _build(args: argparse.Namespace) -> None:
     from cache_builder import build, load_backbone, load_dataset
-    from cache_builder.build import cache_spec
+    from cache_builder.request import cache_spec
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("cache_builder").setLevel(logging.INFO)
     options = _options(args.dataset, args.set)
     dataset = load_dataset(args.dataset, args.root, **options)
-    backbone = load_backbone(args.backbone, dtype=args.dtype, device=args.device)
+    backbone = load_backbone(
+        args.backbone, dtype=args.dtype, device=args.device, compiled=args.compile
+    )
     out = args.out or Path("caches", f"{args.dataset}-{_file_name(args.backbone)}.zarr")
     choice = {"streams": args.streams, "storage": args.store, "order_seed": args.order_seed}
+    choice |= {"crops": args.crops}
     spec = cache_spec(dataset, backbone, **choice)
     _announce(dataset, backbone, spec)
     if args.dry_run:
         print(f"would be written to {out}; nothing was")
         return
     finished = _is_finished(out)
+    batch_size = args.batch_size
+    if batch_size is None:
+        from cache_builder.batch_size import fitting_batch_size
+
+        batch_size = fitting_batch_size(backbone)
     start = time.perf_counter()
     try:
         cache = build(
@@ -132,7 +160,7 @@ def _build(args: argparse.Namespace) -> None:
             backbone,
             out,
             **choice,
-            batch_size=args.batch_size,
+            batch_size=batch_size,
             strict=args.strict,
             workers=args.workers,
             backbone_name=args.backbone,
@@ -163,30 +191,33 @@ def _is_finished(path: Path) -> bool:
 
 def _announce(dataset: "Dataset", backbone: "Backbone", spec: "CacheSpec") -> None:
     """What is about to be built, and what it costs."""
+    from cache_builder.format import is_ragged
+
     texts = [t.text for t in dataset.texts]
     for what, count in dataset.counts.items():
         print(f"{what:24} {count}")
-    cut = sum(backbone.truncated(texts[i : i + 4096]) for i in range(0, len(texts), 4096))
-    print(
-        f"{'texts cut to fit':24} {cut} of {len(texts)} (at most {backbone.spec.dims['context']} tokens)"
-    )
-    sizes = _bytes(spec, backbone, texts)
+    if any(stream.startswith("text/") for stream in spec.streams):
+        cut = sum(backbone.truncated(texts[i : i + 4096]) for i in range(0, len(texts), 4096))
+        most = backbone.spec.dims["context"]
+        print(f"{'texts cut to fit':24} {cut} of {len(texts)} (at most {most} tokens)")
+    n = {"image": len(dataset.images), "crop": len(dataset.images), "text": len(texts)}
+    sizes = _bytes(spec, dataset, backbone)
     for stream, size in sizes.items():
-        about = "about " if stream == "text/tokens" else ""
-        print(f"{stream:24} {about}{size / 1e6:,.1f} MB")
-    print(f"{'total':24} {sum(sizes.values()) / 1e6:,.1f} MB", flush=True)
+        about = "about " if is_ragged(stream, spec.backbone.dims) else ""
+        rows = n.get(stream.split("/")[0])
+        each = f"  {about}{size / rows / 1024:,.1f} KiB each" if rows else ""
+        print(f"{stream:24} {about}{size / 1e6:,.1f} MB{each}")
+    total = sum(sizes.values())
+    print(f"{'total':24} {total / 1e6:,.1f} MB", flush=True)
 
 
-def _bytes(spec: "CacheSpec", backbone: "Backbone", texts: Sequence[str]) -> dict[str, int]:
-    """Stream → bytes of its values; of text tokens an estimate from a sample of the texts."""
+def _bytes(spec: "CacheSpec", dataset: "Dataset", backbone: "Backbone") -> dict[str, int]:
+    """Stream → bytes of its values; of ragged ones an estimate from a sample."""
+    from cache_builder.contents import n_entries
     from cache_builder.format import plan
+    from cache_builder.loading import attempt
 
-    n_tokens = 0
-    if texts and "text/tokens" in spec.streams:
-        sample = texts[:: -(-len(texts) // SAMPLE)]
-        lengths = backbone.lengths(backbone.tokenize(sample))
-        n_tokens = round(float(lengths.float().mean()) * len(texts))
-    layouts = plan(spec, {}, n_tokens, 0)
+    layouts = plan(spec, {}, n_entries(spec, dataset, backbone, attempt, SAMPLE))
     return {s: layouts[s].row_bytes * layouts[s].shape[0] for s in spec.streams}
 
 
@@ -225,6 +256,8 @@ def _info(args: argparse.Namespace) -> None:
         print(
             f"{stream:24} {layout.dtype} {list(layout.shape)}, {layout.n_chunks} chunks, {size:,.1f} MB"
         )
+    for name, rule in spec.rules.items():
+        print(f"{name:24} {rule}")
     print(f"{'tasks':24} {', '.join(cache.tasks.kinds) or 'none'}")
     print(f"{'quarantined':24} {len(cache.quarantined)} images")
     print(f"{'fingerprint':24} {cache.fingerprint}")

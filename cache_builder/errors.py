@@ -25,6 +25,10 @@ class CacheTooNew(CacheError):
     """The cache was written under a schema this version cannot read."""
 
 
+class CacheTooOld(CacheError):
+    """The cache was written under a schema that this version no longer reads."""
+
+
 class CacheIncomplete(CacheError):
     """A chunk that should be there is not: the build has not finished, or a file was removed."""
 

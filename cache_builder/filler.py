@@ -14,9 +14,12 @@ from torch import Tensor
 
 from cache_builder.cache import FeatureCache
 from cache_builder.errors import BadOutput
-from cache_builder.format import RAGGED, Layout
+from cache_builder.format import Layout, stream
 
 FP16_MAX = 65504.0
+
+Side = Literal["image", "text", "crop", "word"]
+"""What the builder goes through one by one; the first part of a stream's name."""
 
 QUEUED = 2
 """Chunks that may wait for the disk; bounds memory."""
@@ -28,28 +31,34 @@ class Batch:
 
     Attributes:
         rows: of the cache.
-        inputs: pixels or token ids, first axis as long as `rows`; None if no row is usable.
-        good: False where a row has no usable picture; its inputs are blank, so that its neighbours keep their bits.
+        inputs: what the encoder takes, pixels or token ids, as long as `rows`; None if no row is usable.
+        good: False where a row has no usable picture; a neighbour stands in, so that the others keep their bits.
     """
 
     rows: range
-    inputs: Tensor | None
+    inputs: Any
     good: Bool[np.ndarray, " b"]
 
 
 class Filler:
     """The missing chunks of one side of a cache.
 
+    Rows are what is encoded one by one: images, texts, crops, or parts of words.
+
     Attributes:
         batches: the rows to encode: those batches of the fixed partition that touch a missing chunk.
     """
 
-    def __init__(self, cache: FeatureCache, side: Literal["image", "text"]) -> None:
+    def __init__(self, cache: FeatureCache, side: Side) -> None:
         self.cache, self.side = cache, side
         self.layouts = [cache.layout(s) for s in cache.streams if s.startswith(f"{side}/")]
         self.missing = set(cache.pending())
-        dataset = cache.spec.dataset
-        self.n_rows = dataset.n_images if side == "image" else dataset.n_texts
+        self.bounds = {
+            la.name: cache.offsets(la.name)
+            for la in self.layouts
+            if cache.is_ragged(la.name) and side != "crop"
+        }
+        self.n_rows = _n_rows(cache, side) if self.layouts else 0
         size = cache.header.batch_size
         needed = np.zeros(-(-self.n_rows // size), bool)
         for layout in self.layouts:
@@ -77,9 +86,9 @@ class Filler:
 
     def _rows(self, layout: Layout, start: int, stop: int) -> tuple[int, int]:
         """First and last row of the side that have a part in places start … stop - 1 of an array."""
-        if layout.name not in RAGGED:
+        if layout.name not in self.bounds:
             return start, stop - 1
-        ends = self.cache.offsets[1:]
+        ends = self.bounds[layout.name][1:]
         return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop, "left"))
 
     def take(self, batch: Batch, outputs: Mapping[str, Tensor] | None) -> None:
@@ -89,8 +98,7 @@ class Filler:
             BadOutput: a value is not finite, does not fit the storage, or has an unexpected shape.
         """
         for layout in self.layouts:
-            ragged = layout.name in RAGGED
-            bounds = self.cache.offsets if ragged else None
+            bounds = self.bounds.get(layout.name)
             start, stop = batch.rows.start, batch.rows.stop
             if bounds is not None:
                 start, stop = int(bounds[start]), int(bounds[stop])
@@ -122,45 +130,60 @@ class Filler:
         self, layout: Layout, batch: Batch, outputs: Mapping[str, Tensor] | None
     ) -> NDArray[Any]:
         """The batch's part of an array, as it goes to disk."""
+        bounds, rows = self.bounds.get(layout.name), batch.rows
+        planned = None if bounds is None else np.diff(bounds[rows.start : rows.stop + 1])
+        count = len(rows) if planned is None else int(planned.sum())
         if outputs is None:
-            return np.full((len(batch.rows), *layout.shape[1:]), np.nan, layout.dtype)
-        name = layout.name.split("/")[1]
-        if name not in outputs:
+            return np.full((count, *layout.shape[1:]), np.nan, layout.dtype)
+        key = stream(layout.name).key
+        if key not in outputs:
             raise BadOutput(
                 f"the backbone offers {layout.name} but returned only {', '.join(outputs)}: its file is at fault"
             )
-        values = outputs[name]
-        if layout.name in RAGGED:
-            values = self._real_tokens(layout, batch, values, outputs["length"])
-            expected = (int(np.diff(self.cache.offsets[[batch.rows.start, batch.rows.stop]])[0]),)
-        else:
-            expected = (len(batch.rows),)
-        expected = (*expected, *layout.shape[1:])
+        values, good = outputs[key], batch.good
+        if planned is not None:
+            home = key.rpartition("/")[0]
+            length = outputs[f"{home}/length" if home else "length"]
+            values = self._real_rows(layout, batch, values, length, planned)
+            good = np.repeat(good, planned)
+        expected = (count, *layout.shape[1:])
         if tuple(values.shape) != expected:
             raise BadOutput(
                 f"{layout.name}: the backbone returned shape {tuple(values.shape)}, its spec promises {expected}"
             )
         self._check(
-            layout,
-            values if batch.good.all() else values[torch.from_numpy(batch.good).to(values.device)],
+            layout, values if good.all() else values[torch.from_numpy(good).to(values.device)]
         )
         dtype = torch.float16 if layout.dtype == "float16" else torch.float32
         stored = values.to(dtype).cpu().numpy()
-        if not batch.good.all():
-            stored = np.where(batch.good.reshape(-1, *[1] * (stored.ndim - 1)), stored, np.nan)
+        if not good.all():
+            stored = np.where(good.reshape(-1, *[1] * (stored.ndim - 1)), stored, np.nan)
             stored = stored.astype(layout.dtype)
         return stored
 
-    def _real_tokens(self, layout: Layout, batch: Batch, values: Tensor, length: Tensor) -> Tensor:
-        """Tokens of a padded batch one text after the other, without padding."""
-        planned = np.diff(self.cache.offsets[batch.rows.start : batch.rows.stop + 1])
-        if not np.array_equal(length.cpu().numpy(), planned):
+    def _real_rows(
+        self,
+        layout: Layout,
+        batch: Batch,
+        values: Tensor,
+        length: Tensor,
+        planned: NDArray[np.int64],
+    ) -> Tensor:
+        """Entries of a padded batch one row after the other, without padding."""
+        found = length.cpu().numpy()
+        if not np.array_equal(found[batch.good], planned[batch.good]):
             raise BadOutput(
-                f"{layout.name}: the backbone gives other text lengths than when the build was planned "
-                f"(rows {batch.rows.start} … {batch.rows.stop - 1}): its tokenizer is not deterministic"
+                f"{layout.name}: the backbone gives other lengths than when the build was planned (rows "
+                f"{batch.rows.start} … {batch.rows.stop - 1}): its tokenizer is not deterministic, or a picture has "
+                "changed since"
             )
-        real = torch.arange(values.shape[1], device=values.device) < length[:, None]
-        return values[real]
+        if planned.max(initial=0) > values.shape[1]:
+            shape = (len(values), int(planned.max()), *values.shape[2:])
+            widened = values.new_full(shape, torch.nan)
+            widened[:, : values.shape[1]] = values
+            values = widened
+        want = torch.from_numpy(planned).to(values.device)
+        return values[torch.arange(values.shape[1], device=values.device) < want[:, None]]
 
     def _check(self, layout: Layout, values: Tensor) -> None:
         """Refuse what would be stored as NaN or infinity."""
@@ -179,3 +202,11 @@ class Filler:
             f"{layout.name} has values from {low:.6g} to {high:.6g}, beyond fp16's ±{FP16_MAX:.0f}; build with "
             "--store fp32"
         )
+
+
+def _n_rows(cache: FeatureCache, side: Side) -> int:
+    if side in ("image", "text"):
+        dataset = cache.spec.dataset
+        return dataset.n_images if side == "image" else dataset.n_texts
+    offsets = cache.offsets(f"{side}/offsets")
+    return int(offsets[-1]) if side == "crop" else len(offsets) - 1

@@ -6,6 +6,7 @@ memory and any reader of zarr v3 understands it.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,31 @@ from pydantic import BaseModel, ConfigDict
 from cache_builder.errors import UnknownName
 from cache_builder.spec import CacheSpec
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever an older reader would misread what a newer builder writes."""
 
 FORMAT = "headstart feature cache"
 
-STREAMS: dict[str, tuple[tuple[str, str], ...]] = {
-    "image/pooled": (("embedding", "joint"),),
-    "image/patches": (("patch", "patches"), ("width", "image_width")),
-    "image/prefix": (("prefix", "prefix"), ("width", "image_width")),
-    "text/pooled": (("embedding", "joint"),),
-    "text/tokens": (("width", "text_width"),),
+AXES: dict[str, tuple[tuple[str, str], ...]] = {
+    "pooled": (("embedding", "joint"),),
+    "patches": (("patch", "patches"), ("width", "image_width")),
+    "prefix": (("prefix", "prefix"), ("width", "image_width")),
+    "block": (("row", "rows"), ("width", "image_width")),
+    "tokens": (("width", "text_width"),),
+    "states": (("width", "text_width"),),
 }
-"""Stream → axes of one row after the first: (dimension name in zarr, key in `BackboneSpec.dims`)."""
+"""Kind of stream → axes of one row after the first: (dimension name in zarr, key in `BackboneSpec.dims`)."""
 
-RAGGED = frozenset({"text/tokens", "text/ids"})
-"""Arrays whose first axis is tokens, not texts: row i is offsets[i] … offsets[i + 1]."""
+OFFERED = {
+    "image": ("pooled", "patches", "prefix", "block"),
+    "crop": ("pooled",),
+    "text": ("pooled", "tokens"),
+    "word": ("states",),
+}
+"""Side → kinds of stream it may have. Views of an image have the kinds of an image."""
+
+RAGGED = frozenset({"text/tokens", "text/ids", "word/states", "word/ids", "crop/pooled"})
+"""Arrays whose first axis is not the rows they are read by, in every cache: row i is offsets[i] … offsets[i + 1]."""
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
@@ -137,67 +147,150 @@ class Bad(BaseModel):
     row: int
 
 
-def row_shape(stream: str, dims: Mapping[str, int]) -> tuple[int, ...]:
-    """Shape of one row of a stream (of one token, if ragged) under a backbone's dimensions."""
-    if stream not in STREAMS:
-        known = ", ".join(STREAMS)
-        raise UnknownName(f"no stream {stream!r} in the cache format (known: {known})")
-    lacking = [key for _, key in STREAMS[stream] if key not in dims]
+class Stream(BaseModel):
+    """The name of a stream, taken apart: `image/view_flip/block_3` is block 3 of the view `flip` of an image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    side: str
+    home: str
+    kind: str
+    view: str | None = None
+    block: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What the builder calls it: the name without the side."""
+        return self.name.removeprefix(f"{self.side}/")
+
+
+def stream(name: str) -> Stream:
+    """Take a stream's name apart.
+
+    Raises:
+        UnknownName: the format has no such stream.
+    """
+    home, _, last = name.rpartition("/")
+    side, below, view = home.partition("/")
+    numbered = re.fullmatch(r"block_(0|[1-9][0-9]*)", last)
+    kind = "block" if numbered else last
+    viewed = re.fullmatch(r"view_([a-z0-9_]+)", view) if side == "image" else None
+    if kind not in OFFERED.get(side, ()) or (below and not viewed) or last == "block":
+        known = [f"{s}/{k}" for s, kinds in OFFERED.items() for k in kinds if k != "block"]
+        raise UnknownName(
+            f"no stream {name!r} in the cache format (known: {', '.join(known)}, image/block_<k>, and "
+            "image/view_<view>/… of those of an image)"
+        )
+    return Stream(
+        name=name,
+        side=side,
+        home=home,
+        kind=kind,
+        view=viewed[1] if viewed else None,
+        block=int(numbered[1]) if numbered else None,
+    )
+
+
+def is_stream(name: str) -> bool:
+    """Is an array one of embeddings, by its name?"""
+    try:
+        stream(name)
+    except UnknownName:
+        return False
+    return True
+
+
+def is_ragged(name: str, dims: Mapping[str, int]) -> bool:
+    """Do rows of an array differ in length? Patches do where pictures keep their shape."""
+    kept = "patches" not in dims and "most_patches" in dims
+    return name in RAGGED or (
+        kept and name.startswith("image/") and stream(name).kind in ("patches", "block")
+    )
+
+
+def row_shape(name: str, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of one row of a stream (of one token or patch, if ragged) under a backbone's dimensions."""
+    found = stream(name)
+    axes = AXES[found.kind]
+    if is_ragged(name, dims) and found.side == "image":
+        axes = axes[1:]
+    known = {**dims, "rows": dims.get("prefix", 0) + dims.get("patches", 0)}
+    lacking = [key for _, key in axes if key not in known]
     if lacking:
         raise UnknownName(
-            f"stream {stream!r} needs {', '.join(lacking)} in the backbone's spec.dims, which has {', '.join(dims)}"
+            f"stream {name!r} needs {', '.join(lacking)} in the backbone's spec.dims, which has {', '.join(dims)}"
         )
-    return tuple(dims[key] for _, key in STREAMS[stream])
+    return tuple(known[key] for _, key in axes)
 
 
 def plan(
     spec: CacheSpec,
-    readout: Mapping[str, tuple[int, ...]],
-    n_tokens: int,
-    n_vocabulary: int,
+    known: Mapping[str, tuple[tuple[int, ...], str]],
+    totals: Mapping[str, int],
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Layout]:
     """Every array of a cache, by name.
 
     Args:
         spec: what the cache will hold.
-        readout: name → shape.
-        n_tokens: stored tokens of all texts together.
-        n_vocabulary: token ids the tokenizer knows.
+        known: arrays written at creation: name → shape and dtype.
+        totals: home of a ragged stream → entries along its first axis: tokens, patches, crops.
         chunk_bytes: aim for the largest chunks.
     """
-    n = {"image": spec.dataset.n_images, "text": spec.dataset.n_texts}
-    found = [
-        _layout("image/id", (n["image"],), n["image"], "string", ("image",)),
-        _layout("text/id", (n["text"],), n["text"], "string", ("text",)),
-        _layout("text/string", (n["text"],), n["text"], "string", ("text",)),
-    ]
-    found += [
-        _layout(f"readout/{name}", shape, max(shape, default=1), "float32", _axes(shape))
-        for name, shape in sorted(readout.items())
-    ]
-    if "text/tokens" in spec.streams:
-        found.append(_layout("text/offsets", (n["text"] + 1,), n["text"] + 1, "int64", ("bound",)))
-        found.append(_layout("text/ids", (n_tokens,), chunk_bytes // 4, "int32", ("token",)))
-        found.append(
-            _layout("text/vocabulary", (n_vocabulary,), n_vocabulary, "string", ("piece",))
-        )
+    dims = spec.backbone.dims
+    found: list[Layout] = []
+    for name, (shape, dtype) in sorted(known.items()):
+        chunk = _known_chunk(name, shape, chunk_bytes)
+        found.append(_layout(name, shape, chunk, dtype, _known_axes(name, shape)))
     dtype = DTYPES[spec.storage]
     item = np.dtype(dtype).itemsize
     most = MOST_ROWS
-    if "image/patches" in spec.streams:
-        patch_bytes = math.prod(row_shape("image/patches", spec.backbone.dims)) * item
+    if "image/patches" in spec.streams and not is_ragged("image/patches", dims):
+        patch_bytes = math.prod(row_shape("image/patches", dims)) * item
         most = POOLED_CHUNKS * max(1, chunk_bytes // patch_bytes)
-    for stream in spec.streams:
-        shape = row_shape(stream, spec.backbone.dims)
-        side = stream.split("/")[0]
-        first, count = ("token", n_tokens) if stream in RAGGED else (side, n[side])
+    counts = {"image": spec.dataset.n_images, "text": spec.dataset.n_texts}
+    for name in spec.streams:
+        shape, this = row_shape(name, dims), stream(name)
+        ragged = is_ragged(name, dims)
+        first = FIRST_AXIS[this.side] if ragged else this.side
+        count = totals[this.home] if ragged else counts[this.side]
         chunk = chunk_bytes // max(1, math.prod(shape) * item)
-        if stream not in RAGGED:
-            chunk = min(chunk, most if side == "image" else MOST_ROWS)
-        dims = (first, *(axis for axis, _ in STREAMS[stream]))
-        found.append(_layout(stream, (count, *shape), chunk, dtype, dims))
+        if not ragged or this.side == "crop":
+            chunk = min(chunk, most if this.side == "image" else MOST_ROWS)
+        axes = AXES[this.kind][-len(shape) :]
+        found.append(_layout(name, (count, *shape), chunk, dtype, (first, *(a for a, _ in axes))))
     return {layout.name: layout for layout in found}
+
+
+FIRST_AXIS = {"image": "patch", "crop": "crop", "text": "token", "word": "token"}
+"""Side → what the first axis of its ragged streams counts."""
+
+
+def _known_chunk(name: str, shape: tuple[int, ...], chunk_bytes: int) -> int:
+    """Arrays known from the start are one chunk each, but for token ids, which may be many."""
+    if name in ("text/ids", "word/ids"):
+        return chunk_bytes // 4
+    return max(shape, default=1) if name.startswith("readout/") else (shape or (1,))[0]
+
+
+def _known_axes(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Dimension names of an array known from the start."""
+    home, _, last = name.rpartition("/")
+    side = home.partition("/")[0]
+    named = {
+        "id": (side,),
+        "string": ("part" if side == "word" else side,),
+        "offsets": ("bound",),
+        "parts": ("word_bound",),
+        "ids": ("token",),
+        "vocabulary": ("piece",),
+        "grid": ("image", "rows_columns"),
+        "box": ("crop", "edge"),
+    }
+    if side == "readout" or last not in named:
+        return tuple(f"axis_{i}" for i in range(len(shape)))
+    return named[last]
 
 
 def _layout(
@@ -205,10 +298,6 @@ def _layout(
 ) -> Layout:
     rows = shape[0] if shape else 1
     return Layout(name=name, shape=shape, chunk=max(1, min(chunk, rows)), dtype=dtype, dims=dims)
-
-
-def _axes(shape: tuple[int, ...]) -> tuple[str, ...]:
-    return tuple(f"axis_{i}" for i in range(len(shape)))
 
 
 def metadata_problem(cache: Path, layout: Layout) -> str | None:

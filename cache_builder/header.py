@@ -15,6 +15,7 @@ from cache_builder.errors import (
     CacheMismatch,
     CacheNotFound,
     CacheTooNew,
+    CacheTooOld,
 )
 from cache_builder.format import FORMAT, SCHEMA, Layout
 from cache_builder.lock import has_embeddings, is_remnant
@@ -37,7 +38,7 @@ class Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["headstart feature cache"] = FORMAT
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     state: Literal["building", "sealed"]
     fingerprint: str
     spec: CacheSpec
@@ -59,8 +60,11 @@ class Header(BaseModel):
         for key, value in self.options.items():
             words += ["--set", f"{key}={json.dumps(value)}"]
         words += ["--streams", *spec.streams]
-        dtype = re.match(r"\w+", spec.backbone.compute)  # e.g. "bfloat16, nn.MultiheadAttention"
+        # e.g. "bfloat16 autocast, sdpa, torch.compile"
+        dtype = re.match(r"\w+", spec.backbone.compute)
         words += ["--dtype", dtype.group()] if dtype else []
+        words += ["--compile"] if "torch.compile" in spec.backbone.compute else []
+        words += ["--crops", spec.rules["crop"].partition(":")[0]] if "crop" in spec.rules else []
         words += ["--order-seed", str(spec.order_seed), "--store", spec.storage]
         return shlex.join([*words, "--out", str(path)])
 
@@ -103,6 +107,11 @@ def read_header(path: Path) -> Header:
         raise CacheTooNew(
             f"{path} has schema {found['schema_version']}, this headstart reads up to {SCHEMA}; install a newer "
             "headstart, or build the cache again with this one"
+        )
+    if found.get("schema_version", 0) < SCHEMA:
+        raise CacheTooOld(
+            f"{path} has schema {found.get('schema_version')}, from a headstart before this one, which reads schema "
+            f"{SCHEMA}; build the cache again"
         )
     try:
         header = Header.model_validate(found)

@@ -10,7 +10,7 @@ import unicodedata
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cache_builder.errors import CacheError
 
@@ -68,6 +68,33 @@ def decode(data: bytes, *, upright: bool = False, max_pixels: int = MAX_PIXELS) 
         raise BadImage(f"not a {', '.join(FORMATS)} picture: begins {data[:8]!r}") from None
     except Exception as error:  # decoders of broken files raise nearly anything, SyntaxError and struct.error included
         raise BadImage(f"cannot be decoded: {error}") from error
+
+
+def image_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
+    """Width and height of what `open_image` would return, from the file's header alone.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BadImage: no picture by its header.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BadImage(f"{path.name!r} is not a regular file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+            width, height = image.size
+    except FileNotFoundError:
+        raise
+    except Image.UnidentifiedImageError:
+        begins = path.read_bytes()[:8]
+        raise BadImage(f"not a {', '.join(FORMATS)} picture: begins {begins!r}") from None
+    except Exception as error:  # as in `decode`
+        raise BadImage(f"cannot be decoded: {error}") from error
+    return (height, width) if turned else (width, height)
+
+
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 
 
 def open_image(

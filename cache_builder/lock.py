@@ -12,10 +12,11 @@ from pathlib import Path
 
 from cache_builder.durable import make_folder
 from cache_builder.errors import CacheLocked, CacheNotFound
-from cache_builder.format import FORMAT, STREAMS
+from cache_builder.format import FORMAT, is_stream
 
 OWN = frozenset(
-    {"zarr.json", "image", "text", "readout", "tasks.json", "manifest.jsonl", "quarantine.jsonl"}
+    {"zarr.json", "tasks.json", "manifest.jsonl", "quarantine.jsonl"}
+    | {"image", "crop", "text", "word", "readout"}
 )
 """What a builder puts into the folder of a cache, beside the lock."""
 
@@ -63,7 +64,8 @@ def _has_header(path: Path) -> bool:
 def has_embeddings(path: Path) -> bool:
     """Whether a chunk of an embedding stream was begun: creation writes none, so there has been a header."""
     journal = (path / "manifest.jsonl").is_file()
-    return journal and any((path / stream / "c").exists() for stream in STREAMS)
+    begun = (Path(folder) for folder, below, _ in os.walk(path) if "c" in below)
+    return journal and any(is_stream(array.relative_to(path).as_posix()) for array in begun)
 
 
 def is_remnant(path: Path) -> bool:

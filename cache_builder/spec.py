@@ -41,7 +41,13 @@ class BackboneSpec(Spec):
         description="where the stored tokens are taken, e.g. 'last block, before the final norm'"
     )
     dims: dict[str, int] = Field(
-        description="image_size (pixels), patches N, prefix P, image_width W, text_width V, context L, joint D"
+        description="image_size (pixels), patches N, prefix P, image_width W, text_width V, context L, joint D; where "
+        "pictures keep their shape, patch_size (pixels) and most_patches instead of image_size and patches"
+    )
+    architecture: dict[str, str] = Field(
+        default_factory=dict,
+        description="the model's configuration, e.g. vision_cfg.layers → 12: what else the weights do not show (heads, "
+        "eps, masks, where texts are pooled)",
     )
     activation: str = Field(description="e.g. QuickGELU or GELU: not visible in the weights")
     compute: str = Field(
@@ -69,6 +75,10 @@ class CacheSpec(Spec):
     dataset: DatasetSpec
     streams: tuple[str, ...] = Field(description="named arrays, e.g. image/pooled; sorted")
     storage: str = Field(default="fp16", description="stored dtype of the embeddings: fp16 or fp32")
+    rules: dict[str, str] = Field(
+        default_factory=dict,
+        description="what its views, crops and words are, as canonical text: flip, crop, word → rule",
+    )
     order_seed: int = Field(default=0, description="seed of the permutation sample → row")
 
 

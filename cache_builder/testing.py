@@ -6,7 +6,8 @@
 A failed check raises `NonConformance`, an `AssertionError` that says which rule was broken, where, and by how much.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ def check_backbone(backbone: Any) -> dict[str, float]:
             found |= _check_images(backbone)
         if any(s.startswith("text/") for s in backbone.streams):
             found |= _check_texts(backbone)
+        if "word/states" in backbone.streams:
+            found |= _check_words(backbone)
         if hasattr(backbone, "resume_from"):
             found |= _check_entering(backbone)
     _check_frozen(backbone)
@@ -136,35 +139,61 @@ def _near(name: str, got: Any, expected: Any, tolerance: float) -> dict[str, flo
 
 
 def _sample_pixels(backbone: Any) -> Any:
-    """Three pictures of differing shapes through the backbone's own transform."""
+    """Three pictures of differing shapes through the backbone's own transform, stacked."""
     import torch
+    from torch.utils.data import default_collate
 
     rng = np.random.default_rng(0)
     shapes = [(45, 61, 3), (80, 33, 3), (64, 64, 3)]
     images = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
-    pixels = torch.stack([backbone.preprocess(image) for image in images])
-    again = torch.stack([backbone.preprocess(image) for image in images])
-    _must(torch.equal(pixels, again), "preprocess: two calls on one picture differ")
+    pixels, again = (default_collate([backbone.preprocess(i) for i in images]) for _ in range(2))
+    same = _tensors(pixels).items()
+    _must(
+        all(torch.equal(value, _tensors(again)[name]) for name, value in same),
+        "preprocess: two calls on one picture differ",
+    )
+    if "length" in backbone.encode_images(pixels):
+        counts = [math.prod(backbone.grid(*image.size)) for image in images]
+        real = backbone.encode_images(pixels)["length"].tolist()
+        _must(counts == real, f"grid: promises {counts} patches, encode_images gives {real}")
     return pixels
+
+
+def _tensors(pixels: Any) -> dict[str, Any]:
+    return dict(pixels) if isinstance(pixels, Mapping) else {"": pixels}
+
+
+def _row(pixels: Any, i: int) -> Any:
+    """One item, still stacked."""
+    if isinstance(pixels, Mapping):
+        return {name: value[i : i + 1] for name, value in pixels.items()}
+    return pixels[i : i + 1]
 
 
 def _check_streams(backbone: Any, side: str, out: dict[str, Any], rows: int) -> None:
     declared = {s.removeprefix(f"{side}/") for s in backbone.streams if s.startswith(f"{side}/")}
-    extra = {"length"} if side == "text" else set()
+    dims = backbone.spec.dims
+    ragged = side == "image" and "patches" not in dims
+    extra = {"length"} if side == "text" or ragged else set()
     _must(
         set(out) == declared | extra,
         f"{side} streams are {sorted(out)}, declared are {sorted(declared | extra)}",
     )
-    dims = backbone.spec.dims
+    most = dims.get("patches", dims.get("most_patches"))
     expected = {
         "image": {
             "pooled": (rows, dims.get("joint")),
-            "patches": (rows, dims.get("patches"), dims.get("image_width")),
+            "patches": (rows, most, dims.get("image_width")),
             "prefix": (rows, dims.get("prefix"), dims.get("image_width")),
+            "length": (rows,),
         },
         "text": {
             "pooled": (rows, dims.get("joint")),
-            "tokens": (rows, dims.get("context"), dims.get("text_width")),
+            "tokens": (
+                rows,
+                out["tokens"].shape[1] if side == "text" else 0,
+                dims.get("text_width"),
+            ),
             "length": (rows,),
         },
     }[side]
@@ -185,18 +214,30 @@ def _check_images(backbone: Any) -> dict[str, float]:
 
     pixels = _sample_pixels(backbone)
     out = backbone.encode_images(pixels)
-    _check_streams(backbone, "image", out, len(pixels))
+    n = len(out["patches"])
+    _check_streams(backbone, "image", out, n)
     found: dict[str, float] = {}
     again = backbone.encode_images(pixels)
-    alone = [backbone.encode_images(row[None]) for row in pixels]
+    alone = [backbone.encode_images(_row(pixels, i)) for i in range(n)]
+    real = out.get("length")
     for name, value in out.items():
         found |= _near(f"image/{name} repeated", again[name], value, EXACT)
         single = torch.cat([one[name] for one in alone])
+        if real is not None and name == "patches":  # rows behind a picture's own are nobody's
+            mine = torch.arange(value.shape[1], device=value.device) < real[:, None]
+            single, value = single[mine], value[mine]
         found |= _near(f"image/{name} single = batched", single, value, BATCH_TOLERANCE)
+    r = {k: v.to(backbone.device) for k, v in backbone.readout().items()}
     if "image/pooled" in backbone.streams:
-        r = {k: v.to(backbone.device) for k, v in backbone.readout().items()}
-        pooled = pool_image(r, out["prefix"], out["patches"])
+        prefix, mask = out.get("prefix"), None
+        if real is not None:
+            mask = torch.arange(out["patches"].shape[1], device=backbone.device) < real[:, None]
+        pooled = pool_image(r, prefix, out["patches"], mask)
         found |= _near("image readout = pooled", pooled, out["pooled"], EXACT)
+        if real is not None:  # what a reader of ragged rows does
+            rows = [pool_image(r, None, out["patches"][i : i + 1, :k]) for i, k in enumerate(real)]
+            key = "image readout of unpadded rows = pooled"
+            found |= _near(key, torch.cat(rows), out["pooled"], BATCH_TOLERANCE)
     return found
 
 
@@ -208,7 +249,8 @@ def _check_texts(backbone: Any) -> dict[str, float]:
     ids = backbone.tokenize(CAPTIONS)
     _must(torch.equal(ids, backbone.tokenize(CAPTIONS)), "tokenize: two calls differ")
     _must(
-        torch.equal(backbone.tokenize(["A Red MUG"]), backbone.tokenize(["a red mug"])),
+        torch.equal(backbone.tokenize(["A Red MUG"]), backbone.tokenize(["a red mug"]))
+        or "text/pooled" not in backbone.streams,
         "tokenize: capitals change the ids; the normaliser of the published tokenizer is missing",
     )
     _must(backbone.truncated(CAPTIONS) == 0, "truncated: counts a short caption")
@@ -222,54 +264,118 @@ def _check_texts(backbone: Any) -> dict[str, float]:
     _must(known == lengths, f"lengths: says {known} before the pass, which then gives {lengths}")
     found: dict[str, float] = {}
     again = backbone.encode_texts(ids)
-    alone = [backbone.encode_texts(row[None]) for row in ids]
-    for name in ("pooled", "tokens"):
+    alone = [backbone.encode_texts(backbone.tokenize([text])) for text in CAPTIONS]
+    for name in sorted({"pooled", "tokens"} & set(out)):
         found |= _near(f"text/{name} repeated", again[name], out[name], EXACT)
         for i, n in enumerate(lengths):  # rows after `length` are nobody's
             rows = slice(None, n) if name == "tokens" else slice(None)
             key = f"text/{name} single = batched"
             worst = _near(key, alone[i][name][0, rows], out[name][i, rows], BATCH_TOLERANCE)
             found[key] = max(found.get(key, 0.0), worst[key])
-    rows = out["tokens"][torch.arange(len(ids)), out["length"] - 1]
-    r = {k: v.to(backbone.device) for k, v in backbone.readout().items()}
-    found |= _near("text last stored row = pooled", pool_text(r, rows), out["pooled"], EXACT)
+    if "pooled" in out:
+        rows = out["tokens"][torch.arange(len(ids)), out["length"] - 1]
+        r = {k: v.to(backbone.device) for k, v in backbone.readout().items()}
+        found |= _near("text last stored row = pooled", pool_text(r, rows), out["pooled"], EXACT)
+    return found
+
+
+def _check_words(backbone: Any) -> dict[str, float]:
+    """A phrase alone and among longer ones: padding is invisible."""
+    import torch
+
+    phrases = ["red", "ancient building", "cup"]
+    ids = backbone.tokenize_words(phrases)
+    out = backbone.encode_words(ids)
+    _must(set(out) == {"states", "length"}, f"word streams are {sorted(out)}")
+    found = {"words single = batched": 0.0}
+    for i, phrase in enumerate(phrases):
+        one = backbone.encode_words(backbone.tokenize_words([phrase]))["states"]
+        n = int(out["length"][i])
+        _must(one.shape[1] == n, f"word {phrase!r} has {one.shape[1]} tokens alone, {n} in a batch")
+        worst = _near("words single = batched", out["states"][i : i + 1, :n], one, BATCH_TOLERANCE)
+        found = {key: max(value, worst[key]) for key, value in found.items()}
+    _must(bool(torch.isfinite(out["states"]).all()), "word/states is not finite")
     return found
 
 
 def _check_entering(backbone: Any) -> dict[str, float]:
-    """Embedded tokens give the same as ids; resuming at any block gives the raw tokens of the whole pass."""
-    ids = backbone.tokenize(CAPTIONS)
-    whole = backbone.encode_texts(ids)
-    embedded = backbone.encode_embedded(backbone.embed_tokens(ids), whole["length"] - 1)
-    found = {
-        **_near("embedded = ids, pooled", embedded["pooled"], whole["pooled"], EXACT),
-        **_near("embedded = ids, tokens", embedded["tokens"], whole["tokens"], EXACT),
-    }
-    runs = {
-        "image": lambda: backbone.encode_images(_sample_pixels(backbone)),
-        "text": lambda: backbone.encode_texts(ids),
-    }
-    for side, run in runs.items():
-        blocks = backbone.tower(side).resblocks
-        entering: list[Any] = []
+    """Embedded tokens give the same as ids; resuming at any block gives the whole pass; prompts act."""
+    import torch
+
+    pixels, found = _sample_pixels(backbone), dict[str, float]()
+    depth = backbone.depth["image"]
+    _must(depth == len(backbone.blocks("image")), "depth: is not the number of blocks")
+    out = backbone.encode_images(pixels, range(depth + 1))
+    mask = None
+    if "length" in out:
+        mask = (
+            torch.arange(out["patches"].shape[1], device=backbone.device) < out["length"][:, None]
+        )
+    entering = backbone.embed_pixels(pixels)
+    found |= _near("image embedded = block_0", entering, out["block_0"], EXACT)
+    for k in range(depth + 1):
+        resumed = backbone.resume_from("image", k, out[f"block_{k}"], mask=mask)
+        for name, value in resumed.items():
+            found |= _near(f"image/{name} resumed at block {k}", value, out[name], EXACT)
+    found |= _check_prompts(
+        backbone,
+        "image",
+        entering,
+        lambda given, p: backbone.resume_from("image", 0, given, mask=mask, prompts=p),
+    )
+    if "text/tokens" in backbone.streams:
+        ids = backbone.tokenize(CAPTIONS)
+        whole, embedded = backbone.encode_texts(ids), backbone.embed_tokens(ids)
+        end = backbone.text.tokens.ends(ids) if hasattr(backbone, "text") else whole["length"] - 1
+        again = backbone.encode_embedded(embedded, end)
+        if "pooled" in whole:
+            found |= _near("embedded = ids, pooled", again["pooled"], whole["pooled"], EXACT)
+        states: list[Any] = []
         hooks = [
-            block.register_forward_pre_hook(lambda _, args, kept=entering: kept.append(args[0]))
-            for block in blocks
+            block.register_forward_pre_hook(lambda _, args, kept=states: kept.append(args[0]))
+            for block in backbone.blocks("text")
         ]
-        out = run()
+        backbone.encode_embedded(embedded, end)
         for hook in hooks:
             hook.remove()
-        raw = out["tokens"] if side == "text" else _joined(out)
-        for k, states in enumerate([*entering, raw]):
-            resumed = backbone.resume_from(side, k, states)
-            found |= _near(f"{side} resumed at block {k}", resumed, raw, EXACT)
+        for k, entered in enumerate([*states, again["tokens"]]):
+            resumed = backbone.resume_from("text", k, entered, end=end)
+            for name, value in resumed.items():
+                found |= _near(f"text/{name} resumed at block {k}", value, again[name], EXACT)
+        room = backbone.spec.dims["context"] - 2
+        cut, last = embedded[:, :room], end.clamp(max=min(room, embedded.shape[1]) - 1)
+        found |= _check_prompts(
+            backbone, "text", cut, lambda given, p: backbone.encode_embedded(given, last, prompts=p)
+        )
     return found
 
 
-def _joined(out: dict[str, Any]) -> Any:
+def _check_prompts(
+    backbone: Any, side: str, states: Any, run: Callable[[Any, Any], dict[str, Any]]
+) -> dict[str, float]:
+    """Prompts change what comes out, keep its shape, and get a gradient; nothing frozen does."""
     import torch
 
-    return torch.cat([out["prefix"], out["patches"]], 1) if "prefix" in out else out["patches"]
+    depth, width = min(2, backbone.depth[side]), states.shape[-1]
+    name = "patches" if side == "image" else "tokens"
+    with torch.enable_grad():
+        prompts = torch.randn(depth, 2, width, device=states.device).requires_grad_()
+        last = run(states, prompts)[name]
+        last.float().pow(3).mean().backward()
+    grad = prompts.grad
+    if grad is None:
+        raise NonConformance(f"{side} prompts get no gradient")
+    _must(bool((grad.abs().sum((1, 2)) > 0).all()), f"{side} prompts of one block get no gradient")
+    touched = [n for n, p in backbone.model.named_parameters() if p.grad is not None]
+    _must(not touched, f"{side} prompts: a gradient reached the frozen {touched[:1]}")
+    other = run(states, prompts.detach() + 1)[name]
+    _must(last.shape == other.shape == states.shape[:1] + last.shape[1:], f"{side} prompts: shape")
+    _must(not torch.equal(last, other), f"{side} prompts change nothing")
+    rows = states.shape[1] - (last.shape[1] if side == "image" else 0)
+    expected = backbone.image.n_prefix if side == "image" and hasattr(backbone, "image") else 0
+    _must(rows == expected or side == "text", f"{side} prompts are not taken out again")
+    again = run(states, prompts.detach())[name]
+    return _near(f"{side} prompted, with and without gradients", again, last, BATCH_TOLERANCE)
 
 
 def _check_frozen(backbone: Any) -> None:

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from cache_builder import cli as cache_cli
 from cache_builder.errors import CacheError
@@ -23,6 +24,12 @@ SHELVES = {
     "methods": "heads.methods",
 }
 """What can be listed, and the folder whose files it is."""
+
+LEGEND = """\
+N patches × width W, prefix rows, joint dim D, at most L text rows × width V, blocks image/text; KiB of patches and
+prefix rows of one image at fp16, GiB of those of 100,000 images. Computed from open_clip's configurations; those of
+transformers' names from a config.json on this machine, or else from what the family's file says of them"""
+"""Below the table of backbones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,8 +121,8 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
     demo = verbs.add_parser(
         "demo",
-        help="the whole path on the bundled backbone and toy_world",
-        description="Build the cache, train heads under three seeds, score, compare, and write OUT/report.html.",
+        help="the whole path on the bundled backbones and toy_world",
+        description="Build a cache per backbone, train heads under three seeds, score, compare, write OUT/report.html.",
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument(
@@ -126,6 +133,12 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=int,
         default=4,
         help="per trained head (default: 4; the README's table: 20)",
+    )
+    demo.add_argument(
+        "--backbones",
+        nargs="+",
+        metavar="FAMILY",
+        help="whose bundled model takes part (default: clip siglip2 pe llava)",
     )
     demo.add_argument("--seeds", type=int, default=3, help="per trained head (default: 3)")
     demo.set_defaults(func=_demo)
@@ -220,7 +233,13 @@ def _list(args: argparse.Namespace) -> None:
         for name in names(shelf):
             folder = Path(next(iter(importlib.import_module(shelf).__path__)))
             text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
-            print(f"{name:14} {text.split(chr(10) * 2)[0]}")
+            print(f"{name:14} {text.split(chr(10) * 2)[0]}", flush=True)
+            if args.what == "backbones":
+                print(
+                    *(f"{line}\n" for line in _costs(find(shelf, name))), sep="", end="", flush=True
+                )
+        if args.what == "backbones":
+            print(LEGEND)
         return
     module = find(shelf, args.name)
     print(inspect.getdoc(module))
@@ -228,16 +247,35 @@ def _list(args: argparse.Namespace) -> None:
     if args.what == "methods":
         for key, field in module.Config.model_fields.items():
             print(f"--set head.{key}={field.default!r:12} {field.description}")
+    elif args.what == "backbones":
+        if lines := _costs(module):
+            print("\n".join([*lines, LEGEND]))
     elif args.what == "datasets":
         for key, parameter in inspect.signature(module.load).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 print(f"--set {key}={parameter.default!r}")
 
 
-def _demo(args: argparse.Namespace) -> None:
-    from heads.demo import run
+def _costs(family: ModuleType) -> list[str]:
+    """Lines of the table of a family's published checkpoints; none if its file offers no cards."""
+    if not (hasattr(family, "PUBLISHED") and hasattr(family, "card")):
+        return []
+    rows = [{"checkpoint": name, **family.card(name).columns()} for name in family.PUBLISHED]
+    if not rows:
+        return []
+    rows.insert(0, {title: title for title in rows[0]})
+    widths = {title: max(len(row[title]) for row in rows) for title in rows[0]}
+    cells = [[row[title].rjust(width) for title, width in widths.items()] for row in rows]
+    for row, line in zip(rows, cells, strict=True):
+        line[0] = row["checkpoint"].ljust(len(line[0]))
+    return [f"  {'  '.join(line)}" for line in cells]
 
-    made = run(args.out, scale=args.scale, epochs=args.epochs, seeds=args.seeds)
+
+def _demo(args: argparse.Namespace) -> None:
+    from heads.demo import BACKBONES, run
+
+    given = {"scale": args.scale, "epochs": args.epochs, "seeds": args.seeds}
+    made = run(args.out, **given, backbones=args.backbones or BACKBONES)
     print(made.table)
     for what, path in made.files.items():
         print(f"{what}: {path}")

@@ -66,7 +66,7 @@ class Job:
 
 def compare(
     caches: Mapping[str, FeatureCache],
-    entries: Sequence[Entry],
+    entries: Sequence[Entry] | Mapping[str, Sequence[Entry]],
     seeds: Sequence[int],
     out: str | Path,
     *,
@@ -76,7 +76,7 @@ def compare(
 
     Args:
         caches: backbone's name → its cache. All must hold the same samples.
-        entries: the rows.
+        entries: the rows; by backbone's name where not all have the same, as some lack a joint space.
         seeds: for heads that are trained by gradient; others take the first.
         out: parent of the run directories, which must not exist yet.
         workers: processes that train side by side and share the CPU's cores; the results do not depend on their number.
@@ -85,15 +85,16 @@ def compare(
         ConfigError: caches of different samples, or two entries of one label.
     """
     _check_same_samples(caches)
-    labels = [entry.label for entry in entries]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(
-            f"entries need labels of their own, but these were given: {', '.join(labels)}"
-        )
+    rows = entries if isinstance(entries, Mapping) else dict.fromkeys(caches, entries)
+    for labels in ([entry.label for entry in rows[name]] for name in caches):
+        if len(set(labels)) < len(labels):
+            raise ConfigError(
+                f"entries need labels of their own, but these were given: {', '.join(labels)}"
+            )
     jobs = [
         Job(cache.path, entry, seed, Path(out, name, f"{entry.label}-seed{seed}"), THREADS)
         for name, cache in caches.items()
-        for entry in entries
+        for entry in rows[name]
         for seed in _seeds(entry, seeds)
     ]
     # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.

@@ -111,7 +111,8 @@ class Loader:
             ram_limit=ram_limit,
             device=device,
         )
-        big = [s for s in self.source.on_disk if s.startswith("image/")]
+        dense = [s for s in self.source.on_disk if not data.cache.is_ragged(s)]
+        big = [s for s in dense if s.startswith("image/")]
         self.pools = PoolReader(data.cache, big[0], ram_limit) if big else None
         self.shared = self._shared_candidates()
         self.true = None if self.plan.true is None else _TrueMatches(data, self.plan.true)

@@ -90,16 +90,19 @@ def draw(batch: Batch, *, n_sampled: int, top_sampled: int) -> Drawn:
     query with too few candidates gets fewer.
 
     Args:
-        batch: with `image/pooled` and `text/pooled`.
+        batch: with `image/pooled` and `text/pooled`, unless `top_sampled` is 0.
         n_sampled: others per query.
-        top_sampled: how many of the closest they are drawn from.
+        top_sampled: how many of the closest they are drawn from; 0 draws from all candidates alike.
     """
-    cosine = _cosines(batch.queries, batch.candidates)
+    if top_sampled:
+        cosine = _cosines(batch.queries, batch.candidates)
+    else:
+        cosine = torch.zeros(batch.ignore.shape, device=batch.ignore.device)
     has_negative = batch.negative >= 0
     negative = torch.where(has_negative, batch.negative, batch.target[:, None])
     barred = batch.ignore.scatter(1, batch.target[:, None], True).scatter(1, negative, True)
 
-    n_top = min(top_sampled, cosine.shape[1])
+    n_top = min(top_sampled or cosine.shape[1], cosine.shape[1])
     closest = cosine.masked_fill(barred, -torch.inf).topk(n_top, dim=1)
     lottery = torch.rand_like(closest.values).masked_fill(closest.values == -torch.inf, -1.0)
     winners = lottery.topk(min(n_sampled, n_top), dim=1)

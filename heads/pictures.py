@@ -52,8 +52,13 @@ def save_attention(
         n: pictures at most.
 
     Raises:
-        ConfigError: the method has no attention to show, or the cache no vocabulary.
+        ConfigError: the method has no attention to show, or pictures keep their shape: there is no square to draw.
     """
+    if cache.is_ragged("image/patches"):
+        raise ConfigError(
+            f"{cache.path} holds pictures in their own shapes ({cache.spec.backbone.checkpoint}); attention is drawn "
+            "on square grids of patches only"
+        )
     head = checkpoint.load(run)
     attention = _attention_of(head)
     data = load_task(cache, task, split, allow_missing=True)
@@ -116,7 +121,14 @@ def _items(data: TaskData) -> list[tuple[str, np.ndarray, np.ndarray]]:
 def _square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3"]:
     """What the patch grid covers: the centre square, all of it padded, or (also by default) all of it squashed."""
     found = RESIZE_MODE.search(preprocessing)
-    mode = found[1] if found else "squash"
+    mode = found[1] if found else _mode_of_a_processor(preprocessing)
     side = min(*picture.size, LARGEST)
     shapes = {"shortest": ImageOps.fit, "longest": ImageOps.pad}
     return np.asarray(shapes.get(mode, Image.Image.resize)(picture.convert("RGB"), (side, side)))
+
+
+def _mode_of_a_processor(preprocessing: str) -> str:
+    """The same word for a transformers image processor."""
+    if '"do_pad": true' in preprocessing:
+        return "longest"
+    return "shortest" if '"do_center_crop": true' in preprocessing else "squash"

@@ -85,7 +85,7 @@ class Dense:
 
 
 class Ragged:
-    """One ragged stream: `text/tokens` or `text/ids`; `rows=None` leaves it on disk."""
+    """One ragged stream, e.g. `text/tokens` or `text/ids`; `rows=None` leaves it on disk."""
 
     def __init__(self, cache: FeatureCache, stream: str, rows: np.ndarray | None) -> None:
         self.cache, self.stream, self.rows = cache, stream, rows
@@ -139,7 +139,7 @@ class Source:
         for stream, size in sorted(sizes.items(), key=lambda item: item[1]):
             fits = size <= left
             left -= size if fits else 0
-            kind = Ragged if _is_ragged(stream) else Dense
+            kind = Ragged if cache.is_ragged(stream) else Dense
             self.streams[stream] = kind(cache, stream, rows[stream.split("/")[0]] if fits else None)
             if not fits:
                 disk.append(stream)
@@ -170,7 +170,7 @@ class Source:
             elif isinstance(found, Ragged):
                 values, mask = found.take(rows)
                 out[stream] = self._ready(values)
-                out["text/mask"] = mask.to(self.device)
+                out[f"{stream.split('/')[0]}/mask"] = mask.to(self.device)
             else:
                 out[stream] = self._ready(found.take(rows))
         return Features(out)
@@ -182,14 +182,10 @@ class Source:
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
         n = len(rows)
-        if _is_ragged(stream):
-            offsets = self.cache.offsets
+        if self.cache.is_ragged(stream):
+            offsets = self.cache.offsets(stream)
             n = int((offsets[rows + 1] - offsets[rows]).sum())
         return n * self.cache.layout(stream).row_bytes
-
-
-def _is_ragged(stream: str) -> bool:
-    return stream in ("text/tokens", "text/ids")
 
 
 def _expanded(streams: frozenset[str], side: str) -> list[str]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cache_builder import FeatureCache, build
 from cache_builder.backbones import clip
-from cache_builder.build import cache_spec
 from cache_builder.datasets.base import Dataset
 from cache_builder.errors import (
     BadInput,
@@ -33,6 +32,7 @@ from cache_builder.errors import (
 )
 from cache_builder.images import BadImage, UnsafeName
 from cache_builder.lock import locked
+from cache_builder.request import cache_spec
 
 Make = Callable[..., FeatureCache]
 

@@ -1,6 +1,7 @@
 """The verbs build, info, verify and list: what a user reads, and the exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,26 @@ def test_build_says_what_it_will_do_and_what_it_did(
     assert FeatureCache.open(fast_path / "c.zarr").header.backbone_name == "clip:demo"
     assert main(command) == 0
     assert "finished already, nothing to do" in capsys.readouterr().out
+
+
+def test_what_crops_and_views_will_cost_is_said_and_they_are_built(
+    command: list[str], fast_path: Path, capsys: Captured
+) -> None:
+    streams = ["--streams", "crop/pooled", "image/view_flip/pooled", "image/block_1"]
+    command += [*streams, "--crops", "fast"]
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^crop/pooled +about [\d.]+ MB  about [\d.]+ KiB each$", shown, re.M)
+    assert re.search(r"^image/block_1 +[\d.]+ MB  [\d.]+ KiB each$", shown, re.M)
+    assert main([*command, "--batch-size", "auto"]) == 0
+    cache = FeatureCache.open(fast_path / "c.zarr")
+    assert cache.header.batch_size == 64
+    assert len(cache.boxes()) >= 6 * 86
+    capsys.readouterr()
+    assert main(["info", str(cache.path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^crop +fast: short side 224", shown, re.M)
+    assert re.search(r"^flip +mirrored left to right$", shown, re.M)
 
 
 def test_build_names_the_pictures_it_could_not_use(
@@ -122,12 +143,12 @@ def test_info_and_verify_tell_a_good_cache_from_a_bad_one(
 def test_control_c_says_how_to_go_on(
     command: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cache_builder.backbones.clip import Clip
+    from cache_builder.backbones.two_towers import TwoTowers
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Clip, "encode_images", interrupt)
+    monkeypatch.setattr(TwoTowers, "encode_images", interrupt)
     with pytest.raises(SystemExit) as status:
         main(command)
     assert status.value.code == 130

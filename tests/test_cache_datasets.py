@@ -46,6 +46,13 @@ def test_a_miniature_conforms(module, tmp_path: Path) -> None:
     assert len(check_dataset(module, tmp_path).images) == 6
 
 
+@pytest.mark.parametrize("module", [folder, mit_states], ids=["folder", "mit_states"])
+def test_a_record_measures_what_it_opens(module, tmp_path: Path) -> None:
+    for record in module.load(module.miniature(tmp_path / "m")).images:
+        assert record.measure is not None
+        assert record.size() == record.open().size
+
+
 def test_captions_conform_too(tmp_path: Path) -> None:
     dataset = check_dataset(folder.load(folder.miniature(tmp_path / "m", kind="captions")))
     assert dataset.tasks.kinds == ("retrieval",)
@@ -413,7 +420,9 @@ def test_own_photos_are_turned_upright_unless_told_otherwise(own: Path) -> None:
     Image.new("RGB", (40, 37)).save(own / "images/mugs/blue.jpg", exif=exif)
 
     def size(dataset: Dataset) -> tuple[int, int]:
-        return next(i for i in dataset.images if i.id == "mugs/blue.jpg").open().size
+        blue = next(i for i in dataset.images if i.id == "mugs/blue.jpg")
+        assert blue.size() == blue.open().size
+        return blue.size()
 
     upright, stored = folder.load(own), folder.load(own, upright=False)
     assert (size(upright), size(stored)) == ((37, 40), (40, 37))

@@ -63,14 +63,20 @@ def test_any_content_survives_the_way_to_disk(
     dims = {"patches": patches, "image_width": width, "text_width": text_width, "joint": joint}
     lengths = random.integers(0, 9, len(texts))
     spec = spec_of(dims, len(image_ids), len(texts), storage)
+    text_ids = [f"{i}\N{SNOWMAN}" for i in range(len(texts))]
+    token_ids = random.integers(0, 999, lengths.sum()).astype(np.int32)
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    readout = {"a/b": random.random((2, 3), np.float32), "c": np.full((), 5, np.float32)}
     contents = Contents(
-        image_ids=image_ids,
-        text_ids=[f"{i}\N{SNOWMAN}" for i in range(len(texts))],
-        texts=texts,
-        tasks=Tasks(),
-        readout={"a/b": random.random((2, 3), np.float32), "c": np.full((), 5, np.float32)},
-        token_ids=random.integers(0, 999, lengths.sum()).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        Tasks(),
+        {
+            "image/id": image_ids,
+            "text/id": text_ids,
+            "text/string": texts,
+            "text/ids": token_ids,
+            "text/offsets": bounds,
+            **{f"readout/{name}": tensor for name, tensor in readout.items()},
+        },
     )
     path = Path(tempfile.mkdtemp(dir=fast_folder))
     cache = FeatureCache.create(path, spec, contents, chunk_bytes=chunk_bytes)
@@ -86,15 +92,16 @@ def test_any_content_survives_the_way_to_disk(
     cache.seal()
     found = FeatureCache.open(path, expected=spec, check="read")
     assert (found.image_ids, found.texts) == (image_ids, texts)
-    assert found.text_ids == contents.text_ids
+    assert found.text_ids == text_ids
     for stream in ("image/patches", "image/pooled", "text/pooled"):
         np.testing.assert_array_equal(found.read(stream), values[stream])
     tokens, offsets = found.read_ragged("text/tokens")
     np.testing.assert_array_equal(tokens, values["text/tokens"])
-    np.testing.assert_array_equal(offsets, contents.offsets)
-    np.testing.assert_array_equal(found.read_ragged("text/ids")[0], contents.token_ids)
-    for name, tensor in contents.readout.items():
-        np.testing.assert_array_equal(found.readout()[name], tensor)
+    np.testing.assert_array_equal(offsets, bounds)
+    np.testing.assert_array_equal(found.read_ragged("text/ids")[0], token_ids)
+    assert found.readout().keys() == readout.keys()
+    for name, tensor in readout.items():
+        np.testing.assert_array_equal(found.readout()[name], tensor, strict=True)
     assert found.verify().ok
     group: Any = zarr.open_group(str(path), mode="r")
     for name in found.header.arrays:
@@ -135,7 +142,7 @@ def test_the_last_chunk_has_full_size_and_zeros_behind_its_rows(make_cache: Make
 
 def test_chunks_of_patches_hold_whole_samples_of_16_to_32_megabytes() -> None:
     dims = {"patches": 196, "image_width": 768, "prefix": 1, "text_width": 512, "joint": 512}
-    layouts = fmt.plan(spec_of(dims, 10**6, 5000, "fp16"), {}, 80_000, 7)
+    layouts = fmt.plan(spec_of(dims, 10**6, 5000, "fp16"), {}, {"text": 80_000})
     patches, pooled = layouts["image/patches"], layouts["image/pooled"]
     assert 16e6 <= patches.chunk * patches.row_bytes <= 32e6
     assert pooled.chunk == 16 * patches.chunk
@@ -186,7 +193,18 @@ def test_the_page_reads_a_cache_with_zarr_alone(make_cache: Make) -> None:
 
 def test_the_page_names_every_array_error_and_attribute() -> None:
     page = (ROOT / "docs/cache-format.md").read_text()
-    header = fmt.STREAMS.keys() | {"image/id", "text/id", "text/string", "text/offsets", "text/ids"}
+    streams = {f"{s}/{k}" for s, kinds in fmt.OFFERED.items() for k in kinds if k != "block"}
+    streams |= {"image/block_<k>", "image/view_<view>/…"}
+    small = {"image/id", "image/offsets", "image/grid", "crop/offsets", "crop/box"}
+    small |= {f"text/{name}" for name in ("id", "string", "offsets", "ids", "vocabulary")}
+    small |= {f"word/{name}" for name in ("id", "parts", "string", "offsets", "ids")}
     fields = {"schema_version", "fingerprint", "batch_size", "tasks_sha256", "digest", "arrays"}
-    for name in header | fields | {"manifest.jsonl", "quarantine.jsonl", "tasks.json", "lock"}:
+    errors = {"CacheTooOld", "CacheTooNew", "CacheNotFound", "CacheIncomplete", "CacheMismatch"}
+    for name in (
+        streams
+        | small
+        | fields
+        | errors
+        | {"manifest.jsonl", "quarantine.jsonl", "tasks.json", "lock"}
+    ):
         assert f"`{name}`" in page, name

@@ -14,7 +14,15 @@ from PIL import Image
 
 from cache_builder import images
 from cache_builder.errors import CacheError
-from cache_builder.images import BadImage, UnsafeName, check_name, decode, image_path, open_image
+from cache_builder.images import (
+    BadImage,
+    UnsafeName,
+    check_name,
+    decode,
+    image_path,
+    image_size,
+    open_image,
+)
 
 TALL = np.zeros((5, 3, 3), np.uint8)
 TALL[0] = 200  # the top row is light, so that a rotation shows
@@ -155,6 +163,38 @@ def test_a_file_over_the_byte_limit_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "big.png").write_bytes(encoded(Image.new("RGB", (9, 9)), "PNG"))
     with pytest.raises(BadImage, match=r"'big\.png' has .* more than the 10 allowed"):
         open_image(tmp_path / "big.png", max_bytes=10)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("turn", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_measured_size_is_that_of_the_opened_picture(
+    kind: str, turn: int, upright: bool, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (tmp_path / "a").write_bytes(encoded(Image.fromarray(TALL), kind, exif=exif))
+    found = open_image(tmp_path / "a", upright=upright)
+    assert image_size(tmp_path / "a", upright=upright) == found.size
+
+
+def test_a_picture_cut_off_behind_its_header_can_still_be_measured(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
+    data = encoded(Image.fromarray(pixels), "PNG")
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    assert image_size(tmp_path / "a.png") == (20, 30)
+    with pytest.raises(BadImage, match="cannot be decoded"):
+        open_image(tmp_path / "a.png")
+
+
+def test_what_is_no_picture_has_the_same_fault_measured_or_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("hello world")
+    for place, error in (("a.jpg", "begins b'hello wo'"), ("", "not a regular file")):
+        for action in (image_size, open_image):
+            with pytest.raises(BadImage, match=error):
+                action(tmp_path / place)
+    with pytest.raises(FileNotFoundError):
+        image_size(tmp_path / "absent.jpg")
 
 
 def test_a_folder_is_not_a_picture_and_an_absent_file_is_not_found(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from cache_builder.errors import (
     CacheMismatch,
     CacheNotFound,
     CacheTooNew,
+    CacheTooOld,
     UnknownIds,
     UnknownName,
 )
@@ -73,8 +74,8 @@ def test_a_missing_cache_is_not_found_and_says_how_to_make_one(tmp_path: Path) -
 
 def test_a_newer_schema_is_refused_before_anything_else(make_cache: Make) -> None:
     cache = make_cache()
-    edit_header(cache, lambda a: a.update(schema_version=2, wonders=True, state="odd"))
-    with pytest.raises(CacheTooNew, match=r"schema 2, this headstart reads up to 1"):
+    edit_header(cache, lambda a: a.update(schema_version=3, wonders=True, state="odd"))
+    with pytest.raises(CacheTooNew, match=r"schema 3, this headstart reads up to 2"):
         FeatureCache.open(cache.path)
 
 
@@ -318,7 +319,7 @@ def test_opening_a_cache_imports_no_torch(make_cache: Make) -> None:
 
 def test_build_stays_a_function_whatever_is_imported_first() -> None:
     code = (
-        "import cache_builder.build\nfrom cache_builder.build import cache_spec\n"
+        "import cache_builder.build\nfrom cache_builder.request import cache_spec\n"
         "from cache_builder import build\nassert build.__name__ == 'build' and callable(build)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
@@ -326,4 +327,6 @@ def test_build_stays_a_function_whatever_is_imported_first() -> None:
 
 def test_every_error_is_a_cache_error() -> None:
     for kind in (CacheCorrupt, CacheIncomplete, CacheMismatch, CacheNotFound, UnknownIds):
+        assert issubclass(kind, CacheError)
+    for kind in (CacheTooNew, CacheTooOld):
         assert issubclass(kind, CacheError)

@@ -81,11 +81,19 @@ def test_the_demo_goes_from_pictures_to_a_report(
     shown = capsys.readouterr().out
     assert f"report: {out / 'report.html'}" in shown
     assert "| zero_shot " in shown
-    metrics = json.loads((out / "metrics.json").read_text())["clip:demo"]
+    found = json.loads((out / "metrics.json").read_text())
+    assert set(found) == {"clip:demo", "siglip2:demo", "pe:demo", "llava:demo"}
+    assert set(found["llava:demo"]) == {"late_maxsim", "tf_local"}  # no joint space: no cosine
+    for family in ("siglip2:demo", "pe:demo"):
+        assert set(found[family]) == set(found["clip:demo"])
+    metrics = found["clip:demo"]
     assert set(metrics) == {"zero_shot", "linear_probe", "tf_global", "late_maxsim", "tf_local"}
     assert set(metrics["tf_local"]) == {"0"}
     closed = metrics["zero_shot"]["0"]["toy_world/czsl/test/closed"]["metrics"]
     assert closed["pair_acc"] > 0.3  # chance is 1/221
+    samples = [FeatureCache.open(path).spec.dataset.digest for path in (out / "caches").iterdir()]
+    assert len(samples) == 4
+    assert len(set(samples)) == 1
     page = (out / "report.html").read_text()
     assert "Where words look" in page
     assert main(["demo", "--out", str(out)]) == 1

@@ -11,13 +11,16 @@ import open_clip
 import pytest
 import torch
 
+from cache_builder import load_backbone
 from cache_builder.datasets import toy_world
 from cache_builder.demo.alt_text import SYNONYMS, alt_text
 from cache_builder.demo.contrasts import CATEGORIES, EDITS, SWAP_REPLACE, draw_contrast, draw_edit
 from cache_builder.demo.draw import IMAGE_SIZE, render
 from cache_builder.demo.measure_bias import measure
+from cache_builder.demo.measure_captions import measure as measure_captions
+from cache_builder.demo.pretraining import training_scene
 from cache_builder.demo.statements import CONVERSE, Statement, caption, describe, is_true
-from cache_builder.demo.train_clip import encode_text, training_scene
+from cache_builder.demo.train_towers import encode_text
 from cache_builder.demo.world import (
     ATTRS,
     OBJS,
@@ -295,6 +298,38 @@ def test_the_bundled_clip_loads_offline_and_beats_chance(monkeypatch):
     found = measure(CLIP, seed=9, split="val", scale=SCALE)
     assert found["czsl/open/pair_acc"] > 20 * found["czsl/open/chance"]
     assert found["2x2/replace_att/i2t"] > 0.7
+
+
+@pytest.mark.parametrize("family", ["siglip2", "pe"])
+def test_the_other_bundled_towers_beat_chance(family):
+    found = measure(CLIP.parent / family, seed=9, split="val", scale=SCALE)
+    assert found["czsl/open/pair_acc"] > 5 * found["czsl/open/chance"]
+    assert found["2x2/replace_att/i2t"] > 0.5
+
+
+def test_the_bundled_llava_s_captions_tell_pictures_apart():
+    found = measure_captions(seed=9, split="val", scale=SCALE)
+    assert found["2x2/replace_obj/i2t"] > 0.6
+    assert found["2x2/swap_obj/group_score"] > 1 / 6
+
+
+def test_the_bundled_llava_s_tower_is_the_bundled_clip_s():
+    """LLaVA keeps CLIP's tower frozen: on equal pixels its patches are what enters CLIP's last block."""
+    clip, llava = load_backbone("clip:demo"), load_backbone("llava:demo")
+    picture = render(sample_scene(key_rng(0, "tower", 0), (pairs_of("train")[0],)))
+    pixels = clip.preprocess(picture)[None]
+    torch.testing.assert_close(llava.preprocess(picture)[None], pixels, atol=1e-6, rtol=0)
+    states = clip.encode_images(pixels, (3,))["block_3"]
+    ours = llava.encode_images(pixels)
+    torch.testing.assert_close(torch.cat([ours["prefix"], ours["patches"]], 1), states)
+
+
+def test_the_bundled_backbones_are_small():
+    """Together at most 16 MB in the wheel."""
+    files = [
+        f for name in ("clip", "siglip2", "pe", "llava") for f in (CLIP.parent / name).iterdir()
+    ]
+    assert sum(f.stat().st_size for f in files) < 16 * 2**20
 
 
 def test_an_unknown_key_in_the_marker_is_an_error(tmp_path):

@@ -11,6 +11,7 @@ only warns), and resamples positions of another image size; all three cost accur
 import difflib
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,9 +31,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cache_builder.backbones.two_towers import DTYPES
 from cache_builder.errors import CacheError, UnknownName
-
-PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 CONVERT = (
     "python -c \"import torch, safetensors.torch as s; m = torch.jit.load('{path}', map_location='cpu').state_dict(); "
@@ -52,24 +52,30 @@ class Loaded:
 
     Attributes:
         name: what was asked for, the same on every machine.
-        model: open_clip's `CLIP` or `CustomTextCLIP`.
+        model: open_clip's `CLIP` or `CustomTextCLIP`, float32; `visual` is its image tower.
         transform: PIL picture → (3, height, width), open_clip's evaluation transform.
         preprocessing: that transform as canonical text.
         tokenizer: texts → ids, padded and cut to the context length.
         tokenizer_text: class, normaliser, context length and vocabulary hash as canonical text.
         weights: sha256 of the loaded tensors.
+        architecture: open_clip's configuration, flat.
         versions: release numbers of the libraries that touch pixels, ids or states.
+        dtype, device: as asked for.
 
     """
 
     name: str
     model: nn.Module
+    visual: Any
     transform: Any
     preprocessing: str
     tokenizer: Any
     tokenizer_text: str
     weights: str
+    architecture: dict[str, str]
     versions: dict[str, str]
+    dtype: str
+    device: str
 
 
 def load_checkpoint(checkpoint: str, family: str, *, dtype: str, device: str) -> Loaded:
@@ -85,8 +91,7 @@ def load_checkpoint(checkpoint: str, family: str, *, dtype: str, device: str) ->
         UnknownName: no such architecture, tag or dtype; names the nearest.
         CheckpointError: anything else that keeps the model from being loaded exactly as asked.
     """
-    if dtype not in PRECISION:
-        raise UnknownName(f"dtype {dtype!r} is not known; choose one of {', '.join(PRECISION)}")
+    check_dtype(dtype)
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         name, source, options = (
@@ -99,27 +104,33 @@ def load_checkpoint(checkpoint: str, family: str, *, dtype: str, device: str) ->
     else:
         name, source, options = _resolve_tag(checkpoint, family)
     try:
-        model = open_clip.create_model(source, precision=PRECISION[dtype], **options)
+        model = open_clip.create_model(source, **options)
         tokenizer = open_clip.get_tokenizer(source)
     except (
         Exception
     ) as error:  # open_clip, torch, safetensors and transformers each raise their own
         raise CheckpointError(
-            f"{family}:{checkpoint} could not be loaded: {_first_line(error)}"
+            f"{family}:{checkpoint} could not be loaded: {first_line(error)}"
         ) from error
     model.eval().requires_grad_(False)
     visual: Any = model.visual
     config = PreprocessCfg(**visual.preprocess_cfg)
-    hub = ("transformers",) if isinstance(tokenizer, HFTokenizer) else ()
+    also = ["transformers"] if isinstance(tokenizer, HFTokenizer) else []
+    also += ["timm"] if hasattr(visual, "trunk") else []
+    check_finite(model, f"{family}:{checkpoint}")
     return Loaded(
         name=name,
         weights=weights_digest(model),
+        architecture=flat(architecture(checkpoint) or {}),
         model=model.to(device),
+        visual=visual,
         transform=image_transform_v2(config, is_train=False),
         preprocessing=f"open_clip image_transform_v2 {json.dumps(vars(config), sort_keys=True)}",
         tokenizer=tokenizer,
         tokenizer_text=describe_tokenizer(tokenizer),
-        versions=releases("torch", "torchvision", "open_clip_torch", "pillow", *hub),
+        versions=releases("torch", "torchvision", "open_clip_torch", "pillow", *also),
+        dtype=dtype,
+        device=device,
     )
 
 
@@ -129,6 +140,67 @@ def architecture(checkpoint: str) -> Mapping[str, Any] | None:
     if path.is_dir():
         return _model_cfg(path)
     return open_clip.get_model_config(_split(checkpoint)[0])
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Files that hold a vocabulary; one is enough."""
+
+UNSEEN = frozenset(
+    {
+        *(
+            "quick_gelu",
+            "hidden_act",
+            "projector_hidden_act",
+            "hf_tokenizer_name",
+            "tokenizer_kwargs",
+        ),
+        *(
+            "vision_feature_layer",
+            "attn_implementation",
+            "_attn_implementation",
+            "dtype",
+            "torch_dtype",
+        ),
+        *("transformers_version", "_name_or_path", "architectures", "id2label", "label2id"),
+        *(
+            "initializer_range",
+            "initializer_factor",
+            "return_dict",
+            "output_hidden_states",
+            "problem_type",
+        ),
+        *("output_attentions", "use_cache", "chunk_size_feed_forward", "timm_model_pretrained"),
+    }
+)
+"""Keys of configurations that `flat` leaves out: another field of a spec has them, or no number depends on them."""
+
+
+def flat(config: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """A nested configuration with dotted keys and values as JSON, without what is None or `UNSEEN`."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if key in UNSEEN or value is None:
+            continue
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = json.dumps(value, sort_keys=True)
+    return found
+
+
+def check_dtype(dtype: str) -> None:
+    """`UnknownName` unless it is a compute type."""
+    if dtype not in DTYPES:
+        raise UnknownName(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """`CheckpointError` that names the first tensor with a NaN or an infinity: a damaged file, or a failed training."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{name}: tensor {key} holds values that are not finite; fetch the weights again"
+            )
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -145,18 +217,22 @@ def describe_tokenizer(tokenizer: Any) -> str:
     """Class, normaliser, context length and vocabulary hash: what decides the ids of a string."""
     clean = tokenizer.clean_fn.__name__.removeprefix("_clean_")
     if isinstance(tokenizer, SimpleTokenizer):
-        vocabulary = Path(default_bpe()).read_bytes()
+        digest = hashlib.sha256(Path(default_bpe()).read_bytes()).hexdigest()
     elif isinstance(tokenizer, HFTokenizer):
-        whole = json.loads(tokenizer.tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation are set by each call, not by the vocabulary.
-        rest = {k: v for k, v in whole.items() if k not in ("padding", "truncation")}
-        vocabulary = json.dumps(rest, sort_keys=True).encode()
+        digest = vocabulary_digest(tokenizer.tokenizer)
     else:
         raise CheckpointError(f"tokenizer {type(tokenizer).__name__} cannot be described")
     return (
         f"{type(tokenizer).__name__} clean={clean} context={tokenizer.context_length} "
-        f"sha256={hashlib.sha256(vocabulary).hexdigest()}"
+        f"sha256={digest}"
     )
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """sha256 of a transformers tokenizer without padding and truncation, which each call sets."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    rest = {k: v for k, v in whole.items() if k not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def releases(*packages: str) -> dict[str, str]:
@@ -239,37 +315,49 @@ def _check_weights(path: Path, config: Mapping[str, Any]) -> None:
                     + CONVERT.format(path=path, out=out)
                 )
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-    if "patch_size" not in vision or isinstance(vision.get("image_size"), list):
-        return  # timm and ResNet towers: their own family, or refused by it
     expected = {
-        "visual.positional_embedding": (vision["image_size"] // vision["patch_size"]) ** 2 + 1,
         "positional_embedding": text.get("context_length", 77),
         "text.positional_embedding": text.get("context_length", 77),
     }
-    for name, rows in _rows_of(path, tuple(expected)).items():
-        if rows != expected[name]:
+    if "patch_size" in vision and not isinstance(vision.get("image_size"), list):
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2
+        expected["visual.positional_embedding"] = patches + 1  # timm's trunks are loaded strictly
+    shapes = _shapes_of(path)
+    for name, rows in expected.items():
+        if name in shapes and shapes[name][:1] != (rows,):
             raise CheckpointError(
-                f"{path}: {name} has {rows} rows where this architecture has {expected[name]}: "
+                f"{path}: {name} has {shapes[name][0]} rows where this architecture has {rows}: "
                 "the file belongs to another image size, patch size or context length"
             )
+    _check_scalars(path, shapes, has_bias=config.get("init_logit_bias") is not None)
 
 
-def _rows_of(path: Path, names: tuple[str, ...]) -> dict[str, int]:
-    """First-axis lengths of those tensors of a file that it has; reads their headers only."""
+def _check_scalars(path: Path, shapes: Mapping[str, tuple[int, ...]], *, has_bias: bool) -> None:
+    """open_clip puts zero where a bias is missing, and stumbles over one too many."""
+    if ("logit_bias" in shapes) != has_bias and "logit_scale" in shapes:
+        there = "no tensor logit_bias, which" if has_bias else "a tensor logit_bias, which only"
+        raise CheckpointError(f"{path} has {there} an architecture with init_logit_bias needs")
+    for name in ("logit_scale", "logit_bias"):
+        if math.prod(shapes.get(name, ())) != 1:
+            raise CheckpointError(f"{path}: {name} has shape {shapes[name]}, but is one number")
+
+
+def _shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a file; reads its header only."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {n: file.get_slice(n).get_shape()[0] for n in names if n in set(file.keys())}
+                return {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 (not a dict)
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except Exception as error:  # damaged files raise nearly anything
         raise CheckpointError(
-            f"{path} is not a readable weights file: {_first_line(error)}"
+            f"{path} is not a readable weights file: {first_line(error)}"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    found = {key.removeprefix("module."): value for key, value in state.items()}
-    return {n: len(found[n]) for n in names if isinstance(found.get(n), Tensor)}
+    tensors = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def _model_cfg(directory: Path) -> dict[str, Any] | None:
@@ -299,7 +387,17 @@ def _read_directory(path: Path, family: str) -> dict[str, Any]:
     if not weights.is_file():
         raise CheckpointError(f"{family}:{path} has no {weights.name}, the weights")
     _check_weights(weights, config["model_cfg"])
+    if config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name"):
+        check_tokenizer_files(path, family)
     return {}
+
+
+def check_tokenizer_files(directory: Path, family: str) -> None:
+    """`CheckpointError` unless there is some tokenizer in a directory that needs one of its own."""
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        raise CheckpointError(
+            f"{family}:{directory} has no tokenizer.json; put the tokenizer files of this checkpoint beside its weights"
+        )
 
 
 def _refused_path(path: Path, family: str) -> CheckpointError:
@@ -311,6 +409,7 @@ def _refused_path(path: Path, family: str) -> CheckpointError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The beginning of a library's message, for one sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] or type(error).__name__

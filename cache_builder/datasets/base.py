@@ -24,11 +24,18 @@ class ImageRecord:
         id: unique within the data set.
         open: returns the decoded RGB picture; raises `ValueError`, or an `OSError` about the file itself, if it cannot
             be used, which the build then quarantines.
+        measure: returns width and height of that picture without decoding it, and raises likewise; None where that is
+            no cheaper.
 
     """
 
     id: str
     open: Callable[[], Image]
+    measure: Callable[[], tuple[int, int]] | None = None
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the decoded picture, in pixels."""
+        return self.open().size if self.measure is None else self.measure()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from cache_builder.datasets.base import (
     TextRecord,
 )
 from cache_builder.errors import UnknownName
-from cache_builder.images import check_name, decode_rule, image_path, open_image
+from cache_builder.images import check_name, decode_rule, image_path, image_size, open_image
 from cache_builder.records import (
     DatasetError,
     DatasetNotFound,
@@ -140,7 +140,9 @@ def read_compositions(
         name=layout.name,
         images=tuple(
             ImageRecord(
-                image, partial(_open_first, images, places[image], follow_links=follow_links)
+                image,
+                partial(_open_first, images, places[image], follow_links),
+                partial(_measure_first, images, places[image], follow_links),
             )
             for image in first_row
         ),
@@ -307,11 +309,20 @@ def _require_some_image(
         )
 
 
-def _open_first(images: Path, names: tuple[str, ...], *, follow_links: bool) -> Image:
+def _open_first(images: Path, names: tuple[str, ...], follow_links: bool) -> Image:
+    return open_image(_first(images, names, follow_links))
+
+
+def _measure_first(images: Path, names: tuple[str, ...], follow_links: bool) -> tuple[int, int]:
+    return image_size(_first(images, names, follow_links))
+
+
+def _first(images: Path, names: tuple[str, ...], follow_links: bool) -> Path:
+    """The first of the places where an image may lie."""
     tried = [image_path(images, name, follow_links=follow_links) for name in names]
     for path in tried:
         if path.exists():
-            return open_image(path)
+            return path
     raise FileNotFoundError(f"no such file: {' nor '.join(str(p) for p in tried)}")
 
 

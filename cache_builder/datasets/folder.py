@@ -33,7 +33,14 @@ from cache_builder.datasets.base import (
 )
 from cache_builder.datasets.compositions import PRESETS, SPLITS, pair_id, prompt
 from cache_builder.errors import UnknownName
-from cache_builder.images import UnsafeName, check_name, decode_rule, image_path, open_image
+from cache_builder.images import (
+    UnsafeName,
+    check_name,
+    decode_rule,
+    image_path,
+    image_size,
+    open_image,
+)
 from cache_builder.records import DatasetError, DatasetNotFound, read_csv, read_jsonl
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -109,7 +116,8 @@ def load(
         images=tuple(
             ImageRecord(
                 name,
-                partial(_open, root / "images", name, upright=upright, follow_links=follow_links),
+                partial(_open, root / "images", name, upright, follow_links),
+                partial(_measure, root / "images", name, upright, follow_links),
             )
             for name in images
         ),
@@ -149,8 +157,12 @@ def miniature(root: str | Path, *, kind: str = "labels") -> Path:
     return root
 
 
-def _open(images: Path, name: str, *, upright: bool, follow_links: bool) -> Image.Image:
+def _open(images: Path, name: str, upright: bool, follow_links: bool) -> Image.Image:
     return open_image(image_path(images, name, follow_links=follow_links), upright=upright)
+
+
+def _measure(images: Path, name: str, upright: bool, follow_links: bool) -> tuple[int, int]:
+    return image_size(image_path(images, name, follow_links=follow_links), upright=upright)
 
 
 def _list_images(images: Path) -> tuple[str, ...]:

@@ -109,7 +109,8 @@ def load(
     return Dataset(
         name="toy_world",
         images=tuple(
-            ImageRecord(name, partial(render, scene)) for name, scene in making.scenes.items()
+            ImageRecord(name, partial(render, scene), _size)
+            for name, scene in making.scenes.items()
         ),
         texts=tuple(TextRecord(text, text) for text in making.texts),
         tasks=tasks,
@@ -137,6 +138,10 @@ def _draw_scene(rng: np.random.Generator, shown: Statement) -> Scene:
     if shown.relation is not None and shown.relation not in RELATIONS:
         shown = shown.turned()
     return sample_scene(rng, tuple((attr, obj) for attr, obj in shown.said if attr), shown.relation)
+
+
+def _size() -> tuple[int, int]:
+    return IMAGE_SIZE, IMAGE_SIZE
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Measure what the bundled CLIP's global cosine can and cannot tell apart, and write the figures beside its weights.
+"""Measure what a bundled backbone's global cosine can and cannot tell apart, and write the figures beside its weights.
 
-    python -m cache_builder.demo.measure_bias --clip cache_builder/demo/clip --seeds 5
+    python -m cache_builder.demo.measure_bias cache_builder/demo/siglip2 --seeds 5
 
 The tool exists because a global cosine often behaves like a bag of words: good when a word is
 replaced, poor when two are exchanged. This states, over several evaluation worlds, how far that
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from cache_builder.backbones import small_trunks  # noqa: F401 (registers the bundled trunks)
 from cache_builder.datasets import toy_world
 from cache_builder.datasets.base import Dataset, MatchingExample
 
@@ -188,12 +189,14 @@ def summarise(rows: list[dict[str, float | int]]) -> dict[str, dict[str, float]]
 def main() -> None:
     """Measure on the test split of worlds 0, 1, … and write `bias.json`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clip", type=Path, default=Path(__file__).parent / "clip")
+    parser.add_argument("folder", type=Path, help="a bundled backbone in open_clip's format")
     parser.add_argument("--seeds", type=int, default=5, help="how many evaluation worlds")
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, help="default: bias.json beside the weights")
     args = parser.parse_args()
-    rows = [measure(args.clip, seed, args.split) for seed in tqdm(range(args.seeds), desc="worlds")]
+    rows = [
+        measure(args.folder, seed, args.split) for seed in tqdm(range(args.seeds), desc="worlds")
+    ]
     body = {
         "what": "zero-shot accuracy of the global cosine; mean and std over evaluation worlds",
         "split": args.split,
@@ -204,7 +207,7 @@ def main() -> None:
         },
         "figures": summarise(rows),
     }
-    out = args.out or args.clip / "bias.json"
+    out = args.out or args.folder / "bias.json"
     out.write_text(json.dumps(body, indent=1) + "\n")
 
 

@@ -117,10 +117,11 @@ class JointTransformer(nn.Module):
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
-    def encode_image(self, tokens: Float[Tensor, "b n w"]) -> Encoded:
-        """Image tokens; all are real."""
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return self._encoded(self.image(tokens), mask)
+    def encode_image(
+        self, tokens: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Encoded:
+        """Image tokens; `mask` is True where one is real, None if all are."""
+        return self._encoded(self.image(tokens), _all_real(tokens) if mask is None else mask)
 
     def encode_text(self, tokens: Float[Tensor, "m l v"], mask: Bool[Tensor, "m l"]) -> Encoded:
         """Text tokens; `mask` is True where one is real."""
@@ -234,13 +235,14 @@ class LateInteraction(nn.Module):
         self.image_norm, self.text_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.a = nn.Parameter(torch.tensor(-math.log(INIT_TEMPERATURE)))
 
-    def encode_image(self, tokens: Float[Tensor, "b n w"]) -> Encoded:
-        """Unit vectors of image tokens; all are real."""
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    def encode_image(
+        self, tokens: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Encoded:
+        """Unit vectors of image tokens; `mask` is True where one is real, None if all are."""
         x = self.image(tokens)
         for block in self.image_blocks:
-            x = block(x)
-        return self._unit(self.image_norm(x), mask)
+            x = block(x, mask)
+        return self._unit(self.image_norm(x), _all_real(tokens) if mask is None else mask)
 
     def encode_text(self, tokens: Float[Tensor, "m l v"], mask: Bool[Tensor, "m l"]) -> Encoded:
         """Unit vectors of text tokens; `mask` is True where one is real."""
@@ -255,15 +257,20 @@ class LateInteraction(nn.Module):
         """Scores of image i with the texts `columns[i]`."""
         chosen = text.tokens.index_select(0, columns.flatten()).unflatten(0, tuple(columns.shape))
         with torch.autocast(chosen.device.type, enabled=False):
-            best = torch.einsum("bnd,bkld->bknl", image.tokens, chosen).amax(2)
+            cosine = torch.einsum("bnd,bkld->bknl", image.tokens, chosen)
+        best = _real_only(cosine, image.mask[:, None, :, None]).amax(2)
         return self._pooled(best, text.mask[columns])
 
     def grid(self, image: Encoded, text: Encoded) -> Float[Tensor, "b m"]:
         """Scores of all pairs, some images at a time."""
         rows = []
         with torch.autocast(image.tokens.device.type, enabled=False):
-            for some in image.tokens.split(max(1, self.chunk // max(1, len(text.tokens)))):
-                best = torch.einsum("bnd,mld->bmnl", some, text.tokens).amax(2)
+            height = max(1, self.chunk // max(1, len(text.tokens)))
+            for some, real in zip(
+                image.tokens.split(height), image.mask.split(height), strict=True
+            ):
+                cosine = torch.einsum("bnd,mld->bmnl", some, text.tokens)
+                best = _real_only(cosine, real[:, None, :, None]).amax(2)
                 rows.append(self._pooled(best, text.mask.expand(len(some), -1, -1)))
         return torch.cat(rows)
 
@@ -284,6 +291,15 @@ class LateInteraction(nn.Module):
     def _unit(self, tokens: Tensor, mask: Tensor) -> Encoded:
         unit = F.normalize(tokens.float(), dim=-1)
         return Encoded(unit, mask, unit[..., :0])
+
+
+def _all_real(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def _real_only(cosine: Tensor, mask: Tensor) -> Tensor:
+    """-inf where a patch is padding, so that it is never the best; pictures of one shape have none, and pay nothing."""
+    return cosine if bool(mask.all()) else cosine.masked_fill(~mask, -torch.inf)
 
 
 def _tiles(b: int, k: int, chunk: int) -> Iterator[tuple[slice, slice]]:

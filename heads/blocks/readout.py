@@ -5,9 +5,8 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cache_builder.readout import project_patches, project_tokens
+from cache_builder.readout import final_norm, project_patches, project_tokens
 from heads.errors import ConfigError
 
 
@@ -51,24 +50,34 @@ class Readout(nn.Module):
         return self["logit_bias"].squeeze() if "logit_bias" in self._names else torch.zeros(())
 
     def norm(self, side: str, raw: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
-        """The final norm of tower `side` ("image" or "text") on raw tokens, in float32."""
-        weight, bias = self[f"{side}/norm.weight"], self[f"{side}/norm.bias"]
-        with torch.autocast(raw.device.type, enabled=False):
-            return F.layer_norm(raw.float(), weight.shape, weight, bias, self.eps(side))
+        """The final norm of tower `side` ("image" or "text") on raw tokens, in float32.
 
-    def eps(self, side: str) -> float:
-        """Epsilon of the final norm."""
-        return float(self[f"{side}/eps"])
+        LLaVA reads its projector on patches without a norm: there, they stay as they are.
+        """
+        if not (side == "image" and "image/projector.fc1.weight" in self._names):
+            _ = self[f"{side}/norm.weight"]  # refuses a readout without it
+        with torch.autocast(raw.device.type, enabled=False):
+            return final_norm(self._tensors(), side, raw.float())
 
     def joint(self, side: str, raw: Float[Tensor, "b n w"]) -> Float[Tensor, "b n d"]:
-        """Raw tokens of tower `side` in the joint space, as its pooled token gets there; not normalised."""
+        """Raw tokens of tower `side` in the joint space, as what is pooled gets there; not normalised."""
         self.joint_width(side)  # refuses a readout without projection
         project = project_patches if side == "image" else project_tokens
         with torch.autocast(raw.device.type, enabled=False):
-            return project({name: self[name] for name in self._names}, raw.float())
+            return project(self._tensors(), raw.float())
 
     def joint_width(self, side: str) -> int:
-        """D of the projection of tower `side`."""
+        """Width of the space that `joint` leads to: D, or the language model's where patches are projected into it."""
+        if side == "image" and "image/projector.fc2.weight" in self._names:
+            return self["image/projector.fc2.weight"].shape[0]
         if f"{side}/proj" in self._names:
             return self[f"{side}/proj"].shape[1]
+        projected = f"{side}/proj.weight" in self._names
+        if not projected and side == "image" and "image/pool.latent" in self._names:
+            return self["image/pool.latent"].shape[-1]
+        if not projected and side == "text" and "image/projector.fc2.weight" in self._names:
+            return self["text/norm.weight"].shape[0]
         return self[f"{side}/proj.weight"].shape[0]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: self[name] for name in self._names}

@@ -78,8 +78,9 @@ class Config(HeadConfig):
     )
     top_sampled: int = Field(
         default=64,
-        ge=1,
-        description="the others are drawn from this many candidates of highest cached cosine (O)",
+        ge=0,
+        description="the others are drawn from this many candidates of highest cached cosine; 0 draws from all alike, "
+        "for backbones without a joint space (O)",
     )
     chunk: int = Field(
         default=1024,
@@ -122,7 +123,8 @@ class Head(base.Head):
         if config.variant != "global":
             queries |= {"image/patches"} | ({"image/prefix"} if config.keep_prefix else set())
             candidates |= {"text/tokens"}
-        if config.variant == "global" or config.residual_global or config.n_sampled is not None:
+        by_cosine = config.n_sampled is not None and config.top_sampled > 0
+        if config.variant == "global" or config.residual_global or by_cosine:
             queries |= {"image/pooled"}
             candidates |= {"text/pooled"}
         return Needs(frozenset(queries), frozenset(candidates))
@@ -168,10 +170,13 @@ class Head(base.Head):
     def _encode_queries(self, queries: Features) -> Encoded:
         if self.config.variant == "global":
             return self.scorer.encode_image(queries["image/pooled"][:, None])
-        raw = queries["image/patches"]
+        raw, mask = queries["image/patches"], queries.streams.get("image/mask")
         if self.config.keep_prefix:
-            raw = torch.cat([queries["image/prefix"], raw], dim=1)
-        return self.scorer.encode_image(self._normed("image", raw))
+            prefix = queries["image/prefix"]
+            raw = torch.cat([prefix, raw], dim=1)
+            if mask is not None:
+                mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
+        return self.scorer.encode_image(self._normed("image", raw), mask)
 
     def _encode_candidates(self, candidates: Features) -> Encoded:
         if self.config.variant == "global":

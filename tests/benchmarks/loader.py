@@ -59,15 +59,11 @@ def make_cache(path: Path, n: int) -> FeatureCache:
     for side, w in width.items():
         readout[f"{side}/norm.weight"], readout[f"{side}/norm.bias"] = np.ones(w), np.zeros(w)
         readout[f"{side}/proj"], readout[f"{side}/eps"] = random.normal(size=(w, JOINT)), 1e-5
-    contents = Contents(
-        image_ids=images,
-        text_ids=texts,
-        texts=texts,
-        tasks=Tasks(two_by_two=tuple(examples)),
-        readout=readout,
-        token_ids=np.zeros(n * TOKENS, np.int32),
-        offsets=np.arange(n + 1, dtype=np.int64) * TOKENS,
-    )
+    arrays: dict[str, Any] = {"image/id": images, "text/id": texts, "text/string": texts}
+    arrays["text/ids"] = np.zeros(n * TOKENS, np.int32)
+    arrays["text/offsets"] = np.arange(n + 1, dtype=np.int64) * TOKENS
+    arrays |= {f"readout/{name}": np.asarray(v, np.float32) for name, v in readout.items()}
+    contents = Contents(Tasks(two_by_two=tuple(examples)), arrays)
     dims = {
         "patches": PATCHES,
         "image_width": WIDTH,

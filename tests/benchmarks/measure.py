@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from cache_builder import load_backbone
 from cache_builder.backbones.base import Backbone
+from cache_builder.backbones.tiny_files import gemma_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +78,58 @@ def pressure() -> str:
 
 
 @contextmanager
-def backbone(name: str, *, dtype: str = "float32", device: str = "cpu") -> Iterator[Backbone]:
-    """A backbone by `family:checkpoint`, or `random:ARCH`: open_clip's architecture of true size, random weights."""
+def backbone(
+    name: str, *, dtype: str = "float32", device: str = "cpu", compiled: bool = False
+) -> Iterator[Backbone]:
+    """A backbone by `family:checkpoint`, or `random:ARCH`: open_clip's architecture of true size, random weights.
+
+    `random:llava` is LLaVA-1.5's vision tower and projector without its language model.
+    """
     family, _, arch = name.partition(":")
+    choice = {"dtype": dtype, "device": device, "compiled": compiled}
     if family != "random":
-        yield load_backbone(name, dtype=dtype, device=device)
+        yield load_backbone(name, **choice)
         return
     with tempfile.TemporaryDirectory() as folder:
+        if arch == "llava":
+            write_random_llava(Path(folder))
+            yield load_backbone(f"llava:{folder}@vision", **choice)
+            return
         write_random(arch, Path(folder))
-        yield load_backbone(f"clip:{folder}", dtype=dtype, device=device)
+        family = "siglip2" if "SigLIP" in arch else "pe" if arch.startswith("PE-") else "clip"
+        yield load_backbone(f"{family}:{folder}", **choice)
 
 
 def write_random(arch: str, folder: Path) -> None:
-    """An open_clip directory as it is published, with random weights."""
+    """An open_clip directory as it is published, with random weights; a tokenizer from the hub gives way to bytes."""
     torch.manual_seed(0)
     model = open_clip.create_model(arch, load_weights=False)
     visual: Any = model.visual
-    config = {
-        "model_cfg": open_clip.get_model_config(arch),
-        "preprocess_cfg": visual.preprocess_cfg,
-    }
+    architecture: Any = open_clip.get_model_config(arch)
+    if "hf_tokenizer_name" in architecture["text_cfg"]:
+        gemma_tokenizer(architecture["text_cfg"]["context_length"]).save_pretrained(folder)
+        architecture["text_cfg"]["hf_tokenizer_name"] = "beside this file"
+    config = {"model_cfg": architecture, "preprocess_cfg": visual.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
+
+
+def write_random_llava(folder: Path) -> None:
+    """LLaVA-1.5's tower and projector with random weights, as far as `llava:…@vision` reads them."""
+    from transformers import AutoModel, CLIPImageProcessor, LlavaConfig
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    torch.manual_seed(0)
+    config = LlavaConfig()
+    tower, projector = AutoModel.from_config(config.vision_config), LlavaMultiModalProjector(config)
+    state = {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
+    state |= {f"model.multi_modal_projector.{k}": v for k, v in projector.state_dict().items()}
+    config.save_pretrained(folder)
+    size = {"height": 336, "width": 336}
+    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=size).save_pretrained(folder)
+    save_file(
+        {k: v.contiguous() for k, v in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
