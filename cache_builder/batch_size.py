@@ -1,6 +1,7 @@
 """How many images to encode at once: as many as an accelerator's memory takes, found by trying."""
 
 import logging
+from collections.abc import Collection
 
 import torch
 from PIL import Image
@@ -17,10 +18,16 @@ ON_A_CPU = 64
 """A CPU gains nothing from larger batches."""
 
 
-def fitting_batch_size(backbone: Backbone) -> int:
-    """Half of the largest power of two whose forward pass fits the accelerator's memory; the log says which, and why.
+HELD = 4
+"""Batches whose streams a build holds at once: the one that is encoded, and those that wait to be stored."""
 
-    Half, because a build holds the next batch and the last one's streams beside the one that is encoded. On a CPU 64.
+
+def fitting_batch_size(backbone: Backbone, blocks: Collection[int] = ()) -> int:
+    """The largest power of two whose streams fit the accelerator's memory as often as a build holds them. On a CPU 64.
+
+    Args:
+        backbone: on its device.
+        blocks: the states that are stored besides its own streams.
 
     Raises:
         torch.OutOfMemoryError: not even two images fit.
@@ -30,10 +37,12 @@ def fitting_batch_size(backbone: Backbone) -> int:
     one = backbone.preprocess(Image.new("RGB", (640, 480), "gray"))
     size = MOST
     while size >= 1:
-        pixels = default_collate([one] * 2 * size)
+        pixels = default_collate([one] * size)
+        asked = {"blocks": blocks} if blocks else {}
         try:
             with torch.inference_mode():
-                backbone.encode_images(pixels)
+                held = [backbone.encode_images(pixels, **asked) for _ in range(HELD)]
+            del held
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -43,5 +52,5 @@ def fitting_batch_size(backbone: Backbone) -> int:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         break
-    log.info("batches of %d: twice as many images fit the memory of %s", size, backbone.device)
+    log.info("batches of %d: no more than that fit the memory of %s", size, backbone.device)
     return size

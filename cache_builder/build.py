@@ -13,6 +13,7 @@ import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,8 @@ def _encode_pictures(
     load = Loading(cache, records, backbone, workers, strict)
     with Filler(cache, "image") as filler:
         owner = np.arange(filler.n_rows)
-        _run(filler, load.batches(filler, owner, looks), encode, backbone.device, progress)
+        with closing(load.batches(filler, owner, looks)) as batches:
+            _run(filler, batches, encode, backbone.device, progress)
     with Filler(cache, "crop") as filler:
         if not filler.batches:
             return
@@ -232,8 +234,8 @@ def _encode_pictures(
         rule = cache.spec.rules["crop"].partition(":")[0]
 
         def resized(row: int, image: Image) -> Image:
-            planned = boxes[bounds[row] : bounds[row + 1]].tolist()
-            if planned != [list(box) for box in crop_boxes(*image.size, rule)]:
+            planned = boxes[bounds[row] : bounds[row + 1]]
+            if not np.array_equal(planned, crop_boxes(*image.size, rule)):
                 raise BadOutput(
                     f"image {records[row].id!r} has another size ({image.width} × {image.height}) than when its crops "
                     "were planned: it has changed since; restore it, or remove the cache and repeat"
@@ -243,8 +245,9 @@ def _encode_pictures(
         def window(row: int, image: Image) -> dict[str, Image]:
             return {"": image.crop(tuple(boxes[row].tolist()))}
 
-        batches = load.batches(filler, owner, window, resized)
-        _run(filler, batches, encode, backbone.device, progress)
+        # Closed also after an error, so that no thread outlives the lock.
+        with closing(load.batches(filler, owner, window, resized)) as batches:
+            _run(filler, batches, encode, backbone.device, progress)
 
 
 def _run(

@@ -150,9 +150,7 @@ def _build(args: argparse.Namespace) -> None:
     finished = _is_finished(out)
     batch_size = args.batch_size
     if batch_size is None:
-        from cache_builder.batch_size import fitting_batch_size
-
-        batch_size = fitting_batch_size(backbone)
+        batch_size = _begun_with(out) or _fitting(backbone, spec)
     start = time.perf_counter()
     try:
         cache = build(
@@ -178,6 +176,24 @@ def _build(args: argparse.Namespace) -> None:
             f"{out} cannot be written ({error}); what is finished is kept: make room or choose another --out; repeat"
         ) from error
     _conclude(cache, None if finished else time.perf_counter() - start)
+
+
+def _begun_with(path: Path) -> int | None:
+    """The batch size of a cache that was begun already: it keeps it."""
+    from cache_builder.header import read_header
+
+    try:
+        return read_header(path).batch_size
+    except CacheError:
+        return None
+
+
+def _fitting(backbone: "Backbone", spec: "CacheSpec") -> int:
+    from cache_builder.batch_size import fitting_batch_size
+    from cache_builder.format import stream
+
+    blocks = [b for s in spec.streams if (b := stream(s).block) is not None]
+    return fitting_batch_size(backbone, blocks)
 
 
 def _is_finished(path: Path) -> bool:

@@ -159,8 +159,9 @@ def _seen(size: Size, view: str | None) -> Size:
 def _crops(sizes: Sequence[Size | None], spec: CacheSpec) -> dict[str, Values]:
     """Boxes of every picture's crops, and where they begin."""
     rule = spec.rules["crop"].partition(":")[0]
-    boxes = [[] if s is None else crop_boxes(*s, rule) for s in sizes]
-    flat = np.array([box for some in boxes for box in some], np.int32).reshape(-1, 4)
+    none = np.zeros((0, 4), np.int32)
+    boxes = [none if s is None else crop_boxes(*s, rule) for s in sizes]
+    flat = np.concatenate([none, *boxes])
     return {"crop/box": flat, "crop/offsets": _starts([len(some) for some in boxes])}
 
 

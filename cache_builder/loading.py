@@ -5,7 +5,7 @@ Every hand-over is bounded, so memory does not grow with the data set.
 
 import errno
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 from cache_builder.backbones.base import Backbone, Pixels
 from cache_builder.cache import FeatureCache
 from cache_builder.datasets.base import ImageRecord
-from cache_builder.errors import BadInput, CacheError
+from cache_builder.errors import BadInput, BadOutput, CacheError
 from cache_builder.filler import Batch, Filler
 from cache_builder.format import Bad
 
@@ -92,7 +92,7 @@ class Loading:
         owner: NDArray[np.int64],
         looks: Looks,
         ready: Callable[[int, Image], Image] = lambda _, image: image,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches that a filler needs; those behind are prepared while one is encoded.
 
         Args:
@@ -129,11 +129,16 @@ class Loading:
         image = picture()
         if image is None or isinstance(image, str):
             return image
-        preprocess = self.backbone.preprocess
-        return attempt(
-            self.records[owner].id,
-            lambda: {home: preprocess(one) for home, one in looks(row, image).items()},
-        )
+        try:
+            return {home: self.backbone.preprocess(one) for home, one in looks(row, image).items()}
+        except CacheError:
+            raise
+        except Exception as error:  # a library's transform raises its own
+            raise BadOutput(
+                f"family {self.backbone.spec.family} could not preprocess image {self.records[owner].id!r} "
+                f"({image.width} × {image.height}): {error}; its file is a picture, so the family is at fault, and the "
+                "build stopped"
+            ) from error
 
     def _stack(
         self,
@@ -148,6 +153,11 @@ class Loading:
                 name = self.records[row].id
                 if self.strict:
                     raise BadInput(unusable(name, found))
+                if array := self._written(row):
+                    raise CacheError(
+                        f"{unusable(name, found)}, but it could be when {array} was written, and all its streams must "
+                        f"agree; restore the file and repeat, or remove {self.cache.path} and build again"
+                    )
                 self.bad.add(name)
                 self.cache.quarantine(Bad(id=name, reason=found, row=row))
         pixels = [found if isinstance(found, dict) else None for found in loaded]
@@ -158,6 +168,20 @@ class Loading:
         # A neighbour stands in for a bad picture: a batch of another size might have other last bits.
         inputs = default_collate([some if p is None else p for p in pixels])
         return Batch(rows, each(inputs, Tensor.pin_memory) if self._pinned else inputs, good)
+
+    def _written(self, row: int) -> str | None:
+        """A stream of which a finished chunk holds numbers of an image row; None if there is none."""
+        for name in self.cache.streams:
+            side, layout = name.partition("/")[0], self.cache.layout(name)
+            if side not in ("image", "crop"):
+                continue
+            first, last = row, row + 1
+            if self.cache.is_ragged(name):
+                first, last = self.cache.offsets(name)[row : row + 2].tolist()
+            chunks = range(first // layout.chunk, -(-last // layout.chunk))
+            if any((name, chunk) in self.cache.chunks.manifest for chunk in chunks):
+                return name
+        return None
 
     @property
     def _pinned(self) -> bool:

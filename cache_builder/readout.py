@@ -116,7 +116,11 @@ def final_norm(readout: Readout, side: str, rows: Float[Tensor, "*b w"]) -> Floa
 def _norm(readout: Readout, side: str, rows: Tensor) -> Tensor:
     weight, bias = readout.get(f"{side}/norm.weight"), readout.get(f"{side}/norm.bias")
     if weight is None:
-        return rows
+        if side == "image" and "image/projector.fc1.weight" in readout:
+            return rows  # LLaVA reads its projector on patches without a norm
+        raise KeyError(
+            f"the readout has no {side}/norm.weight, only {', '.join(readout) or 'nothing'}"
+        )
     eps = float(readout[f"{side}/eps"])
     if bias is None:
         scale = torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
@@ -127,13 +131,19 @@ def _norm(readout: Readout, side: str, rows: Tensor) -> Tensor:
 def _project(readout: Readout, side: str, normed: Tensor) -> Tensor:
     if f"{side}/proj" in readout:
         return normed @ readout[f"{side}/proj"]
-    return _linear(readout, f"{side}/proj", normed)
+    if f"{side}/proj.weight" in readout:
+        return _linear(readout, f"{side}/proj", normed)
+    pooled, spoken = "image/pool.latent" in readout, "image/projector.fc1.weight" in readout
+    if (side == "image" and pooled) or (side == "text" and spoken):
+        return (
+            normed  # SigLIP2's attention pool, and LLaVA's language model, end in their own width
+        )
+    raise KeyError(f"the readout has no {side}/proj, only {', '.join(readout) or 'nothing'}")
 
 
 def _linear(readout: Readout, name: str, rows: Tensor) -> Tensor:
-    """A linear layer by name; the identity where there is none."""
-    weight = readout.get(f"{name}.weight")
-    return rows if weight is None else F.linear(rows, weight, readout.get(f"{name}.bias"))
+    """A linear layer by name."""
+    return F.linear(rows, readout[f"{name}.weight"], readout.get(f"{name}.bias"))
 
 
 def _attention_pool(readout: Readout, rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -300,18 +300,11 @@ def _check_words(backbone: Any) -> dict[str, float]:
 
 def _check_entering(backbone: Any) -> dict[str, float]:
     """Embedded tokens give the same as ids; resuming at any block gives the whole pass; prompts act."""
-    import torch
-
     pixels, found = _sample_pixels(backbone), dict[str, float]()
     depth = backbone.depth["image"]
     _must(depth == len(backbone.blocks("image")), "depth: is not the number of blocks")
     out = backbone.encode_images(pixels, range(depth + 1))
-    mask = None
-    if "length" in out:
-        mask = (
-            torch.arange(out["patches"].shape[1], device=backbone.device) < out["length"][:, None]
-        )
-    entering = backbone.embed_pixels(pixels)
+    entering, mask = backbone.embed_pixels(pixels)
     found |= _near("image embedded = block_0", entering, out["block_0"], EXACT)
     for k in range(depth + 1):
         resumed = backbone.resume_from("image", k, out[f"block_{k}"], mask=mask)
@@ -326,7 +319,7 @@ def _check_entering(backbone: Any) -> dict[str, float]:
     if "text/tokens" in backbone.streams:
         ids = backbone.tokenize(CAPTIONS)
         whole, embedded = backbone.encode_texts(ids), backbone.embed_tokens(ids)
-        end = backbone.text.tokens.ends(ids) if hasattr(backbone, "text") else whole["length"] - 1
+        end = backbone.ends(ids)
         again = backbone.encode_embedded(embedded, end)
         if "pooled" in whole:
             found |= _near("embedded = ids, pooled", again["pooled"], whole["pooled"], EXACT)
@@ -372,7 +365,7 @@ def _check_prompts(
     _must(last.shape == other.shape == states.shape[:1] + last.shape[1:], f"{side} prompts: shape")
     _must(not torch.equal(last, other), f"{side} prompts change nothing")
     rows = states.shape[1] - (last.shape[1] if side == "image" else 0)
-    expected = backbone.image.n_prefix if side == "image" and hasattr(backbone, "image") else 0
+    expected = backbone.spec.dims.get("prefix", 0)
     _must(rows == expected or side == "text", f"{side} prompts are not taken out again")
     again = run(states, prompts.detach())[name]
     return _near(f"{side} prompted, with and without gradients", again, last, BATCH_TOLERANCE)

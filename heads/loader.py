@@ -111,6 +111,7 @@ class Loader:
             ram_limit=ram_limit,
             device=device,
         )
+        # Ragged streams that do not fit in memory are read row by row: correct, and slow.
         dense = [s for s in self.source.on_disk if not data.cache.is_ragged(s)]
         big = [s for s in dense if s.startswith("image/")]
         self.pools = PoolReader(data.cache, big[0], ram_limit) if big else None

@@ -170,7 +170,7 @@ class Source:
             elif isinstance(found, Ragged):
                 values, mask = found.take(rows)
                 out[stream] = self._ready(values)
-                out[f"{stream.split('/')[0]}/mask"] = mask.to(self.device)
+                out[f"{stream.rpartition('/')[0]}/mask"] = mask.to(self.device)
             else:
                 out[stream] = self._ready(found.take(rows))
         return Features(out)

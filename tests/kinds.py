@@ -281,7 +281,7 @@ def entering(kind: str, model: TwoTowers, side: str, m: int) -> tuple[Tensor, An
     if side == "image":
         pixels = stacked(model)
         mask = pixels["mask"].bool() if isinstance(pixels, dict) else None
-        return model.embed_pixels(pixels), mask, torch.tensor(0), model.image.n_prefix
+        return model.embed_pixels(pixels)[0], mask, torch.tensor(0), model.image.n_prefix
     assert model.text is not None
     ids = model.tokenize(["a red mug", "two"])
     width = model.spec.dims["context"] - m if kind in WHOLE else ids.shape[1] - m

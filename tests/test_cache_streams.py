@@ -234,7 +234,7 @@ def test_crops_are_all_squares_of_whole_cells_within_the_picture(size: tuple[int
     }
     boxes = crop_boxes(*size, "all")
     assert len(boxes) == len(squares)
-    assert set(boxes) == squares
+    assert {tuple(box) for box in boxes.tolist()} == squares
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_a_crop_s_vector_is_the_backbone_s_of_that_part(crops: FeatureCache) -> 
         (row,) = crops.rows("image", [f"i{i}"])
         resized = resize_for_crops(picture(i, size))
         boxes = crops.boxes()[offsets[row] : offsets[row + 1]]
-        assert [tuple(box) for box in boxes.tolist()] == crop_boxes(*size, "fast")
+        assert np.array_equal(boxes, crop_boxes(*size, "fast"))
         for at in (0, 50, len(boxes) - 1):
             expected = encoded(backbone, resized.crop(tuple(boxes[at].tolist())))["pooled"]
             np.testing.assert_allclose(values[offsets[row] + at], expected, atol=1e-5)
@@ -627,6 +627,6 @@ def test_an_older_schema_is_refused_with_both_numbers(make_cache: Make) -> None:
 
 
 def test_a_picture_too_long_for_crops_has_none() -> None:
-    assert crop_boxes(1, 8, "all")
-    assert crop_boxes(1, 9, "all") == []
-    assert crop_boxes(30_000, 1, "fast") == []
+    assert len(crop_boxes(1, 8, "all"))
+    assert crop_boxes(1, 9, "all").shape == (0, 4)
+    assert crop_boxes(30_000, 1, "fast").shape == (0, 4)

@@ -107,12 +107,21 @@ class OpenBackbone(Backbone, Protocol):
         """Its blocks, in order: what adapters wrap and hooks enter."""
         ...
 
-    def embed_pixels(self, pixels: Pixels) -> Float[Tensor, "b n w"]:
-        """The states that enter image block 0: prefix rows, then patches, positions added."""
+    def embed_pixels(
+        self, pixels: Pixels
+    ) -> tuple[Float[Tensor, "b n w"], Bool[Tensor, "b n"] | None]:
+        """The states that enter image block 0 (prefix rows, then patches, positions added), and which rows are real.
+
+        The mask is None where all are.
+        """
         ...
 
     def embed_tokens(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l v"]:
         """Token embeddings, before positions. Put a pseudo-word in by assigning its row."""
+        ...
+
+    def ends(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
+        """The row of each text that the library pools, for `encode_embedded`."""
         ...
 
     def encode_embedded(

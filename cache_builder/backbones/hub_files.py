@@ -86,7 +86,7 @@ def read_config(checkpoint: str, family: str, model_types: Sequence[str]) -> Any
             ) from error
         raise UnknownName(
             f"{family}:{checkpoint} is neither a directory nor in the local hub cache, and could not be fetched from "
-            f"the hub{_nearest(checkpoint, family)}"
+            f"the hub ({first_line(error)}){_nearest(checkpoint, family)}"
         ) from error
     if config.model_type not in model_types:
         raise CheckpointError(

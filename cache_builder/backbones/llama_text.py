@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
 
 from cache_builder.backbones.base import Blocks
 from cache_builder.backbones.checkpoints import CheckpointError
@@ -125,11 +126,20 @@ class LlavaText:
         return embedded
 
     def run(self, block: nn.Module, states: Tensor) -> Tensor:
-        """One causal layer."""
+        """One causal layer: scaled dot product attention is causal without a mask, other kernels are given one."""
         positions = torch.arange(states.shape[1], device=states.device)[None]
         turned = self.lm.rotary_emb(states, position_ids=positions)
+        mask = None
+        if self.lm.config._attn_implementation != "sdpa":
+            mask = create_causal_mask(
+                config=self.lm.config,
+                inputs_embeds=states,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=positions,
+            )
         return block(
-            states, attention_mask=None, position_embeddings=turned, position_ids=positions
+            states, attention_mask=mask, position_embeddings=turned, position_ids=positions
         )
 
     def pool(self, raw: Tensor, end: Tensor) -> Tensor:

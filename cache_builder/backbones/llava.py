@@ -72,6 +72,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """Checkpoints that people use, with what their published configuration says beside the class's defaults, as far as it
 decides what is cached: so `headstart list backbones` can compute their cost without a network."""
 
+PARTS = {
+    "vision_config": ("clip_vision_model", "siglip_vision_model"),
+    "text_config": ("llama", "mistral", "qwen2"),
+}
+"""What a LLaVA may be made of. Other models have layers of the same names that compute something else."""
+
 OPTIONS = ("crop", "vision")
 """What may follow an @, separated by commas."""
 
@@ -100,6 +106,7 @@ def load(
     name = f"llava:{checkpoint}"
     config = read_config(source, "llava", ("llava",))
     kept_blocks(config)  # refuses several layers, before any weights are read
+    _refuse_other_parts(config, name)
     processor = _processor(source, config, pad="crop" not in options)
     model = tower_alone(source, config) if "vision" in options else _whole(source)
     check_finite(model, name)
@@ -122,7 +129,7 @@ def load(
         dims={**image.dims, **(text.dims if text else {})},
         architecture=architecture,
         activation=f"image {image.activation}" + (f", text {text.activation}" if text else ""),
-        compute=compute_text(dtype, kernels_of(*towers), compiled),
+        compute=compute_text(dtype, kernels_of(*towers), compiled, device),
         versions=releases("torch", "torchvision", "transformers", "tokenizers", "pillow"),
     )
     return TwoTowers(
@@ -276,6 +283,16 @@ class LlavaImage:
             if layer.bias is not None:
                 found[f"projector.{name}.bias"] = layer.bias
         return found
+
+
+def _refuse_other_parts(config: Any, name: str) -> None:
+    """A `CheckpointError` for towers and language models whose layers this family would run wrongly."""
+    for part, known in PARTS.items():
+        found = getattr(config, part).model_type
+        if found not in known:
+            raise CheckpointError(
+                f"{name}: its {part.replace('_', ' ')} is a {found}; family llava reads {', '.join(known)}"
+            )
 
 
 def kept_blocks(config: Any) -> int:

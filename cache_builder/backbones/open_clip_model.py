@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from cache_builder.backbones.checkpoints import Loaded
 from cache_builder.backbones.open_clip_text import OpenClipText
 from cache_builder.backbones.two_towers import TwoTowers
@@ -33,7 +35,9 @@ def assembled(
         dims={**image.dims, **text.dims},
         architecture=loaded.architecture,
         activation=both_activations(image.activation, text.activation),
-        compute=compute_text(loaded.dtype, "; ".join(dict.fromkeys(kernels)), compiled),
+        compute=compute_text(
+            loaded.dtype, "; ".join(dict.fromkeys(kernels)), compiled, loaded.device
+        ),
         versions=loaded.versions,
     )
     scalars = {"logit_scale": model.logit_scale}
@@ -56,7 +60,13 @@ def both_activations(image: str, text: str) -> str:
     return text if image == text else f"image {image}, text {text}"
 
 
-def compute_text(dtype: str, kernels: str, compiled: bool) -> str:
-    """How a forward pass computes, as canonical text: it begins with the dtype that the command line takes."""
+def compute_text(dtype: str, kernels: str, compiled: bool, device: str) -> str:
+    """How a forward pass computes, as canonical text: it begins with the dtype that the command line takes.
+
+    On CUDA torch rounds the inputs of float32 convolutions to TF32 unless told not to; a patch embedding is one.
+    """
     how = dtype if dtype == "float32" else f"{dtype} autocast"
+    if dtype == "float32" and torch.device(device).type == "cuda":
+        how += ", TF32 convolutions" if torch.backends.cudnn.allow_tf32 else ""
+        how += ", TF32 products" if torch.backends.cuda.matmul.allow_tf32 else ""
     return f"{how}, {kernels}{', torch.compile' if compiled else ''}"

@@ -275,7 +275,9 @@ def _load_from_hub(checkpoint: str, *, dtype: str, device: str, compiled: bool) 
         dims={**image.dims, **text.dims},
         architecture=flat(model.config.to_dict()),
         activation=both_activations(image.activation, text.activation),
-        compute=compute_text(dtype, kernels_of(model.vision_model, model.text_model), compiled),
+        compute=compute_text(
+            dtype, kernels_of(model.vision_model, model.text_model), compiled, device
+        ),
         versions=releases("torch", "torchvision", "transformers", "tokenizers", "pillow"),
     )
     scalars = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}

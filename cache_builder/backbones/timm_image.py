@@ -88,17 +88,15 @@ class TimmImage:
         return self.trunk.norm_pre(states), None
 
     def run(self, block: nn.Module, states: Tensor, mask: Tensor | None, n_prompts: int) -> Tensor:
-        """One block. Rotary positions turn patch rows only, so prompts count as prefix while it runs."""
+        """One block. Rotary positions turn patch rows only: prompts, which stand before them, are turned by nothing."""
         assert mask is None
         if not self.eva or self.trunk.rope is None:
             return block(states)
-        attention: Any = block.attn
-        before = attention.num_prefix_tokens
-        attention.num_prefix_tokens = before + n_prompts
-        try:
-            return block(states, rope=self.trunk.rope.get_embed())
-        finally:
-            attention.num_prefix_tokens = before
+        table = self.trunk.rope.get_embed()  # (N, sines and cosines)
+        if n_prompts:
+            sines = table.new_zeros(n_prompts, table.shape[-1] // 2)
+            table = torch.cat([torch.cat([sines, sines + 1], -1), table])
+        return block(states, rope=table)
 
     def pool(self, raw: Tensor, mask: Tensor | None) -> Tensor:
         """The trunk's own norm, pool and head."""

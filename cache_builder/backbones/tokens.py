@@ -95,6 +95,10 @@ class Tokens:
         Raises:
             CheckpointError: they do not: texts would be pooled at the wrong place, or ids have no embedding.
         """
+        if self.pool == "last" and self.pad == self.end:
+            raise CheckpointError(
+                f"{name} pads with its end of text, as SigLIP 1 does; family siglip2 reads SigLIP 2"
+            )
         if self.pool == "argmax" and self.end != size - 1:
             raise CheckpointError(
                 f"{name} pools at the largest id, but its tokenizer's end-of-text is {self.end} and its "

@@ -203,7 +203,7 @@ class TwoTowers:
 
     def tokenize_words(self, phrases: Sequence[str]) -> Int[Tensor, "b l"]:
         """Ids of bare phrases, on the CPU."""
-        tokens: Any = self._text.tokens
+        tokens: Any = self._words.tokens
         return tokens.tokenize_words(phrases)
 
     def vocabulary(self) -> list[str]:
@@ -220,7 +220,15 @@ class TwoTowers:
 
     @torch.no_grad()
     def encode_images(self, pixels: Pixels, blocks: Collection[int] = ()) -> dict[str, Tensor]:
-        """Image streams, on the backbone's device; also `block_<k>` for every k in `blocks`."""
+        """Image streams, on the backbone's device; also `block_<k>` for every k in `blocks`.
+
+        Raises:
+            UnknownName: there is no such block.
+        """
+        if absent := [k for k in blocks if not 0 <= k <= self.depth["image"]]:
+            raise UnknownName(
+                f"the image tower has blocks 0 … {self.depth['image']}, asked for the states that enter {absent[0]}"
+            )
         with self._precision():
             states, mask = self.image.embed(_to(pixels, self.device))
             kept: dict[str, Tensor] = {}
@@ -246,7 +254,7 @@ class TwoTowers:
     @torch.no_grad()
     def encode_words(self, ids: Int[Tensor, "b l"]) -> dict[str, Tensor]:
         """Raw states of bare phrases."""
-        found = self.encode_embedded(self.embed_tokens(ids), self._text.tokens.ends(ids))
+        found = self.encode_embedded(self.embed_tokens(ids), self._words.tokens.ends(ids))
         return {"states": found["tokens"], "length": self._text.tokens.lengths(ids).to(self.device)}
 
     def readout(self) -> dict[str, Tensor]:
@@ -264,15 +272,19 @@ class TwoTowers:
         """Its blocks, in order."""
         return self._side(side).blocks
 
-    def embed_pixels(self, pixels: Pixels) -> Float[Tensor, "b n w"]:
-        """The states that enter image block 0."""
+    def embed_pixels(self, pixels: Pixels) -> tuple[Tensor, Tensor | None]:
+        """The states that enter image block 0, and which rows are real (None: all)."""
         with self._precision():
-            return self.image.embed(_to(pixels, self.device))[0]
+            return self.image.embed(_to(pixels, self.device))
 
     def embed_tokens(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l v"]:
         """Token embeddings before positions, on the backbone's device."""
         with self._precision():
             return self._text.embed(ids.to(self.device))
+
+    def ends(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
+        """The row of each text that the library pools."""
+        return self._text.tokens.ends(ids)
 
     def encode_embedded(
         self, embedded: Tensor, end: Int[Tensor, " b"], *, prompts: Tensor | None = None
@@ -387,6 +399,12 @@ class TwoTowers:
             name = f"{self.spec.family}:{self.spec.checkpoint}"
             raise UnknownName(f"{name} was loaded without its text tower")
         return self.text
+
+    @property
+    def _words(self) -> TextTower:
+        if not self._text.words:
+            raise UnknownName(f"family {self.spec.family} has no word/states; llava has")
+        return self._text
 
     def _side(self, side: str) -> ImageTower | TextTower:
         return self.image if side == "image" else self._text
