@@ -118,7 +118,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
                 compiled["compiled"]()
                 rows += _rows(in_turn(compiled, args.rounds), clock, len(files))[1:]
         print(
-            f"\\n{name}: {len(files)} pictures in batches of {args.batch_size}, {args.rounds} rounds, median (range)"
+            f"\n{name}: {len(files)} pictures in batches of {args.batch_size}, {args.rounds} rounds, median (range)"
         )
         table(["", f"{clock} s", "images/s", "library / this"], rows)
         if args.peak:
