@@ -64,9 +64,9 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # a device without memory has nothing to store
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0][:200]
         raise UnknownName(
             f"device {device!r} cannot be used here: {reason}; cpu always can"
         ) from error

@@ -91,8 +91,10 @@ def build(
     spec = cache_spec(
         dataset, backbone, streams=streams, storage=storage, crops=crops, order_seed=order_seed
     )
-    if batch_size < 1 or workers < 1:
-        raise CacheError(f"batch_size {batch_size} and workers {workers} must be at least 1")
+    if batch_size < 1 or workers < 1 or order_seed < 0:
+        raise CacheError(
+            f"batch_size {batch_size} and workers {workers} must be at least 1, order_seed {order_seed} at least 0"
+        )
     with locked(path):
         cache = _resumed(path, spec, batch_size)
         if cache is None:

@@ -70,7 +70,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     build.add_argument(
         "--batch-size",
-        type=_batch_size,
+        type=number_or_auto,
         default=64,
         metavar="N",
         help="rows encoded together, or auto: what the accelerator's memory takes (default: 64)",
@@ -123,7 +123,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verify.set_defaults(func=_verify)
 
 
-def _batch_size(text: str) -> int | None:
+def number_or_auto(text: str) -> int | None:
     """A number, or None for `auto`."""
     return None if text == "auto" else int(text)
 

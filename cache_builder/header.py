@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,15 +52,20 @@ class Header(BaseModel):
     backbone_name: str = ""
     digest: str | None = None
 
-    def command(self, path: Path) -> str:
-        """The command line that builds this cache at `path`, quoted for a shell; --device is the user's choice."""
+    def command(self, path: Path, streams: Sequence[str] = ()) -> str:
+        """The command line that builds this cache at `path`, quoted for a shell; --device is the user's choice.
+
+        Args:
+            path: where.
+            streams: others than it holds.
+        """
         spec = self.spec
         named = self.backbone_name or f"{spec.backbone.family}:{spec.backbone.checkpoint}"
         words = ["headstart", "build", "--backbone", named, "--dataset", spec.dataset.name]
         words += ["--root", self.root] if self.root else []
         for key, value in self.options.items():
             words += ["--set", f"{key}={json.dumps(value)}"]
-        words += ["--streams", *spec.streams]
+        words += ["--streams", *(streams or spec.streams)]
         # e.g. "bfloat16 autocast, sdpa, torch.compile"
         dtype = re.match(r"\w+", spec.backbone.compute)
         words += ["--dtype", dtype.group()] if dtype else []
@@ -136,7 +142,7 @@ def check_spec(path: Path, found: CacheSpec, expected: CacheSpec) -> None:
         CacheMismatch: with every differing field, what was expected and what was found.
     """
     fields = [
-        f"{name}: expected {_short(a)}, found {_short(b)}"
+        "{}: expected {}, found {}".format(name, *_short(repr(a), repr(b)))
         for name, a, b in differences(expected, found)
     ]
     if fields:
@@ -146,6 +152,14 @@ def check_spec(path: Path, found: CacheSpec, expected: CacheSpec) -> None:
         )
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:110]}… ({len(text)} characters)"
+def _short(one: str, other: str) -> tuple[str, str]:
+    """Two long texts from shortly before they first differ."""
+    differs = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    same = next(differs, min(len(one), len(other)))
+    begin = max(0, same - 30) if max(len(one), len(other)) > 120 else 0
+
+    def part(text: str) -> str:
+        rest = text[begin:]
+        return f"{'…' * bool(begin)}{rest[:110]}{'…' * (len(rest) > 110)}"
+
+    return part(one), part(other)

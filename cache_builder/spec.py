@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,24 +13,35 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    NAMES: ClassVar[frozenset[str]] = frozenset()
+    """Fields that only say what something is called: not part of the fingerprint, and never a mismatch."""
+
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON of all fields."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
     def canonical(self) -> str:
-        """All fields as JSON with sorted keys."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":")
-        )
+        """All fields but names as JSON with sorted keys."""
+        return json.dumps(self.claims(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    def claims(self) -> dict[str, Any]:
+        """Fields that can change a stored number, as plain values: all but `NAMES`."""
+        found = self.model_dump(mode="json", exclude=set(self.NAMES))
+        below = {key: getattr(self, key) for key in found}
+        return found | {key: v.claims() for key, v in below.items() if isinstance(v, Spec)}
 
 
 class BackboneSpec(Spec):
-    """A frozen backbone, as far as it can change a stored number."""
+    """A frozen backbone, as far as it can change a stored number, and what it is called."""
+
+    NAMES = frozenset({"checkpoint"})
 
     family: str = Field(
         description="file name in cache_builder/backbones: clip, siglip2, pe, llava"
     )
-    checkpoint: str = Field(description="what was asked for after the colon, as canonical text")
+    checkpoint: str = Field(
+        description="what was asked for after the colon, without its folder; only a name, not in the fingerprint"
+    )
     weights: str = Field(
         description="sha256 over the names, dtypes, shapes and bytes of the tensors loaded"
     )
@@ -86,7 +98,7 @@ def differences(
     expected: Spec, found: Spec, prefix: str = ""
 ) -> Iterator[tuple[str, object, object]]:
     """Fields in which two specs of one class differ, as (dotted name, expected, found)."""
-    for name in type(expected).model_fields:
+    for name in (n for n in type(expected).model_fields if n not in expected.NAMES):
         a, b = getattr(expected, name), getattr(found, name)
         if isinstance(a, Spec) and isinstance(b, Spec):
             yield from differences(a, b, f"{prefix}{name}.")

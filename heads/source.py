@@ -43,11 +43,17 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
     asked = {DERIVED.get(s, s) for s in needs.queries | needs.candidates}
     missing = sorted(asked - set(cache.streams))
     if missing:
-        streams = " ".join(sorted(asked | set(cache.streams)))
-        raise MissingStream(
-            f"{who} reads {', '.join(missing)}, but {cache.path} holds {', '.join(cache.streams)}; build a "
-            f"cache that has it: {cache.header.command(Path('NEW.zarr'))} --streams {streams}"
+        backbone = cache.spec.backbone
+        held = (
+            f"{who} reads {', '.join(missing)}, but {cache.path} holds {', '.join(cache.streams)}"
         )
+        if "joint" not in backbone.dims and any(s.endswith("/pooled") for s in missing):
+            raise MissingStream(
+                f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose a method that "
+                "reads tokens, for instance tf_local, or another backbone"
+            )
+        command = cache.header.command(Path("NEW.zarr"), sorted(asked | set(cache.streams)))
+        raise MissingStream(f"{held}; build a cache that has it: {command}")
 
 
 def context_of(cache: FeatureCache) -> Context:

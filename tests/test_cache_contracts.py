@@ -1,6 +1,7 @@
 """What a backbone, a loader and the conformance suite promise each other, where a mistake would be silent."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from cache_builder import FeatureCache, build
 from cache_builder.backbones import clip, llava, pe, siglip2
-from cache_builder.backbones.checkpoints import CheckpointError
+from cache_builder.backbones.checkpoints import CheckpointError, weights_digest
 from cache_builder.datasets.base import Dataset, ImageRecord
-from cache_builder.errors import BadOutput, CacheError, UnknownName
+from cache_builder.errors import BadOutput, CacheError, CacheMismatch, UnknownName
 from cache_builder.readout import final_norm, project_patches
+from cache_builder.spec import differences
 from cache_builder.testing import check_backbone
+from heads.base import Needs
+from heads.errors import MissingStream
+from heads.source import check_streams
 
 
 class Bare:
@@ -157,3 +162,93 @@ def test_no_thread_outlives_a_build_that_failed(fast_path: Path) -> None:
     left = [t.name for t in threading.enumerate() if t.name.startswith(("decode", "stack"))]
     assert not left
     del kept
+
+
+def test_the_weights_digest_covers_names_dtypes_and_shapes() -> None:
+    def digest(**tensors: torch.Tensor) -> str:
+        model = torch.nn.Module()
+        for name, value in tensors.items():
+            model.register_buffer(name, value)
+        return weights_digest(model)
+
+    value = torch.arange(6, dtype=torch.int32)
+    found = [
+        digest(a=value),
+        digest(b=value),
+        digest(a=value.reshape(2, 3)),
+        digest(a=value.view(torch.float32)),
+        digest(a=value[:3], b=value[3:]),
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_a_renamed_directory_is_the_same_backbone(tmp_path: Path) -> None:
+    clip.tiny(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one, two = (clip.load(str(tmp_path / name)).spec for name in ("one", "two"))
+    assert (one.checkpoint, two.checkpoint) == ("one", "two")
+    assert one.fingerprint() == two.fingerprint()
+    assert not [*differences(one, two)]
+
+
+def test_the_side_on_which_texts_are_cut_is_in_the_fingerprint(tmp_path: Path) -> None:
+    before = clip.tiny(tmp_path / "one").spec
+    file = tmp_path / "one" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": "left"}))
+    after = clip.load(str(tmp_path / "one")).spec
+    assert [name for name, *_ in differences(before, after)] == ["tokenizer"]
+
+
+@pytest.mark.parametrize("layer", [-9, 9])
+def test_a_layer_that_llava_s_tower_lacks_is_refused(tmp_path: Path, layer: int) -> None:
+    llava.tiny(tmp_path / "tiny")
+    file = tmp_path / "tiny" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vision_feature_layer": layer}))
+    with pytest.raises(CheckpointError, match=f"hidden state {layer}, but .* 0 … 3"):
+        llava.load(str(tmp_path / "tiny"))
+
+
+def test_a_llava_tokenizer_with_another_begin_is_refused(tmp_path: Path) -> None:
+    llava.tiny(tmp_path / "tiny")
+    file = tmp_path / "tiny" / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["bos_token_id"] = 2
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"texts begin with 1 \(configured: 2\)"):
+        llava.load(str(tmp_path / "tiny"))
+
+
+def test_a_refusal_shows_where_two_long_texts_differ(fast_path: Path) -> None:
+    spec = StandIn().spec
+    long = "x" * 300
+    first = StandIn()
+    first.spec = spec.model_copy(update={"preprocessing": f"{long} mean 0.5"})
+    build(dataset(), first, fast_path / "c", progress=False)
+    second = StandIn()
+    second.spec = spec.model_copy(update={"preprocessing": f"{long} mean 0.4"})
+    with pytest.raises(
+        CacheMismatch, match=r"preprocessing: expected …x+ mean 0\.4', found …x+ mean 0\.5'"
+    ):
+        build(dataset(), second, fast_path / "c", progress=False)
+
+
+def test_a_method_without_a_joint_space_is_not_sent_to_build_one(fast_path: Path) -> None:
+    class Blind(StandIn):
+        streams = frozenset({"image/patches", "text/tokens"})
+
+        def encode_images(self, pixels: Any, blocks: Any = ()) -> Any:
+            return {"patches": super().encode_images(pixels, blocks)["patches"]}
+
+    blind = Blind()
+    dims = {k: v for k, v in blind.spec.dims.items() if k != "joint"}
+    blind.spec = blind.spec.model_copy(update={"dims": dims})
+    cache = build(dataset(), blind, fast_path / "c", progress=False)
+    needs = Needs(frozenset({"image/pooled"}), frozenset())
+    with pytest.raises(MissingStream, match="has no joint space, so no pooled embeddings"):
+        check_streams(cache, needs, "zero_shot")
+
+
+def test_a_negative_seed_of_the_order_writes_nothing(fast_path: Path) -> None:
+    with pytest.raises(CacheError, match="order_seed -1 at least 0"):
+        build(dataset(), StandIn(), fast_path / "c", order_seed=-1, progress=False)
+    assert not (fast_path / "c").exists()

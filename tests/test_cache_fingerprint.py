@@ -241,11 +241,12 @@ def test_another_release_of_a_library_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize("kind", ["llava"])
-def test_options_of_llava_are_part_of_its_name(
+def test_options_of_llava_show_in_its_name_and_in_what_they_change(
     kind: str, made: dict[str, Path], caches: dict[str, FeatureCache]
 ) -> None:
     cropped = kinds.load(kind, Path(f"{made[kind]}@crop"))
-    assert fields_refused(caches[kind], cropped) == ["checkpoint", "preprocessing"]
+    assert cropped.spec.checkpoint.endswith("@crop")
+    assert fields_refused(caches[kind], cropped) == ["preprocessing"]
     a, b = (
         kinds.load(kind, Path(f"{made[kind]}@{o}")).spec for o in ("crop,vision", "vision,crop")
     )

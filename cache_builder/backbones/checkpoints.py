@@ -216,14 +216,20 @@ def weights_digest(model: nn.Module) -> str:
 def describe_tokenizer(tokenizer: Any) -> str:
     """Class, normaliser, context length and vocabulary hash: what decides the ids of a string."""
     clean = tokenizer.clean_fn.__name__.removeprefix("_clean_")
+    cut = "right"
     if isinstance(tokenizer, SimpleTokenizer):
+        if tokenizer.reduction_fn is not None:
+            raise CheckpointError(
+                "the tokenizer's reduction_mask leaves out words at random, so no two passes over a text agree; remove "
+                "it from tokenizer_kwargs"
+            )
         digest = hashlib.sha256(Path(default_bpe()).read_bytes()).hexdigest()
     elif isinstance(tokenizer, HFTokenizer):
-        digest = vocabulary_digest(tokenizer.tokenizer)
+        digest, cut = vocabulary_digest(tokenizer.tokenizer), tokenizer.tokenizer.truncation_side
     else:
         raise CheckpointError(f"tokenizer {type(tokenizer).__name__} cannot be described")
     return (
-        f"{type(tokenizer).__name__} clean={clean} context={tokenizer.context_length} "
+        f"{type(tokenizer).__name__} clean={clean} context={tokenizer.context_length} cut={cut} "
         f"sha256={digest}"
     )
 

@@ -187,6 +187,7 @@ def describe_processor(processor: Any, extra: str = "") -> str:
 
 def describe_hub_tokenizer(tokenizer: Any, rule: str) -> str:
     """Class, rule and vocabulary hash of a transformers tokenizer: what decides the ids of a string."""
+    rule = f"{rule} cut={tokenizer.truncation_side}"
     return f"{type(tokenizer).__name__} {rule} sha256={vocabulary_digest(tokenizer)}"
 
 

@@ -100,11 +100,14 @@ class LlavaText:
         self.blocks: Blocks = self.lm.layers
         most = config.text_config.max_position_embeddings
         self.tokens = LlamaTokens(tokenizer, min(LONGEST, most))
-        n = self.lm.embed_tokens.num_embeddings
-        if len(tokenizer) > n:
+        n, begin = self.lm.embed_tokens.num_embeddings, self.lm.config.bos_token_id
+        first, image = tokenizer("a").input_ids[0], tokenizer.get_vocab().get("<image>")
+        wrong_begin = self.tokens.first_free and begin is not None and first != begin
+        if len(tokenizer) > n or wrong_begin or image not in (None, config.image_token_index):
             raise CheckpointError(
-                f"{name}: the tokenizer does not fit the language model: {len(tokenizer)} ids for {n} embeddings; take "
-                "the tokenizer files of this very checkpoint"
+                f"{name}: the tokenizer does not fit the language model: {len(tokenizer)} ids for {n} embeddings, "
+                f"texts begin with {first} (configured: {begin}), <image> is {image} (configured: "
+                f"{config.image_token_index}); take the tokenizer files of this very checkpoint"
             )
 
     @property

@@ -300,7 +300,12 @@ def kept_blocks(config: Any) -> int:
     layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
         raise CheckpointError(f"this LLaVA joins the layers {layer}; family llava reads one layer")
-    return layer if layer >= 0 else depth + 1 + layer
+    block = layer if layer >= 0 else depth + 1 + layer
+    if not 0 <= block <= depth:
+        raise CheckpointError(
+            f"this LLaVA reads hidden state {layer}, but its vision tower has hidden states 0 … {depth}"
+        )
+    return block
 
 
 def image_dims(config: Any) -> dict[str, int]:

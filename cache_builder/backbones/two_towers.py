@@ -314,6 +314,8 @@ class TwoTowers:
         prompts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Run blocks `block`… on activations that enter block `block`, and finish; see `OpenBackbone`."""
+        if side not in self.depth:
+            raise UnknownName(f"no side {side!r} (this backbone has: {', '.join(self.depth)})")
         depth = self.depth[side]
         if not 0 <= block <= depth:
             raise UnknownName(
