@@ -98,6 +98,7 @@ def build(
     with locked(path):
         cache = _resumed(path, spec, batch_size)
         if cache is None:
+            _say_what_is_cut(spec, dataset, backbone)
             known = contents(spec, dataset, backbone, attempt=attempt, progress=progress)
             if strict and known.bad:
                 raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
@@ -130,6 +131,15 @@ def build(
             _check_usable(cache)
             cache.seal()
     return FeatureCache.open(path)
+
+
+def _say_what_is_cut(spec: CacheSpec, dataset: Dataset, backbone: Backbone) -> None:
+    """A text that does not fit is cut as the library does it; nobody should have to guess how many are."""
+    if dataset.texts and any(name.startswith("text/") for name in spec.streams):
+        cut = backbone.truncated([t.text for t in dataset.texts])
+        if cut:
+            n, most = len(dataset.texts), spec.backbone.dims["context"]
+            log.warning("%d of %d texts have more than %d tokens and are cut", cut, n, most)
 
 
 def _resumed(path: Path, spec: CacheSpec, batch_size: int) -> FeatureCache | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cache_builder import FeatureCache, build
 from cache_builder.backbones import clip, llava, pe, siglip2
 from cache_builder.backbones.checkpoints import CheckpointError, weights_digest
-from cache_builder.datasets.base import Dataset, ImageRecord
+from cache_builder.datasets.base import Dataset, ImageRecord, Tasks
 from cache_builder.errors import BadOutput, CacheError, CacheMismatch, UnknownName
 from cache_builder.readout import final_norm, project_patches
 from cache_builder.spec import differences
@@ -252,3 +253,16 @@ def test_a_negative_seed_of_the_order_writes_nothing(fast_path: Path) -> None:
     with pytest.raises(CacheError, match="order_seed -1 at least 0"):
         build(dataset(), StandIn(), fast_path / "c", order_seed=-1, progress=False)
     assert not (fast_path / "c").exists()
+
+
+def test_a_build_says_how_many_texts_are_cut(
+    fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(dataset(texts=["short", "x" * 50]), StandIn(), fast_path / "c", progress=False)
+    assert "1 of 2 texts have more than 11 tokens and are cut" in caplog.text
+
+
+def test_a_data_set_without_texts_is_built(fast_path: Path) -> None:
+    data = replace(dataset(2), texts=(), tasks=Tasks())
+    cache = build(data, siglip2.tiny(), fast_path / "c", progress=False)
+    assert cache.read("text/pooled").shape == (0, 48)
