@@ -117,7 +117,7 @@ def read_header(path: Path) -> Header:
     if found.get("schema_version", 0) < SCHEMA:
         raise CacheTooOld(
             f"{path} has schema {found.get('schema_version')}, from a headstart before this one, which reads schema "
-            f"{SCHEMA}; build the cache again"
+            f"{SCHEMA}; remove it and build again"
         )
     try:
         header = Header.model_validate(found)
