@@ -32,7 +32,7 @@ from cache_builder.errors import BadInput, BadOutput, CacheError, CacheIncomplet
 from cache_builder.filler import Batch, Filler
 from cache_builder.format import CHUNK_BYTES, stream
 from cache_builder.header import check_spec, read_header
-from cache_builder.loading import AHEAD, Loading, attempt, each, pool, unusable
+from cache_builder.loading import AHEAD, Loading, each, pool, unusable
 from cache_builder.lock import clear_remnant, is_remnant, locked
 from cache_builder.request import cache_spec
 from cache_builder.spec import CacheSpec
@@ -99,7 +99,7 @@ def build(
         cache = _resumed(path, spec, batch_size)
         if cache is None:
             _say_what_is_cut(spec, dataset, backbone)
-            known = contents(spec, dataset, backbone, attempt=attempt, progress=progress)
+            known = contents(spec, dataset, backbone, progress=progress)
             if strict and known.bad:
                 raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
             cache = FeatureCache.create(

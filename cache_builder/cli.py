@@ -231,9 +231,8 @@ def _bytes(spec: "CacheSpec", dataset: "Dataset", backbone: "Backbone") -> dict[
     """Stream → bytes of its values; of ragged ones an estimate from a sample."""
     from cache_builder.contents import n_entries
     from cache_builder.format import plan
-    from cache_builder.loading import attempt
 
-    layouts = plan(spec, {}, n_entries(spec, dataset, backbone, attempt, SAMPLE))
+    layouts = plan(spec, {}, n_entries(spec, dataset, backbone, SAMPLE))
     return {s: layouts[s].row_bytes * layouts[s].shape[0] for s in spec.streams}
 
 

@@ -23,6 +23,7 @@ from cache_builder.cache import Contents
 from cache_builder.chunks import Values
 from cache_builder.datasets.base import Dataset, ImageRecord
 from cache_builder.format import Bad, is_ragged, stream
+from cache_builder.loading import attempt
 from cache_builder.spec import CacheSpec
 from cache_builder.views import VIEWS, crop_boxes
 from cache_builder.words import words_of
@@ -32,15 +33,12 @@ BATCH = 256
 
 Size = tuple[int, int]
 
-Attempt = Callable[[str, Callable[[], Any]], Any]
-
 
 def contents(
     spec: CacheSpec,
     dataset: Dataset,
     backbone: Backbone,
     *,
-    attempt: Attempt,
     progress: bool = False,
 ) -> Contents:
     """All of a new cache but its embeddings.
@@ -48,7 +46,6 @@ def contents(
     Args:
         spec: what it will hold.
         dataset, backbone: of it.
-        attempt: an image's id, and something to do with it → what came of it, or why it cannot be used, as a string.
         progress: show a bar while pictures are measured.
     """
     order = np.random.default_rng(spec.order_seed).permutation(len(dataset.images))
@@ -68,7 +65,7 @@ def contents(
         arrays |= _words(dataset, backbone)
     homes, bad = ragged_homes(spec), list[Bad]()
     if homes:
-        sizes = measure(records, attempt, progress)
+        sizes = measure(records, progress)
         reasons = [(i, s) for i, s in enumerate(sizes) if isinstance(s, str)]
         bad = [Bad(id=records[i].id, reason=reason, row=i) for i, reason in reasons]
         known = [None if isinstance(s, str) else s for s in sizes]
@@ -84,9 +81,7 @@ def ragged_homes(spec: CacheSpec) -> list[str]:
     return sorted({s.home for s in found if s.side in ("image", "crop")})
 
 
-def n_entries(
-    spec: CacheSpec, dataset: Dataset, backbone: Backbone, attempt: Attempt, most: int
-) -> dict[str, int]:
+def n_entries(spec: CacheSpec, dataset: Dataset, backbone: Backbone, most: int) -> dict[str, int]:
     """Home of every ragged stream → entries along its first axis, estimated from at most `most` samples."""
     found: dict[str, int] = {}
     if "text/tokens" in spec.streams:
@@ -96,7 +91,7 @@ def n_entries(
     if "word/states" in spec.streams:
         found["word"] = len(np.asarray(_words(dataset, backbone)["word/ids"]))
     homes = ragged_homes(spec)
-    sizes = measure(_some(dataset.images, most), attempt, False) if homes else []
+    sizes = measure(_some(dataset.images, most), progress=False) if homes else []
     known = [None if isinstance(s, str) else s for s in sizes]
     for home in homes:
         arrays = _crops(known, spec) if home == "crop" else _grids(home, known, backbone)
@@ -105,7 +100,7 @@ def n_entries(
     return found
 
 
-def measure(records: Sequence[ImageRecord], attempt: Attempt, progress: bool) -> list[Size | str]:
+def measure(records: Sequence[ImageRecord], progress: bool) -> list[Size | str]:
     """Width and height of every picture, or why it has none."""
     with ThreadPoolExecutor(2, "measure") as pool:
         found = pool.map(lambda record: attempt(record.id, record.size), records)

@@ -32,10 +32,17 @@ AHEAD = 2
 """Batches that wait at each hand-over, beside the one being worked on."""
 
 FILE_FAULTS = frozenset(
-    {
-        *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),
-        *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
-    }
+    getattr(errno, name)
+    for name in [
+        "ENOENT",
+        "EISDIR",
+        "ENOTDIR",
+        "EACCES",
+        "EPERM",
+        "ELOOP",
+        "ENAMETOOLONG",
+        "EINVAL",
+    ]
 )
 """System errors that one file is to blame for. Any other, say EMFILE, ENOMEM or EIO, may be gone at the next try."""
 

@@ -146,31 +146,32 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json",
 """Files that hold a vocabulary; one is enough."""
 
 UNSEEN = frozenset(
-    {
-        *(
-            "quick_gelu",
-            "hidden_act",
-            "projector_hidden_act",
-            "hf_tokenizer_name",
-            "tokenizer_kwargs",
-        ),
-        *(
-            "vision_feature_layer",
-            "attn_implementation",
-            "_attn_implementation",
-            "dtype",
-            "torch_dtype",
-        ),
-        *("transformers_version", "_name_or_path", "architectures", "id2label", "label2id"),
-        *(
-            "initializer_range",
-            "initializer_factor",
-            "return_dict",
-            "output_hidden_states",
-            "problem_type",
-        ),
-        *("output_attentions", "use_cache", "chunk_size_feed_forward", "timm_model_pretrained"),
-    }
+    [
+        "quick_gelu",
+        "hidden_act",
+        "projector_hidden_act",
+        "hf_tokenizer_name",
+        "tokenizer_kwargs",
+        "vision_feature_layer",
+        "attn_implementation",
+        "_attn_implementation",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "architectures",
+        "id2label",
+        "label2id",
+        "initializer_range",
+        "initializer_factor",
+        "return_dict",
+        "output_hidden_states",
+        "problem_type",
+        "output_attentions",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "timm_model_pretrained",
+    ]
 )
 """Keys of configurations that `flat` leaves out: another field of a spec has them, or no number depends on them."""
 

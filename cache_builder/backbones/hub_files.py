@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import open_clip
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
@@ -38,8 +39,6 @@ def is_hub_directory(path: Path) -> bool:
 
 def looks_like_a_hub_name(checkpoint: str) -> bool:
     """`owner/name`, as on the hub, where no open_clip architecture is called `owner`, or nearly so."""
-    import open_clip
-
     owner, slash, name = checkpoint.partition("/")
     near = difflib.get_close_matches(owner, open_clip.list_models(), n=1, cutoff=0.8)
     return bool(slash and name) and "/" not in name and not near
@@ -176,13 +175,13 @@ def kernels_of(*towers: Any) -> str:
     return "; ".join(dict.fromkeys(tower.config._attn_implementation for tower in towers))
 
 
-def describe_processor(processor: Any, extra: str = "") -> str:
+def describe_processor(processor: Any) -> str:
     """An image processor as canonical text: its class, and every setting that differs from None."""
     fields = {k: v for k, v in processor.to_dict().items() if v is not None}
     skipped = ("image_processor_type", "processor_class", "data_format", "device")
     fields = {k: v for k, v in fields.items() if k not in skipped}
     text = json.dumps(fields, sort_keys=True, default=str)
-    return f"transformers {type(processor).__name__} {text}{extra}"
+    return f"transformers {type(processor).__name__} {text}"
 
 
 def describe_hub_tokenizer(tokenizer: Any, rule: str) -> str:
