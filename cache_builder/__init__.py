@@ -48,7 +48,7 @@ def load_backbone(
             f"(families: {known})"
         )
     module = find("cache_builder.backbones", family)
-    _check_device(device)
+    check_device(device)
     return module.load(checkpoint, dtype=dtype, device=device, compiled=compiled)
 
 
@@ -60,7 +60,8 @@ def load_dataset(name: str, root: str | Path | None = None, **options: Any) -> "
     return replace(dataset, options=options)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that cannot be used here: `UnknownName`."""
     import torch
 
     try:

@@ -1,44 +1,41 @@
 """The one pass: every image and text once through a frozen backbone, into a cache that a kill cannot spoil.
 
-    files ── decode, look, prepare ──▶ stack ──▶ encode ──▶ cast, check, scatter ──▶ whole chunks: crc, fsync ──▶ disk
-             `workers` threads        1 thread  this one   1 thread                 1 thread
-
 Rows are cut into a fixed partition of batches, recorded in the cache. Whatever chunks are missing, the batches that
 touch them are encoded in order and their rows scattered into open chunks; a chunk is written when its last row has
-arrived. Ragged text, chunks of different lengths, resuming, and equal bits however often a build was interrupted, are
-all this one rule. Every hand-over is bounded, so memory does not grow with the data set.
+arrived. Ragged text, chunks of different lengths, resuming, several processes, and equal bits however often a build was
+interrupted, are all this one rule. passes.py has the pipeline.
 """
 
 import logging
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import closing
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from threading import Event
 
-import numpy as np
-import torch
-from PIL.Image import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from cache_builder.backbones.base import Backbone, Pixels
-from cache_builder.cache import FeatureCache
+from cache_builder.append import grown_contents, grown_spec, next_place, same_but_for_samples
+from cache_builder.backbones.base import Backbone
+from cache_builder.cache import Contents, FeatureCache, resumed
 from cache_builder.contents import contents
 from cache_builder.datasets.base import Dataset
-from cache_builder.durable import heal
-from cache_builder.errors import BadInput, BadOutput, CacheError, CacheIncomplete
-from cache_builder.filler import Batch, Filler
-from cache_builder.format import CHUNK_BYTES, stream
-from cache_builder.header import check_spec, read_header
-from cache_builder.loading import AHEAD, Loading, each, pool, unusable
+from cache_builder.durable import exchange
+from cache_builder.errors import BadInput, CacheError, CacheIncomplete
+from cache_builder.format import CHUNK_BYTES
+from cache_builder.header import StorageReport, check_spec, read_header
+from cache_builder.loading import unusable
 from cache_builder.lock import clear_remnant, is_remnant, locked
+from cache_builder.passes import Passes
+from cache_builder.place import Folder, Place, at
 from cache_builder.request import cache_spec
+from cache_builder.sample import LOSSY, passes, reports, sampled
 from cache_builder.spec import CacheSpec
-from cache_builder.views import VIEWS, crop_boxes, resize_for_crops
+from cache_builder.storage import MODES, STATISTICS
+from cache_builder.units import Engine, share
 
 log = logging.getLogger(__name__)
+
+INNER_ROWS = 32
+"""Rows of an inner chunk on an object store, where others may want to read less than a chunk."""
 
 
 def build(
@@ -51,31 +48,41 @@ def build(
     storage: str = "fp16",
     crops: str = "all",
     order_seed: int = 0,
+    append: bool = False,
     strict: bool = False,
     progress: bool = True,
     workers: int = 2,
+    engine: Engine | None = None,
+    stop: Event | None = None,
     backbone_name: str = "",
     chunk_bytes: int = CHUNK_BYTES,
+    inner_rows: int | None = None,
 ) -> FeatureCache:
     """Encode a data set into a cache; repeating the call after any interruption finishes it.
 
     An image is quarantined, for the life of the cache, only for what its file is: missing, forbidden, unsafe by name,
     or no picture. Where reading fails for another reason (no descriptors, no memory, a failing disk), the build stops.
+    Pictures of the same bytes are encoded once and stored for every id.
 
     Args:
         dataset, backbone: what to encode, and with what.
-        path: folder of the cache: new, or a cache of exactly the same spec.
+        path: folder of the cache, or URL of a prefix of an object store: new, or a cache of exactly the same spec.
         streams: what to store; all that the backbone offers by default. Besides, `image/block_<k>` (what enters
             block k), `image/view_<view>/…` of these (see cache_builder/views.py), and `crop/pooled`.
         batch_size: rows encoded together. A cache begun with another one keeps it, and the log says so.
-        storage: `fp16` or `fp32`.
+        storage: `fp16`, `fp32`, `bf16`, `int8-channel`, `fp8-token`, `pool2x2` or `lossless`; see storage.py.
         crops: which windows `crop/pooled` holds: `all` or `fast`.
         order_seed: seed of the permutation image → row.
+        append: the path holds a sealed cache of some of these samples; add the others to it.
         strict: fail at the first image that cannot be used, instead of quarantining it.
         progress: show tqdm bars.
         workers: threads that decode and preprocess.
+        engine: other processes that help; see engines.py.
+        stop: once set, the chunk in hand is finished and `KeyboardInterrupt` raised.
         backbone_name: as `load_backbone` took it; recorded, so that messages can name the command that resumes.
         chunk_bytes: aim for the largest chunks of a new cache.
+        inner_rows: chunks of a new cache are shards of inner chunks of so many rows; 0 for plain chunks. By default 0
+            in a folder and 32 on an object store.
 
     Returns:
         The sealed cache, open for reading.
@@ -87,85 +94,226 @@ def build(
         BadOutput: the backbone gave numbers that cannot be stored.
         CacheError: an image could not be read, and its file may not be to blame; what is finished is kept.
     """
-    path = Path(path)
-    spec = cache_spec(
-        dataset, backbone, streams=streams, storage=storage, crops=crops, order_seed=order_seed
-    )
+    place = at(path)
+    choice = {"streams": streams, "storage": storage, "crops": crops, "order_seed": order_seed}
+    spec = cache_spec(dataset, backbone, **choice)  # pyright: ignore[reportArgumentType]
     if batch_size < 1 or workers < 1 or order_seed < 0:
         raise CacheError(
             f"batch_size {batch_size} and workers {workers} must be at least 1, order_seed {order_seed} at least 0"
         )
-    with locked(path):
-        cache = _resumed(path, spec, batch_size)
+    if inner_rows is None:
+        inner_rows = 0 if isinstance(place, Folder) else INNER_ROWS
+    work = Build(dataset, backbone, strict, progress, workers, engine, stop)
+    fresh = Fresh(batch_size, backbone_name, chunk_bytes, inner_rows)
+    if append:
+        read_header(place)  # there must be a cache, or nothing is touched
+    with locked(place):
+        if append:
+            work.append(place, spec, fresh)
+        else:
+            work.finish(place, spec, fresh, None)
+    return FeatureCache.open(place)
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """How a new cache is laid out."""
+
+    batch_size: int
+    backbone_name: str
+    chunk_bytes: int
+    inner_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One call of `build`: the arguments that all its steps need."""
+
+    dataset: Dataset
+    backbone: Backbone
+    strict: bool
+    progress: bool
+    workers: int
+    engine: Engine | None
+    stop: Event | None
+
+    def finish(
+        self, place: Place, spec: CacheSpec, fresh: Fresh, previous: FeatureCache | None
+    ) -> None:
+        """Create the cache or take it up where it was left, fill what is missing, and seal it."""
+        cache = _resumed(place, spec, fresh.batch_size)
         if cache is None:
-            _say_what_is_cut(spec, dataset, backbone)
-            known = contents(spec, dataset, backbone, progress=progress)
-            if strict and known.bad:
-                raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
-            cache = FeatureCache.create(
-                path,
-                spec,
-                known,
-                batch_size=batch_size,
-                counts=dataset.counts,
-                root=dataset.root,
-                options=dataset.options,
-                backbone_name=backbone_name,
-                chunk_bytes=chunk_bytes,
-            )
-        if strict and cache.quarantined:
+            cache = self._created(place, spec, fresh, previous)
+        if previous is not None and cache.state == "building":
+            cache.chunks.share(previous.chunks, cache.header.embedded())
+        if self.strict and cache.quarantined:
             first = unusable(*next(iter(cache.quarantined.items())))
             raise BadInput(
-                f"{first} (in quarantine since an earlier build; remove {path} to try it again)"
+                f"{first} (in quarantine since an earlier build; remove {place} to try it again)"
             )
+        _ = cache.tasks  # refused if they are damaged
         if cache.pending():
             _check_small(cache)
             if cache.state == "sealed":
                 cache.unseal()  # a chunk's file was lost or cut: repair
-            _encode_texts(cache, backbone, progress)
-            _encode_words(cache, backbone, progress)
-            _encode_pictures(cache, dataset, backbone, workers, strict, progress)
+            passes = Passes(
+                cache,
+                self.dataset,
+                self.backbone,
+                self.workers,
+                self.strict,
+                self.progress,
+                previous,
+                self.stop,
+            )
+            if self.engine is None:
+                passes.run_all()
+            else:
+                with self.engine.helping(passes):
+                    share(passes)
         if cache.state == "sealed":
-            log.info("%s is finished and holds exactly this: nothing to do", path)
+            log.info("%s is finished and holds exactly this: nothing to do", place)
         else:
             _check_usable(cache)
             cache.seal()
-    return FeatureCache.open(path)
+            with place.alone():
+                place.remove("claims/")
+
+    def append(self, place: Place, wanted: CacheSpec, fresh: Fresh) -> None:
+        """Build the next generation of a sealed cache beside it, then let them change places."""
+        if not isinstance(place, Folder):
+            raise CacheError(
+                f"{place} lies on an object store, where nothing can change places in one step; append to a cache in a "
+                "folder, or build a new one"
+            )
+        cache = FeatureCache.open(place, allow_building=True)
+        beside = Folder(next_place(place.path))
+        check_spec(place, cache.spec, same_but_for_samples(cache, wanted))
+        if cache.spec.dataset == wanted.dataset:
+            log.info("%s holds all of these samples: nothing to append", place)
+            self.finish(place, cache.spec, fresh, None)  # a repair, where chunks were lost
+        else:
+            if lost := cache.pending():
+                raise CacheIncomplete(
+                    f"{place} lost {len(lost)} chunks, the first is chunk {lost[0][1]} of {lost[0][0]}; mend it before "
+                    f"anything is added: bring back the data set of {cache.spec.dataset.n_images} images as it was, "
+                    "repeat the build, then append"
+                )
+            # What is copied is compared: a damage must not get a checksum of its own.
+            cache = FeatureCache.open(place, check="read")
+            spec = grown_spec(cache, wanted)
+            if not _continues(beside, spec):
+                _clear(beside.path)  # of other samples, or the generation before
+            with locked(beside):
+                fresh = replace(fresh, batch_size=cache.header.batch_size)
+                self.finish(beside, spec, fresh, cache)
+                exchange(place.path, beside.path)
+        _clear(beside.path)  # the generation before
+
+    def _created(
+        self, place: Place, spec: CacheSpec, fresh: Fresh, previous: FeatureCache | None
+    ) -> FeatureCache:
+        """A new cache with all that is known before the first forward pass."""
+        self._say_what_is_cut(spec)
+        if previous is None:
+            known = contents(spec, self.dataset, self.backbone, progress=self.progress)
+        else:
+            known = grown_contents(previous, spec, self.dataset, self.backbone, self.progress)
+        if self.strict and known.bad:
+            raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
+        known, report = self._measured(spec, known, previous)
+        return FeatureCache.create(
+            place,
+            spec,
+            known,
+            batch_size=fresh.batch_size,
+            counts=self.dataset.counts,
+            root=self.dataset.root,
+            options=self.dataset.options,
+            backbone_name=fresh.backbone_name,
+            chunk_bytes=fresh.chunk_bytes,
+            inner_rows=fresh.inner_rows,
+            report=report,
+            previous=previous,
+        )
+
+    def _measured(
+        self, spec: CacheSpec, known: Contents, previous: FeatureCache | None
+    ) -> tuple[Contents, dict[str, StorageReport]]:
+        """What a lossy storage costs, on a sample, and the statistics that it is centred by."""
+        if spec.storage not in LOSSY:
+            return known, {}
+        if previous is not None:
+            return known, previous.header.report
+        sample = sampled(spec, self.dataset, self.backbone)
+        report = reports(sample, spec.storage)
+        if not passes(report):
+            log.warning(
+                "storage %s distorts these embeddings more than is usual: %s",
+                spec.storage,
+                "; ".join(
+                    f"{name}: whitened cosine {r.white_mean:.4f}, at worst {r.white_min:.4f}"
+                    for name, r in report.items()
+                ),
+            )
+        if not MODES[spec.storage].centred:
+            return known, report
+        found = sample.moments.found()
+        arrays = dict(known.arrays)
+        for name, both in found.items():
+            arrays |= {name + end: v.numpy() for end, v in zip(STATISTICS, both, strict=True)}
+        return Contents(known.tasks, arrays, known.bad), report
+
+    def _say_what_is_cut(self, spec: CacheSpec) -> None:
+        """A text that does not fit is cut as the library does it; nobody should have to guess how many are."""
+        if self.dataset.texts and any(name.startswith("text/") for name in spec.streams):
+            cut = self.backbone.truncated([t.text for t in self.dataset.texts])
+            if cut:
+                n, most = len(self.dataset.texts), spec.backbone.dims["context"]
+                log.warning("%d of %d texts have more than %d tokens and are cut", cut, n, most)
 
 
-def _say_what_is_cut(spec: CacheSpec, dataset: Dataset, backbone: Backbone) -> None:
-    """A text that does not fit is cut as the library does it; nobody should have to guess how many are."""
-    if dataset.texts and any(name.startswith("text/") for name in spec.streams):
-        cut = backbone.truncated([t.text for t in dataset.texts])
-        if cut:
-            n, most = len(dataset.texts), spec.backbone.dims["context"]
-            log.warning("%d of %d texts have more than %d tokens and are cut", cut, n, most)
+def _continues(beside: Folder, spec: CacheSpec) -> bool:
+    """Is this where the next generation was begun, or may it be begun here?"""
+    try:
+        return read_header(beside).spec == spec
+    except CacheIncomplete:
+        return True
+    except CacheError:
+        return not beside.exists()
 
 
-def _resumed(path: Path, spec: CacheSpec, batch_size: int) -> FeatureCache | None:
+def _clear(folder: Path) -> None:
+    """Remove what only an append makes; whoever appends holds the lock of the cache beside it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _resumed(place: Place, spec: CacheSpec, batch_size: int) -> FeatureCache | None:
     """The cache begun here, or None where creation has still to happen (or to happen again)."""
     try:
-        header = read_header(path)
+        header = read_header(place)
     except CacheIncomplete:
-        assert is_remnant(path)
-        clear_remnant(path)
+        assert is_remnant(place)
+        clear_remnant(place)
         return None
-    for journal in ("manifest.jsonl", "quarantine.jsonl"):
-        heal(path / journal)
-    cache = FeatureCache(path, header)
-    check_spec(path, header.spec, spec)
+    check_spec(place, header.spec, spec)
+    cache = resumed(place, header)
     if header.batch_size != batch_size:
         begun = header.batch_size
-        log.warning("%s was begun in batches of %d and keeps them, not %d", path, begun, batch_size)
+        log.warning(
+            "%s was begun in batches of %d and keeps them, not %d", place, begun, batch_size
+        )
     return cache
 
 
 def _check_small(cache: FeatureCache) -> None:
     """Arrays written at creation cannot be encoded again."""
-    lost = [f"{array} ({chunk})" for array, chunk in cache.pending() if array not in cache.streams]
+    encoded = cache.header.embedded()
+    lost = [f"{array} ({chunk})" for array, chunk in cache.pending() if array not in encoded]
     if lost:
         raise CacheIncomplete(
-            f"{cache.path} lost {', '.join(lost)}, which only a new build writes: remove the cache and repeat"
+            f"{cache.place} lost {', '.join(lost)}, which only a new build writes: remove the cache and repeat"
         )
 
 
@@ -174,122 +322,5 @@ def _check_usable(cache: FeatureCache) -> None:
     if n and len(bad) == n:
         raise BadInput(
             f"not one of the {n} images can be used; the first: {unusable(*next(iter(bad.items())))}. "
-            f"Repair them, remove {cache.path} and repeat"
+            f"Repair them, remove {cache.place} and repeat"
         )
-
-
-def _encode_texts(cache: FeatureCache, backbone: Backbone, progress: bool) -> None:
-    """Fill the missing chunks of the text streams."""
-    with Filler(cache, "text") as filler:
-
-        def batch(rows: range) -> Batch:
-            ids = backbone.tokenize([cache.texts[r] for r in rows])
-            return Batch(rows, ids, np.ones(len(rows), bool))
-
-        _run(filler, map(batch, filler.batches), backbone.encode_texts, backbone.device, progress)
-
-
-def _encode_words(cache: FeatureCache, backbone: Backbone, progress: bool) -> None:
-    """Fill the missing chunks of the word streams; rows are parts of words."""
-    with Filler(cache, "word") as filler:
-        if not filler.batches:
-            return
-        parts = cache.word_strings
-
-        def batch(rows: range) -> Batch:
-            ids = backbone.tokenize_words([parts[r] for r in rows])
-            return Batch(rows, ids, np.ones(len(rows), bool))
-
-        _run(filler, map(batch, filler.batches), backbone.encode_words, backbone.device, progress)
-
-
-def _encode_pictures(
-    cache: FeatureCache,
-    dataset: Dataset,
-    backbone: Backbone,
-    workers: int,
-    strict: bool,
-    progress: bool,
-) -> None:
-    """Fill the missing chunks of the image streams, views included, then those of the crops."""
-    by_id = {record.id: record for record in dataset.images}
-    records = [by_id[i] for i in cache.image_ids]
-    found = [stream(s) for s in cache.streams]
-    blocks: dict[str, list[int]] = defaultdict(list)
-    for one in found:
-        if one.block is not None:
-            blocks[one.key.rpartition("/")[0]].append(one.block)
-    views = sorted({one.view for one in found if one.view is not None})
-    plain = any(one.side == "image" and one.view is None for one in found)
-
-    def looks(row: int, image: Image) -> dict[str, Image]:
-        shown = {f"view_{view}": VIEWS[view].apply(image) for view in views}
-        return {"": image, **shown} if plain else shown
-
-    def encode(inputs: Mapping[str, Pixels]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for home, pixels in inputs.items():
-            asked = {"blocks": blocks[home]} if blocks[home] else {}
-            streams = backbone.encode_images(pixels, **asked)
-            out |= {f"{home}/{k}" if home else k: v for k, v in streams.items()}
-        return out
-
-    load = Loading(cache, records, backbone, workers, strict)
-    with Filler(cache, "image") as filler:
-        owner = np.arange(filler.n_rows)
-        with closing(load.batches(filler, owner, looks)) as batches:
-            _run(filler, batches, encode, backbone.device, progress)
-    with Filler(cache, "crop") as filler:
-        if not filler.batches:
-            return
-        boxes, owner, bounds = cache.boxes(), cache.crop_owners(), cache.offsets("crop/box")
-        rule = cache.spec.rules["crop"].partition(":")[0]
-
-        def resized(row: int, image: Image) -> Image:
-            planned = boxes[bounds[row] : bounds[row + 1]]
-            if not np.array_equal(planned, crop_boxes(*image.size, rule)):
-                raise BadOutput(
-                    f"image {records[row].id!r} has another size ({image.width} × {image.height}) than when its crops "
-                    "were planned: it has changed since; restore it, or remove the cache and repeat"
-                )
-            return resize_for_crops(image)
-
-        def window(row: int, image: Image) -> dict[str, Image]:
-            return {"": image.crop(tuple(boxes[row].tolist()))}
-
-        # Closed also after an error, so that no thread outlives the lock.
-        with closing(load.batches(filler, owner, window, resized)) as batches:
-            _run(filler, batches, encode, backbone.device, progress)
-
-
-def _run(
-    filler: Filler,
-    batches: Iterable[Batch],
-    encode: Callable[[Any], dict[str, Tensor]],
-    device: str,
-    progress: bool,
-) -> None:
-    """Encode batch after batch in this thread, while others prepare the next one and store the last."""
-    rows = sum(map(len, filler.batches))
-    storing: deque[Future[None]] = deque()
-    with (
-        tqdm(
-            desc=f"{filler.side}s",
-            total=filler.n_rows,
-            initial=filler.n_rows - rows,
-            unit=filler.side,
-            disable=not progress,
-        ) as bar,
-        pool(1, "store") as store,
-    ):
-        for batch in batches:
-            outputs = None
-            if batch.inputs is not None:
-                with torch.inference_mode():
-                    outputs = encode(each(batch.inputs, lambda t: t.to(device, non_blocking=True)))
-            storing.append(store.submit(filler.take, batch, outputs))
-            if len(storing) > AHEAD:
-                storing.popleft().result()
-            bar.update(len(batch.rows))
-        while storing:
-            storing.popleft().result()

@@ -4,12 +4,11 @@
       zarr.json          header: schema, spec, fingerprint, state, layouts     image/patches/c/<i>/0/0   chunk files
       manifest.jsonl     one line per finished chunk, with its crc32c          readout/…                 frozen tensors
       quarantine.jsonl   images that could not be used                         tasks.json                what to ask
-Format: docs/cache-format.md. numpy and zarr only; no torch. Letters: B rows asked for, V text width.
+Format: docs/cache-format.md. numpy only; no torch. Letters: B rows asked for, V text width.
 """
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from cache_builder import format as fmt
-from cache_builder.chunks import Chunks, Values
+from cache_builder.catalogue import Catalogue
+from cache_builder.chunks import Values
 from cache_builder.datasets.base import Tasks
-from cache_builder.durable import append_line, make_folder, read_lines, sync_tree, write_durably
-from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete, UnknownIds, UnknownName
+from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete, UnknownName
 from cache_builder.format import Bad, Layout
-from cache_builder.header import Header, check_spec, read_header, write_header
-from cache_builder.reader import ChunkReader, aligned_empty
+from cache_builder.header import Header, StorageReport, check_spec, read_header, write_header
+from cache_builder.metadata import metadata_files
+from cache_builder.place import Place, at
 from cache_builder.spec import CacheSpec
-from cache_builder.verify import VerifyReport, read_tasks, verify
+from cache_builder.splits import split_labels
+from cache_builder.storage import decoded
+from cache_builder.verify import VerifyReport, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +51,19 @@ class Contents:
     bad: Sequence[Bad] = ()
 
 
-class FeatureCache:
+class FeatureCache(Catalogue):
     """Streams of a data set under one frozen backbone, keyed by id. Get one by `open`; `create` is the builder's.
 
     Attributes:
-        path: the folder.
+        place: the folder, or the prefix of an object store.
         header: the root group's attributes.
         chunks: files and manifest.
     """
 
-    def __init__(self, path: Path, header: Header, check: Literal["open", "read"] = "open") -> None:
-        self.path, self.header = path, header
-        self.chunks = Chunks(path, header.arrays, check=check, command=header.command(path))
-
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Path | Place,
         spec: CacheSpec,
         contents: Contents,
         *,
@@ -76,21 +73,26 @@ class FeatureCache:
         options: Mapping[str, Any] | None = None,
         backbone_name: str = "",
         chunk_bytes: int = fmt.CHUNK_BYTES,
+        inner_rows: int = 0,
+        report: Mapping[str, StorageReport] | None = None,
+        previous: "FeatureCache | None" = None,
     ) -> "FeatureCache":
         """Lay out a new cache in state `building`, with everything in it but the embeddings.
 
-        The builder holds the lock. The header is written last, so a folder without one is a creation cut short.
+        The builder holds the lock. The header is written last, so a place without one is a creation cut short.
 
         Args:
-            path: a folder that is absent or empty but for the lock.
+            path: a place that is absent or empty but for the lock.
             spec, contents: what it will hold, and what is known already.
             batch_size: rows encoded together; this partition decides the last bits.
             counts: what the data set's reader found, for people.
             root, options: where and how the data set was read, to find its pictures again.
             backbone_name: as it was asked for, to find its weights again.
-            chunk_bytes: aim for the largest chunks.
+            chunk_bytes: aim for the largest chunks of a new cache.
+            inner_rows: make chunks shards of inner chunks of so many rows, for object stores; 0 for plain chunks.
+            report: what the storage costs, as measured.
+            previous: the cache that this one continues: its rows come first, and its chunks are kept as long.
         """
-        path = Path(path)
         for side in ("image", "text"):
             _check_unique(spec, side, contents.arrays[f"{side}/id"])
         small = {name: _plain(values) for name, values in contents.arrays.items()}
@@ -103,29 +105,10 @@ class FeatureCache:
             for name, v in small.items()
             if name.endswith("/offsets")
         }
-        layouts = fmt.plan(spec, known, totals, chunk_bytes)
-        make_folder(path)
-        for layout in layouts.values():
-            zarr.create_array(
-                str(path),
-                name=layout.name,
-                shape=layout.shape,
-                chunks=layout.chunk_shape,
-                dtype="str" if layout.dtype == "string" else layout.dtype,
-                compressors=None,
-                dimension_names=layout.dims,
-                config={"write_empty_chunks": True},
-            )
+        layouts = fmt.plan(spec, known, totals, chunk_bytes, inner_rows)
+        if previous is not None:
+            layouts = {n: _continued(la, previous.header.arrays) for n, la in layouts.items()}
         tasks = contents.tasks.to_json().encode()
-        write_durably(path / "tasks.json", tasks, sync=False)
-        for journal in ("manifest.jsonl", "quarantine.jsonl"):
-            write_durably(path / journal, b"", sync=False)
-        for bad in contents.bad:
-            append_line(path / "quarantine.jsonl", bad, sync=False)
-        chunks = Chunks(path, layouts)
-        for name, values in small.items():
-            chunks.write_all(name, values)
-        sync_tree(path)  # zarr renames but never syncs
         header = Header(
             state="building",
             fingerprint=spec.fingerprint(),
@@ -137,14 +120,47 @@ class FeatureCache:
             root=root,
             options=dict(options or {}),
             backbone_name=backbone_name,
+            report=dict(report or {}),
         )
-        write_header(path, header)
-        return cls(path, header)
+        return cls.lay_out(path, header, tasks, small, contents.bad)
+
+    @classmethod
+    def lay_out(
+        cls,
+        path: str | Path | Place,
+        header: Header,
+        tasks: bytes,
+        known: Mapping[str, Values],
+        bad: Sequence[Bad],
+    ) -> "FeatureCache":
+        """A new cache under a given header, in state `building`, with everything in it but the embeddings.
+
+        Args:
+            path: as of `create`.
+            header: with the layout of every array.
+            tasks: all bytes of `tasks.json`.
+            known: arrays written now; numbers little-endian.
+            bad: images in quarantine.
+        """
+        place = at(path)
+        for name, text in metadata_files(header.arrays):
+            place.write(name, text, sync=False)
+        place.write("tasks.json", tasks, sync=False)
+        for journal in ("manifest.jsonl", "quarantine.jsonl"):
+            place.write(journal, b"", sync=False)
+        cache = cls(place, header)
+        for one in bad:
+            cache._bad_images.append(one, sync=False)
+        for name, values in known.items():
+            cache.chunks.write_all(name, values)
+        place.sync_all()
+        write_header(place, header)
+        return cache
 
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | Place,
         *,
         expected: CacheSpec | None = None,
         allow_building: bool = False,
@@ -153,7 +169,7 @@ class FeatureCache:
         """Open a cache, after checking version, completeness and, if given, the spec.
 
         Args:
-            path: the folder.
+            path: the folder, or the URL of a prefix of an object store, e.g. `s3://bucket/demo.zarr`.
             expected: refuse any other content.
             allow_building: accept a cache whose build has not finished.
             check: "open" compares sizes as chunks are read; "read" also compares each chunk's checksum when first read.
@@ -161,189 +177,55 @@ class FeatureCache:
         Raises:
             CacheNotFound, CacheTooNew, CacheTooOld, CacheIncomplete, CacheMismatch, CacheCorrupt: see their messages.
         """
-        path = Path(path)
-        cache = cls(path, read_header(path), check)
-        missing, total = len(cache.chunks.unlisted()), cache.chunks.total
+        place = at(path)
+        cache = cls(place, read_header(place), check)
+        missing, total = cache.chunks.n_missing, cache.chunks.total
         if not allow_building and (missing or cache.state != "sealed"):
             raise CacheIncomplete(
-                f"{path} is not finished: {total - missing} of {total} chunks are there; repeat the build to resume: "
+                f"{place} is not finished: {total - missing} of {total} chunks are there; repeat the build to resume: "
                 f"{cache.chunks.command}"
             )
+        if cache.state == "sealed" and not allow_building:
+            cache.check_journals()
         if expected is not None:
-            check_spec(path, cache.spec, expected)
+            check_spec(place, cache.spec, expected)
         return cache
 
-    @property
-    def spec(self) -> CacheSpec:
-        """What the cache holds."""
-        return self.header.spec
-
-    @property
-    def state(self) -> Literal["building", "sealed"]:
-        """Whether the build has finished."""
-        return self.header.state
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the spec: equal fingerprints make the same claim; equal digests hold the same bytes."""
-        return self.header.fingerprint
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Names of the embedding streams, sorted; token ids come with `text/tokens` and `word/states`."""
-        return self.spec.streams
-
-    def layout(self, array: str) -> Layout:
-        """Shape, chunks and type of an array."""
-        return self.chunks.layout(array)
-
-    def shape(self, stream: str) -> tuple[int, ...]:
-        """Shape of one row; of a ragged stream (longest row possible, …)."""
-        rest = self.layout(stream).shape[1:]
-        if not self.is_ragged(stream):
-            return rest
-        side, dims = stream.split("/")[0], self.spec.backbone.dims
-        if side in ("text", "word"):
-            return (dims["context"], *rest)
-        if side == "crop":
-            return (int(np.diff(self.offsets(stream)).max(initial=0)), *rest)
-        return (dims["most_patches"], *rest)
-
-    def is_ragged(self, stream: str) -> bool:
-        """Do its rows differ in length, so that `read_ragged` reads them?"""
-        return fmt.is_ragged(stream, self.spec.backbone.dims)
-
-    @cached_property
-    def image_ids(self) -> list[str]:
-        """Image ids in row order, a seeded permutation of the data set's."""
-        return fmt.decode_strings(self.chunks.read_whole("image/id"))
-
-    @cached_property
-    def text_ids(self) -> list[str]:
-        """Text ids in row order, the data set's own."""
-        return fmt.decode_strings(self.chunks.read_whole("text/id"))
-
-    @cached_property
-    def texts(self) -> list[str]:
-        """The strings, in row order."""
-        return fmt.decode_strings(self.chunks.read_whole("text/string"))
-
-    def vocabulary(self) -> list[str]:
-        """The string of every token id, so that `text/ids` can be read by people.
+    def check_journals(self) -> None:
+        """Are the journals of a sealed cache those that were sealed?
 
         Raises:
-            UnknownName: the cache holds no `text/tokens`, hence no token ids.
+            CacheCorrupt: they were edited, or lost a line.
         """
-        self.layout("text/vocabulary")
-        return fmt.decode_strings(self.chunks.read_whole("text/vocabulary"))
-
-    def offsets(self, stream: str) -> NDArray[np.int64]:
-        """Row i of a ragged stream has entries offsets[i] … offsets[i + 1] - 1 along its first axis.
-
-        Rows are texts (`text/tokens`, `text/ids`), parts of words (`word/states`, `word/ids`), or images (`crop/pooled`
-        and `crop/box`; patches that keep the picture's shape).
-        """
-        return self._numbers(f"{stream.rpartition('/')[0]}/offsets")
-
-    @cached_property
-    def word_ids(self) -> list[str]:
-        """Ids of the words of `word/states`, with their role: `attr:red`, `obj:cup`, `pair:red cup`."""
-        self.layout("word/id")
-        return fmt.decode_strings(self.chunks.read_whole("word/id"))
-
-    @cached_property
-    def word_strings(self) -> list[str]:
-        """What was encoded: the parts of all words, one after the other."""
-        return fmt.decode_strings(self.chunks.read_whole("word/string"))
-
-    @property
-    def word_parts(self) -> NDArray[np.int64]:
-        """Word i has parts word_parts[i] … word_parts[i + 1] - 1, the rows of `word/states`; nearly always one."""
-        return self._numbers("word/parts")
-
-    def grid(self, home: str = "image") -> NDArray[np.int32]:
-        """Rows and columns of patches of every image (n, 2), of a backbone that keeps the picture's shape.
-
-        Args:
-            home: `image`, or a view as `image/view_flip`.
-        """
-        name = f"{home}/grid"
-        return np.frombuffer(self.chunks.read_whole(name), "<i4").reshape(self.layout(name).shape)
-
-    def boxes(self) -> NDArray[np.int32]:
-        """Left, upper, right, lower of every crop (crops, 4), in pixels of the resized picture."""
-        return np.frombuffer(self.chunks.read_whole("crop/box"), "<i4").reshape(-1, 4)
-
-    def crop_owners(self) -> NDArray[np.int64]:
-        """The image row of every crop, (crops,)."""
-        sizes = np.diff(self.offsets("crop/box"))
-        return np.repeat(np.arange(len(sizes)), sizes)
-
-    def _numbers(self, name: str) -> NDArray[np.int64]:
-        if name not in self._kept:
-            values = np.frombuffer(self.chunks.read_whole(name), "<i8")
-            self._kept[name] = values.astype(np.int64)
-        return self._kept[name]
-
-    @cached_property
-    def _kept(self) -> dict[str, NDArray[np.int64]]:
-        return {}
-
-    @cached_property
-    def tasks(self) -> Tasks:
-        """What can be asked of these rows; examples name rows by id. `CacheCorrupt` if the file was changed."""
-        return Tasks.from_json(read_tasks(self.path, self.header))
-
-    @property
-    def quarantined(self) -> dict[str, str]:
-        """Image id → why it could not be used."""
-        return {bad.id: bad.reason for bad in read_lines(self.path / "quarantine.jsonl", Bad)}
-
-    def rows(self, side: Literal["image", "text", "word"], ids: Sequence[str]) -> NDArray[np.int64]:
-        """Rows of ids, in their order; ids may repeat.
-
-        Raises:
-            UnknownIds: some are not in the cache, or are quarantined images; names the first three and the count.
-        """
-        if side not in self._index:
-            raise UnknownName(f"{self.path} holds no words: build with the stream word/states")
-        index, bad = self._index[side], self._bad if side == "image" else {}
-        wrong = [i for i in dict.fromkeys(ids) if i not in index or i in bad]
-        if wrong:
-            named = ", ".join(f"{i!r}" + (f" ({bad[i]})" if i in bad else "") for i in wrong[:3])
-            broken = sum(i in bad for i in wrong)
-            raise UnknownIds(
-                f"{len(wrong)} of the {len(set(ids))} {side} ids asked for cannot be read from {self.path} "
-                f"({len(wrong) - broken} unknown, {broken} quarantined): {named}{', …' if len(wrong) > 3 else ''}"
+        self.check_quarantine()
+        if not self.chunks.n_missing and self.header.digest != self.digest():
+            raise CacheCorrupt(
+                f"{self.place}: its content digest is {self.digest()[:12]}, but {str(self.header.digest)[:12]} was "
+                "sealed: the manifest was edited; restore it from a backup, or remove the cache and build it again"
             )
-        return np.fromiter((index[i] for i in ids), np.int64, len(ids))
 
-    @cached_property
-    def _index(self) -> dict[str, dict[str, int]]:
-        sides = {"image": self.image_ids, "text": self.text_ids}
-        sides |= {"word": self.word_ids} if "word/id" in self.header.arrays else {}
-        return {side: {i: row for row, i in enumerate(ids)} for side, ids in sides.items()}
-
-    @cached_property
-    def _bad(self) -> dict[str, str]:
-        return self.quarantined
-
-    def readout(self) -> dict[str, NDArray[np.float32]]:
-        """The backbone's frozen tensors between raw tokens and joint space, by name."""
-        arrays = [la for la in self.header.arrays.values() if la.name.startswith("readout/")]
-        values = {la: np.frombuffer(self.chunks.read_whole(la.name), la.dtype) for la in arrays}
-        return {
-            la.name.removeprefix("readout/"): found.astype(np.float32).reshape(la.shape)
-            for la, found in values.items()
-        }
+    def check_quarantine(self) -> None:
+        """Is the quarantine of a sealed cache the one that was sealed? `CacheCorrupt` if not."""
+        try:
+            found = self.place.read("quarantine.jsonl")
+        except FileNotFoundError:
+            found = b"gone"  # no line of a journal
+        if hashlib.sha256(found).hexdigest() != self.header.quarantine_sha256:
+            raise CacheCorrupt(
+                f"{self.place}/quarantine.jsonl is not the file that was sealed; restore it from a backup, or remove "
+                "the cache and build it again"
+            )
 
     def read(self, stream: str, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
-        """Values of rows (all by default), as stored: (B, …). Quarantined images are NaN; `rows()` refuses them."""
+        """Values of rows (all by default): (B, …). Quarantined images are NaN; `rows()` refuses them.
+
+        Stored fp16 and fp32 come as they are, everything else as float32.
+        """
         if stream in self.streams and self.is_ragged(stream):
             raise UnknownName(f"{stream} is ragged, its rows differ in length: use read_ragged")
         if stream not in self.streams:
             known = ", ".join(self.streams)
-            raise UnknownName(f"{self.path} has no stream {stream!r} (it has: {known})")
+            raise UnknownName(f"{self.place} has no stream {stream!r} (it has: {known})")
         return self._read(stream, _checked_rows(rows, self.layout(stream).shape[0], stream))
 
     def read_ragged(
@@ -355,6 +237,13 @@ class FeatureCache:
             stream: a ragged one, e.g. `text/tokens`, with values (total, V), or `text/ids`, with values (total,).
             rows: what `offsets` calls rows; all by default.
         """
+        places, offsets = self.places(stream, rows)
+        return self._read(stream, places), offsets
+
+    def places(
+        self, stream: str, rows: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the entries of rows of a ragged stream lie along its first axis, and offsets where each row begins."""
         self.layout(stream)
         if not self.is_ragged(stream):
             raise UnknownName(f"{stream} is not ragged: use read")
@@ -363,22 +252,31 @@ class FeatureCache:
         starts = bounds[wanted]
         sizes = bounds[wanted + 1] - starts
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
-        return self._read(stream, places), offsets
+        return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes), offsets
 
     def _read(self, array: str, places: NDArray[np.int64]) -> NDArray[Any]:
-        layout = self.layout(array)
-        if fmt.metadata_problem(self.path, layout) is None:
-            out = aligned_empty((len(places), *layout.shape[1:]), layout.dtype)
-            ChunkReader(self, array).read_rows(places, out)
-            return out
-        # Re-encoded by somebody, for instance with a codec: zarr reads it, but would turn a missing file into zeros.
-        for chunk in np.unique(places // layout.chunk).tolist():
-            os.close(self.chunks.open_chunk(array, chunk))
-        found: Any = zarr.open_array(str(self.path), path=array, mode="r")
-        if (found.shape, found.chunks) != (layout.shape, layout.chunk_shape):
-            raise CacheCorrupt(f"{array} of {self.path} has another shape than its header says")
-        return np.asarray(found.oindex[places])
+        stored, scale = self.stored(array, places), None
+        if f"{array}_scale" in self.header.arrays:
+            scale = self.stored(f"{array}_scale", places)
+        return decoded(stored, self.layout(array).torch_dtype, scale, *self.statistics(array))
+
+    def statistics(
+        self, stream: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | tuple[None, None]:
+        """Mean and standard deviation (W) of the channels that a stream's numbers were centred by; see storage.py."""
+        if f"{stream}_std" not in self.header.arrays:
+            return None, None
+        if stream not in self._moments:
+            mean, std = (
+                np.frombuffer(self.chunks.read_whole(stream + end), "<f4").astype(np.float32)
+                for end in ("_mean", "_std")
+            )
+            self._moments[stream] = mean, std
+        return self._moments[stream]
+
+    @cached_property
+    def _moments(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        return {}
 
     def pending(self) -> list[tuple[str, int]]:
         """Chunks still to be written, as (array, chunk)."""
@@ -390,20 +288,32 @@ class FeatureCache:
 
     def quarantine(self, bad: Bad) -> None:
         """Record an image that cannot be used."""
-        append_line(self.path / "quarantine.jsonl", bad)
+        self._bad_images.append(bad)
+
+    def settle(self) -> None:
+        """Bring together what several builders have recorded; only for the lock holder, when no helper is left."""
+        with self.place.alone():
+            self.chunks.settle()
+            self._bad_images.merge(list({bad.id: bad for bad in self._bad_images.lines()}.values()))
 
     def seal(self) -> None:
         """Declare the cache finished; the header then carries the content digest."""
-        assert not self.pending(), "sealed too early"
-        self._rewrite(state="sealed", digest=self.digest())
+        self.settle()
+        if lost := self.pending():
+            raise CacheIncomplete(
+                f"{len(lost)} chunks of {self.place} are damaged or missing, the first is chunk {lost[0][1]} of "
+                f"{lost[0][0]}; repeat the build: {self.chunks.command}"
+            )
+        quarantine = hashlib.sha256(self.place.read("quarantine.jsonl")).hexdigest()
+        self._rewrite(state="sealed", digest=self.digest(), quarantine_sha256=quarantine)
 
     def unseal(self) -> None:
         """Open a sealed cache for repair."""
-        self._rewrite(state="building", digest=None)
+        self._rewrite(state="building", digest=None, quarantine_sha256=None)
 
     def _rewrite(self, **changes: Any) -> None:
         self.header = self.header.model_copy(update=changes)
-        write_header(self.path, self.header)
+        write_header(self.place, self.header)
 
     def digest(self) -> str:
         """sha256 over the fingerprint, the tasks, every chunk's checksum and the quarantined ids.
@@ -422,6 +332,83 @@ class FeatureCache:
     def verify(self, progress: bool = False) -> VerifyReport:
         """Read every chunk and compare it with what was written; also metadata, tasks, completeness and digest."""
         return verify(self.chunks, self.header, self.digest(), progress)
+
+    def numpy(
+        self, stream: str, split: str, *, task: str | None = None, allow_missing: bool = False
+    ) -> NDArray[np.float32]:
+        """A stream of the images of a split, in the order of its examples, for scikit-learn and the like: (n, …).
+
+            x, y = cache.numpy("image/pooled", "train"), cache.labels("train")["attr"]
+
+        Args:
+            stream: one of images, of rows of one shape.
+            split, task: as of `labels`.
+            allow_missing: leave out quarantined images, here and in `labels`, instead of refusing.
+
+        Raises:
+            UnknownName: no such stream, split or task; or the rows are no images, or differ in shape.
+            UnknownIds: an image is quarantined.
+        """
+        if stream in self.streams and not stream.startswith("image/"):
+            raise UnknownName(
+                f"a split is one of images, and rows of {stream} are none: use read or read_ragged with "
+                "rows(side, ids)"
+            )
+        if stream in self.streams and self.is_ragged(stream):
+            raise UnknownName(
+                f"{stream} is ragged, its rows differ in length and make no array: use read_ragged(stream, "
+                'rows("image", ids)), or image/pooled, one vector an image'
+            )
+        ids = self.labels(split, task=task, allow_missing=allow_missing)["id"]
+        return self.read(stream, self.rows("image", ids.tolist())).astype(np.float32)
+
+    def labels(
+        self, split: str, *, task: str | None = None, allow_missing: bool = False
+    ) -> dict[str, NDArray[Any]]:
+        """What the examples of a split say of their images: name → strings (n,), row by row as `numpy`.
+
+        Args:
+            split: e.g. "train".
+            task: whose split; None is czsl, the one with labels, or else the only task there is.
+            allow_missing: leave out quarantined images.
+
+        Returns:
+            `id`, the image ids; with czsl also `attr`, `obj` and `pair`.
+
+        Raises:
+            UnknownName: no such split or task, or several tasks and none was named.
+        """
+        found = split_labels(self.tasks, split, task)
+        if allow_missing:
+            kept = np.array([image not in self._bad for image in found["id"].tolist()])
+            found = {name: values[kept] for name, values in found.items()}
+        return found
+
+
+def resumed(place: Place, header: Header) -> FeatureCache:
+    """A cache taken up by who holds its lock: what crashes have left is cleared, what helpers have listed brought in.
+
+    Raises:
+        CacheCorrupt: a journal is damaged; nothing was touched.
+    """
+    cache = FeatureCache(place, header)
+    if cache.state == "sealed":
+        cache.check_journals()
+    _ = cache.bad_images()
+    with place.alone():
+        for journal in ("manifest.jsonl", "quarantine.jsonl"):
+            place.heal(journal)
+        place.sweep()
+    cache.settle()
+    return cache
+
+
+def _continued(layout: Layout, before: Mapping[str, Layout]) -> Layout:
+    """An array that grows keeps its chunks, if it had several: they can be shared."""
+    old = before.get(layout.name)
+    if old is None or old.n_chunks < 2 or not layout.shape:
+        return layout
+    return Layout.model_validate(layout.model_dump() | {"chunk": old.chunk, "inner": old.inner})
 
 
 def _plain(values: Values) -> Values:
@@ -443,6 +430,11 @@ def _check_unique(spec: CacheSpec, side: str, ids: Sequence[Any] | NDArray[Any])
 def _checked_rows(rows: NDArray[np.int64] | None, n: int, stream: str) -> NDArray[np.int64]:
     if rows is None:
         return np.arange(n)
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or (len(rows) and not np.issubdtype(rows.dtype, np.integer)):
+        raise IndexError(
+            f"rows of {stream} are numbers, in one axis, not {rows.dtype}{list(rows.shape)}"
+        )
     if len(rows) and not (rows.min() >= 0 and rows.max() < n):
         raise IndexError(f"{stream} has rows 0 … {n - 1}, asked for {rows.min()} … {rows.max()}")
     return rows

@@ -1,29 +1,15 @@
-"""Verbs of this room: build · info · verify · list. Nothing heavy is imported until a verb runs."""
+"""Verbs of this room: build · info · verify · export · import. Nothing heavy is imported until a verb runs."""
 
 import argparse
-import difflib
-import inspect
 import json
-import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
 from cache_builder.errors import CacheError, UnknownName
-
-if TYPE_CHECKING:
-    from cache_builder.backbones.base import Backbone
-    from cache_builder.cache import FeatureCache
-    from cache_builder.datasets.base import Dataset
-    from cache_builder.spec import CacheSpec
-
-INTERRUPTED = 130
-"""Exit status of a command stopped by Ctrl-C, as shells have it."""
-
-SAMPLE = 64
-"""Texts and pictures looked at to estimate how many tokens, patches and crops all of them have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,73 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verbs of this room."""
-    build = verbs.add_parser(
-        "build",
-        help="encode a data set into a feature cache",
-        description="One pass over a data set with a frozen backbone. Repeat the command after a stop: it resumes.",
-    )
-    build.add_argument(
-        "--backbone",
-        required=True,
-        help="family:checkpoint, e.g. clip:ViT-B-32/openai or clip:demo",
-    )
-    build.add_argument("--dataset", required=True, help="see `headstart list datasets`")
-    build.add_argument("--root", type=Path, help="folder of the data set")
-    build.add_argument(
-        "--out", type=Path, help="folder of the cache (default: caches/DATASET-BACKBONE.zarr)"
-    )
-    build.add_argument(
-        "--streams",
-        nargs="+",
-        metavar="STREAM",
-        help="what to store (default: all the backbone's own); also image/block_<k>, image/view_<view>/…, crop/pooled",
-    )
-    build.add_argument(
-        "--crops",
-        choices=("all", "fast"),
-        default="all",
-        help="windows of crop/pooled: all sizes, or 1, 2 and 7 cells (default: all)",
-    )
-    build.add_argument(
-        "--batch-size",
-        type=number_or_auto,
-        default=64,
-        metavar="N",
-        help="rows encoded together, or auto: what the accelerator's memory takes (default: 64)",
-    )
-    build.add_argument(
-        "--store", choices=("fp16", "fp32"), default="fp16", help="stored dtype (default: fp16)"
-    )
-    build.add_argument(
-        "--order-seed", type=int, default=0, help="seed of the order of rows (default: 0)"
-    )
-    build.add_argument(
-        "--workers", type=int, default=2, help="threads that decode images (default: 2)"
-    )
-    build.add_argument("--strict", action="store_true", help="fail at an image that cannot be used")
-    build.add_argument(
-        "--device", default="cpu", help="where the backbone runs, e.g. cuda (default: cpu)"
-    )
-    build.add_argument(
-        "--dtype",
-        default="float32",
-        help="float32, or bfloat16 or float16 by autocast (default: float32)",
-    )
-    build.add_argument(
-        "--compile", action="store_true", help="run the backbone's blocks through torch.compile"
-    )
-    build.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the data set, e.g. world=open; may be repeated",
-    )
-    build.add_argument(
-        "--dry-run", action="store_true", help="print what it would cost; write nothing"
-    )
-    build.set_defaults(func=_build)
-
+    add_build(verbs)
     info = verbs.add_parser(
         "info", help="what a cache holds", description="Print what a cache claims to be."
     )
@@ -122,136 +42,35 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verify.add_argument("cache", type=Path)
     verify.set_defaults(func=_verify)
 
-
-def number_or_auto(text: str) -> int | None:
-    """A number, or None for `auto`."""
-    return None if text == "auto" else int(text)
-
-
-def _build(args: argparse.Namespace) -> None:
-    from cache_builder import build, load_backbone, load_dataset
-    from cache_builder.request import cache_spec
-
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("cache_builder").setLevel(logging.INFO)
-    options = _options(args.dataset, args.set)
-    dataset = load_dataset(args.dataset, args.root, **options)
-    backbone = load_backbone(
-        args.backbone, dtype=args.dtype, device=args.device, compiled=args.compile
+    export = verbs.add_parser(
+        "export",
+        help="a cache as one .h5 file",
+        description="Write a sealed cache into one HDF5 file, from which `headstart import` makes it again.",
     )
-    out = args.out or Path("caches", f"{args.dataset}-{_file_name(args.backbone)}.zarr")
-    choice = {"streams": args.streams, "storage": args.store, "order_seed": args.order_seed}
-    choice |= {"crops": args.crops}
-    spec = cache_spec(dataset, backbone, **choice)
-    _announce(dataset, backbone, spec)
-    if args.dry_run:
-        print(f"would be written to {out}; nothing was")
-        return
-    finished = _is_finished(out)
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = _begun_with(out) or _fitting(backbone, spec)
-    start = time.perf_counter()
-    try:
-        cache = build(
-            dataset,
-            backbone,
-            out,
-            **choice,
-            batch_size=batch_size,
-            strict=args.strict,
-            workers=args.workers,
-            backbone_name=args.backbone,
-        )
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; what is finished lies in {out}. Repeat the command to go on from there.",
-            file=sys.stderr,
-        )
-        raise SystemExit(INTERRUPTED) from None
-    except OSError as error:
-        if isinstance(error, CacheError):
-            raise
-        raise CacheError(
-            f"{out} cannot be written ({error}); what is finished is kept: make room or choose another --out; repeat"
-        ) from error
-    _conclude(cache, None if finished else time.perf_counter() - start)
+    export.add_argument("cache", type=Path)
+    export.add_argument("file", type=Path, help="the .h5 file to write; never overwritten")
+    export.set_defaults(func=_export)
 
-
-def _begun_with(path: Path) -> int | None:
-    """The batch size of a cache that was begun already: it keeps it."""
-    from cache_builder.header import read_header
-
-    try:
-        return read_header(path).batch_size
-    except CacheError:
-        return None
-
-
-def _fitting(backbone: "Backbone", spec: "CacheSpec") -> int:
-    from cache_builder.batch_size import fitting_batch_size
-    from cache_builder.format import stream
-
-    blocks = [b for s in spec.streams if (b := stream(s).block) is not None]
-    return fitting_batch_size(backbone, blocks)
-
-
-def _is_finished(path: Path) -> bool:
-    from cache_builder.cache import FeatureCache
-
-    try:
-        return not FeatureCache.open(path).pending()
-    except CacheError:
-        return False
-
-
-def _announce(dataset: "Dataset", backbone: "Backbone", spec: "CacheSpec") -> None:
-    """What is about to be built, and what it costs."""
-    from cache_builder.format import is_ragged
-
-    texts = [t.text for t in dataset.texts]
-    for what, count in dataset.counts.items():
-        print(f"{what:24} {count}")
-    if any(stream.startswith("text/") for stream in spec.streams):
-        cut = sum(backbone.truncated(texts[i : i + 4096]) for i in range(0, len(texts), 4096))
-        most = backbone.spec.dims["context"]
-        print(f"{'texts cut to fit':24} {cut} of {len(texts)} (at most {most} tokens)")
-    n = {"image": len(dataset.images), "crop": len(dataset.images), "text": len(texts)}
-    sizes = _bytes(spec, dataset, backbone)
-    for stream, size in sizes.items():
-        about = "about " if is_ragged(stream, spec.backbone.dims) else ""
-        rows = n.get(stream.split("/")[0])
-        each = f"  {about}{size / rows / 1024:,.1f} KiB each" if rows else ""
-        print(f"{stream:24} {about}{size / 1e6:,.1f} MB{each}")
-    total = sum(sizes.values())
-    print(f"{'total':24} {total / 1e6:,.1f} MB", flush=True)
-
-
-def _bytes(spec: "CacheSpec", dataset: "Dataset", backbone: "Backbone") -> dict[str, int]:
-    """Stream → bytes of its values; of ragged ones an estimate from a sample."""
-    from cache_builder.contents import n_entries
-    from cache_builder.format import plan
-
-    layouts = plan(spec, {}, n_entries(spec, dataset, backbone, SAMPLE))
-    return {s: layouts[s].row_bytes * layouts[s].shape[0] for s in spec.streams}
-
-
-def _conclude(cache: "FeatureCache", seconds: float | None) -> None:
-    """What came of it; `seconds` is None if there was nothing left to do."""
-    dataset, bad = cache.spec.dataset, cache.quarantined
-    content = f"{dataset.n_images} images and {dataset.n_texts} texts"
-    if seconds is None:
-        print(f"{content}: this cache was finished already, nothing to do")
-    else:
-        rate = f" ({dataset.n_images / seconds:,.1f} images/s)" if dataset.n_images else ""
-        print(f"{content} in {seconds:.1f} s{rate}")
-    if bad:
-        print(
-            f"{len(bad)} images could not be used; they are in {cache.path / 'quarantine.jsonl'}:"
-        )
-        for name, reason in list(bad.items())[:3]:
-            print(f"  {name}: {reason}")
-    print(f"cache: {cache.path}")
+    come = verbs.add_parser(
+        "import",
+        help="a cache from an exported .h5 file, or from foreign feature files",
+        description="Make a cache from what `headstart export` wrote, or from .h5, .npz or .npy files of features that "
+        "a small mapping describes (docs/exchange.md). Repeat the command after a stop: it resumes.",
+    )
+    come.add_argument("file", type=Path, help="an exported .h5 file, or a mapping, NAME.toml")
+    come.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    come.add_argument(
+        "--dataset", help="of a mapping: joins ids, texts and tasks; see `headstart list datasets`"
+    )
+    come.add_argument("--root", type=Path, help="folder of the data set")
+    come.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the data set, e.g. world=open; may be repeated",
+    )
+    come.set_defaults(func=_import)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -261,7 +80,7 @@ def _info(args: argparse.Namespace) -> None:
     header, spec = cache.header, cache.spec
     total, missing = cache.chunks.total, len(cache.chunks.unlisted())
     print(
-        f"{cache.path}: {cache.state}, {total - missing} of {total} chunks, schema {header.schema_version}"
+        f"{cache.place}: {cache.state}, {total - missing} of {total} chunks, schema {header.schema_version}"
     )
     _print_fields("backbone", spec.backbone.model_dump())
     _print_fields("dataset", {**spec.dataset.model_dump(), "root": header.root, **header.counts})
@@ -271,6 +90,16 @@ def _info(args: argparse.Namespace) -> None:
         print(
             f"{stream:24} {layout.dtype} {list(layout.shape)}, {layout.n_chunks} chunks, {size:,.1f} MB"
         )
+        if lost := header.report.get(stream):
+            print(
+                f"{'':24} whitened cosine with what was computed {lost.white_mean:.5f}, at worst {lost.white_min:.5f}"
+            )
+    print(f"{'storage':24} {spec.storage}")
+    if spec.generations:
+        held = ", ".join(
+            f"{images} images and {texts} texts" for images, texts, _ in spec.generations
+        )
+        print(f"{'before it was added to':24} {held}")
     for name, rule in spec.rules.items():
         print(f"{name:24} {rule}")
     print(f"{'tasks':24} {', '.join(cache.tasks.kinds) or 'none'}")
@@ -299,37 +128,60 @@ def _verify(args: argparse.Namespace) -> None:
     )
 
 
-def _options(dataset: str, settings: Sequence[str]) -> dict[str, Any]:
-    """`key=value` arguments as the options that the data set's `load` takes; numbers and true/false are read as such.
+def _export(args: argparse.Namespace) -> None:
+    from cache_builder.cache import FeatureCache
+    from cache_builder.hdf5 import export_hdf5
 
-    Raises:
-        UnknownName: no such option; names the nearest.
-    """
-    from cache_builder.plugins import find
-
-    load: Callable[..., Any] = find("cache_builder.datasets", dataset).load
-    parameters = inspect.signature(load).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    options: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UnknownName(
-                f"--set {setting}: not an option of data set {dataset}{hint} (KEY=VALUE with KEY one of: "
-                f"{', '.join(known) or 'none'})"
-            )
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
+    cache = FeatureCache.open(args.cache)
+    with _writing(args.file, "nothing was left there; repeat the command to begin again"):
+        export_hdf5(cache, args.file, progress=True)
+    print(
+        f"{args.file}: {args.file.stat().st_size / 1e6:,.1f} MB, every chunk compared with its checksum"
+    )
 
 
-def _file_name(backbone: str) -> str:
-    """A backbone's name as part of a file's name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in backbone).strip("-.")
+def _import(args: argparse.Namespace) -> None:
+    from cache_builder import load_dataset
+
+    foreign = args.file.suffix.lower() == ".toml"
+    if not foreign and (args.dataset or args.root or args.set):
+        raise UnknownName(
+            f"--dataset, --root and --set belong to a mapping (.toml), but {args.file} is none; an exported cache "
+            "holds its ids and tasks already"
+        )
+    dataset = None
+    if args.dataset:
+        dataset = load_dataset(args.dataset, args.root, **options_of(args.dataset, args.set))
+    finished = is_finished(args.out)
+    start = time.perf_counter()
+    with _writing(args.out, "repeat the command to go on from there"):
+        if foreign:
+            from cache_builder.foreign import import_features
+
+            cache = import_features(args.file, args.out, dataset=dataset, progress=True)
+            for what, count in cache.header.counts.items():
+                print(f"{what:24} {count}")
+        else:
+            from cache_builder.hdf5 import import_hdf5
+
+            cache = import_hdf5(args.file, args.out, progress=True)
+    conclude(cache, None if finished else time.perf_counter() - start)
+
+
+@contextmanager
+def _writing(path: Path, then: str) -> Iterator[None]:
+    """A stop or a full disk in one sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped while writing {path}; {then}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(
+            f"{path} cannot be written ({error}); make room or choose another place; {then}"
+        ) from error
 
 
 if __name__ == "__main__":

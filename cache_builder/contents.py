@@ -8,7 +8,6 @@ Knowing every offset first is what lets any chunk be written alone, in any order
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,12 @@ from cache_builder.backbones.base import Backbone
 from cache_builder.cache import Contents
 from cache_builder.chunks import Values
 from cache_builder.datasets.base import Dataset, ImageRecord
+from cache_builder.duplicates import same_bytes
 from cache_builder.format import Bad, is_ragged, stream
-from cache_builder.loading import attempt
+from cache_builder.loading import attempt, by_threads
 from cache_builder.spec import CacheSpec
 from cache_builder.views import VIEWS, crop_boxes
-from cache_builder.words import words_of
+from cache_builder.words import Word, words_of
 
 BATCH = 256
 """Texts tokenised at once."""
@@ -41,20 +41,21 @@ def contents(
     *,
     progress: bool = False,
 ) -> Contents:
-    """All of a new cache but its embeddings.
+    """All of a new cache, or of samples to append to one, but their embeddings.
 
     Args:
         spec: what it will hold.
-        dataset, backbone: of it.
+        dataset, backbone: of it; only the samples that are new.
         progress: show a bar while pictures are measured.
     """
-    order = np.random.default_rng(spec.order_seed).permutation(len(dataset.images))
-    records = [dataset.images[i] for i in order]
+    records, copies = _copies_together(image_order(spec, dataset))
     arrays: dict[str, Values] = {
         "image/id": [record.id for record in records],
         "text/id": [t.id for t in dataset.texts],
         "text/string": [t.text for t in dataset.texts],
     }
+    if copies is not None:
+        arrays["image/copies"] = copies
     readout = backbone.readout().items()
     arrays |= {f"readout/{k}": v.detach().float().cpu().numpy() for k, v in readout}
     if "text/tokens" in spec.streams:
@@ -62,7 +63,7 @@ def contents(
         arrays |= _tokens("text", strings, backbone.tokenize, backbone.lengths)
         arrays["text/vocabulary"] = backbone.vocabulary()
     if "word/states" in spec.streams:
-        arrays |= _words(dataset, backbone)
+        arrays |= words_contents(words_of(dataset.tasks), backbone)
     homes, bad = ragged_homes(spec), list[Bad]()
     if homes:
         sizes = measure(records, progress)
@@ -72,6 +73,24 @@ def contents(
         for home in homes:
             arrays |= _crops(known, spec) if home == "crop" else _grids(home, known, backbone)
     return Contents(dataset.tasks, arrays, bad)
+
+
+def image_order(spec: CacheSpec, dataset: Dataset) -> list[ImageRecord]:
+    """The images, shuffled by the spec's seed and by how often samples were appended before."""
+    generation = len(spec.generations)
+    seed = [spec.order_seed, generation] if generation else spec.order_seed
+    order = np.random.default_rng(seed).permutation(len(dataset.images))
+    return [dataset.images[i] for i in order]
+
+
+def _copies_together(
+    records: Sequence[ImageRecord],
+) -> tuple[Sequence[ImageRecord], NDArray[np.int64] | None]:
+    """Records with copies of a file behind its first, and where each file's records begin; None without copies."""
+    groups = same_bytes(records)
+    if len(groups) == len(records):
+        return records, None
+    return [records[i] for group in groups for i in group], _starts(map(len, groups))
 
 
 def ragged_homes(spec: CacheSpec) -> list[str]:
@@ -89,7 +108,9 @@ def n_entries(spec: CacheSpec, dataset: Dataset, backbone: Backbone, most: int) 
         lengths = backbone.lengths(backbone.tokenize(texts)) if texts else torch.zeros(0)
         found["text"] = _scaled(lengths.tolist(), len(dataset.texts))
     if "word/states" in spec.streams:
-        found["word"] = len(np.asarray(_words(dataset, backbone)["word/ids"]))
+        found["word"] = len(
+            np.asarray(words_contents(words_of(dataset.tasks), backbone)["word/ids"])
+        )
     homes = ragged_homes(spec)
     sizes = measure(_some(dataset.images, most), progress=False) if homes else []
     known = [None if isinstance(s, str) else s for s in sizes]
@@ -102,9 +123,8 @@ def n_entries(spec: CacheSpec, dataset: Dataset, backbone: Backbone, most: int) 
 
 def measure(records: Sequence[ImageRecord], progress: bool) -> list[Size | str]:
     """Width and height of every picture, or why it has none."""
-    with ThreadPoolExecutor(2, "measure") as pool:
-        found = pool.map(lambda record: attempt(record.id, record.size), records)
-        return list(tqdm(found, "measuring", len(records), unit="image", disable=not progress))
+    found = by_threads(lambda record: attempt(record.id, record.size), records, 2, "measure")
+    return list(tqdm(found, "measuring", len(records), unit="image", disable=not progress))
 
 
 def _tokens(
@@ -124,9 +144,8 @@ def _tokens(
     return {f"{home}/ids": np.concatenate(ids), f"{home}/offsets": _starts(np.concatenate(sizes))}
 
 
-def _words(dataset: Dataset, backbone: Backbone) -> dict[str, Values]:
+def words_contents(words: Sequence[Word], backbone: Backbone) -> dict[str, Values]:
     """Words of the czsl task, their parts, and the parts' tokens."""
-    words = words_of(dataset.tasks)
     parts = [part for word in words for part in word.parts]
     return {
         "word/id": [word.id for word in words],

@@ -1,31 +1,33 @@
 """The on-disk format: arrays and their chunks, the lines of the two journals.
 
 Normative text: docs/cache-format.md. A chunk file is the plain little-endian array bytes, so its checksum is taken in
-memory and any reader of zarr v3 understands it.
+memory and any reader of zarr v3 understands it. A shard is the same with an index behind it.
 """
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from cache_builder.errors import UnknownName
 from cache_builder.spec import CacheSpec
+from cache_builder.storage import STATISTICS, Mode, mode_of, pooled_patches
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised whenever an older reader would misread what a newer builder writes."""
 
 FORMAT = "headstart feature cache"
 
+Side = Literal["image", "text", "crop", "word"]
+"""What the builder goes through one by one; the first part of a stream's name."""
+
 AXES: dict[str, tuple[tuple[str, str], ...]] = {
     "pooled": (("embedding", "joint"),),
     "patches": (("patch", "patches"), ("width", "image_width")),
-    "prefix": (("prefix", "prefix"), ("width", "image_width")),
+    "prefix": (("prefix_token", "prefix"), ("width", "image_width")),
     "block": (("row", "rows"), ("width", "image_width")),
     "tokens": (("width", "text_width"),),
     "states": (("width", "text_width"),),
@@ -43,8 +45,6 @@ OFFERED = {
 RAGGED = frozenset({"text/tokens", "text/ids", "word/states", "word/ids", "crop/pooled"})
 """Arrays whose first axis is not the rows they are read by, in every cache: row i is offsets[i] … offsets[i + 1]."""
 
-DTYPES = {"fp16": "float16", "fp32": "float32"}
-
 CHUNK_BYTES = 24 << 20
 """Aim for a chunk of patches: 16-32 MB read at the disk's full speed and fit a cache of few files."""
 
@@ -55,22 +55,51 @@ MOST_ROWS = 4096
 """Rows of a chunk where no patches bound it; bounds what a kill can cost."""
 
 
+MOST_CHUNKS = 10**7
+"""Of one array; 240 TB of patches."""
+
+NAME = r"^(image|text|crop|word|readout)(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+$"
+"""Of an array: nothing that leads out of the cache."""
+
+
 class Layout(BaseModel):
     """One array: what its zarr.json says.
 
     Attributes:
         chunk: rows per chunk, along the first axis; other axes are never cut.
-        dtype: zarr data type: float16, float32, int32, int64 or string.
+        dtype: zarr data type: float16, float32, int8, uint8, uint16, int32, int64 or string.
         dims: dimension names.
+        torch_dtype: what the numbers are, where zarr has no such type: bfloat16, float8_e4m3fn.
+        inner: rows of an inner chunk, where a chunk is a shard.
+        compressed: chunks are compressed without loss (blosc: bitshuffle, zstd).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    shape: tuple[int, ...]
-    chunk: int
-    dtype: str
+    name: str = Field(pattern=NAME)
+    shape: tuple[NonNegativeInt, ...]
+    chunk: int = Field(ge=1)
+    dtype: Literal["float16", "float32", "int8", "uint8", "uint16", "int32", "int64", "string"]
     dims: tuple[str, ...]
+    torch_dtype: Literal["", "bfloat16", "float8_e4m3fn"] = ""
+    inner: NonNegativeInt = 0
+    compressed: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Layout":
+        """No array is larger than what can be addressed, or has more chunks than can be listed."""
+        rows = max(self.chunk, *self.shape[:1], 1)
+        if rows * math.prod(max(1, n) for n in self.shape[1:]) * 8 >= 2**63:
+            raise ValueError(f"{self.name} has the shape {self.shape}, more than can be addressed")
+        if self.n_chunks > MOST_CHUNKS:
+            raise ValueError(f"{self.name} has {self.n_chunks} chunks, more than {MOST_CHUNKS}")
+        if self.inner and (self.chunk % self.inner or not self.shape):
+            raise ValueError(
+                f"{self.name} has shards of {self.chunk} rows in parts of {self.inner}"
+            )
+        if self.dtype == "string" and len(self.shape) != 1:
+            raise ValueError(f"{self.name} has strings along {len(self.shape)} axes")
+        return self
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -87,13 +116,6 @@ class Layout(BaseModel):
         """Bytes of one row; meaningless for strings."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all chunks on disk; 0 for strings, whose size depends on their content."""
-        if self.dtype == "string":
-            return 0
-        return self.n_chunks * math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
-
     def bounds(self, chunk: int) -> tuple[int, int]:
         """First row of a chunk and the row after its last real one."""
         start = chunk * self.chunk
@@ -107,13 +129,11 @@ class Layout(BaseModel):
         return f"{self.name}/c{index}"
 
     def metadata(self) -> dict[str, Any]:
-        """The part of zarr.json that decides how bytes are read."""
+        """All of its zarr.json."""
         text = self.dtype == "string"
         fill: object = "" if text else 0.0 if self.dtype.startswith("float") else 0
-        codec: dict[str, Any] = {"name": "vlen-utf8", "configuration": {}}
-        plain = {"name": "bytes", "configuration": {"endian": "little"}}
         grid = {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}}
-        return {
+        found: dict[str, Any] = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": list(self.shape),
@@ -121,9 +141,37 @@ class Layout(BaseModel):
             "chunk_grid": grid,
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": fill,
-            "codecs": [codec if text else plain],
-            "dimension_names": list(self.dims) or None,
+            "codecs": [{"name": "vlen-utf8", "configuration": {}}] if text else self._codecs(),
+            "attributes": {"torch_dtype": self.torch_dtype} if self.torch_dtype else {},
+            "storage_transformers": [],
         }
+        return found | ({"dimension_names": list(self.dims)} if self.dims else {})
+
+    def _codecs(self) -> list[dict[str, Any]]:
+        size = np.dtype(self.dtype).itemsize
+        plain: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+        if size == 1:
+            plain = {"name": "bytes"}  # a byte has no order, and zarr says none
+        if self.compressed:
+            settings = {
+                "typesize": size,
+                "cname": "zstd",
+                "clevel": 5,
+                "shuffle": "bitshuffle",
+                "blocksize": 0,
+            }
+            return [plain, {"name": "blosc", "configuration": settings}]
+        if self.inner:
+            index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+            shard = {
+                "chunk_shape": [self.inner, *self.shape[1:]],
+                "codecs": [plain],
+                "index_codecs": index,
+            }
+            return [
+                {"name": "sharding_indexed", "configuration": {**shard, "index_location": "end"}}
+            ]
+        return [plain]
 
 
 class Entry(BaseModel):
@@ -209,12 +257,14 @@ def is_ragged(name: str, dims: Mapping[str, int]) -> bool:
     )
 
 
-def row_shape(name: str, dims: Mapping[str, int]) -> tuple[int, ...]:
+def row_shape(name: str, dims: Mapping[str, int], storage: str = "fp16") -> tuple[int, ...]:
     """Shape of one row of a stream (of one token or patch, if ragged) under a backbone's dimensions."""
     found = stream(name)
     axes = AXES[found.kind]
     if is_ragged(name, dims) and found.side == "image":
         axes = axes[1:]
+    if storage == "pool2x2" and found.kind == "patches":
+        dims = {**dims, "patches": pooled_patches(dims)}
     known = {**dims, "rows": dims.get("prefix", 0) + dims.get("patches", 0)}
     lacking = [key for _, key in axes if key not in known]
     if lacking:
@@ -229,6 +279,7 @@ def plan(
     known: Mapping[str, tuple[tuple[int, ...], str]],
     totals: Mapping[str, int],
     chunk_bytes: int = CHUNK_BYTES,
+    inner_rows: int = 0,
 ) -> dict[str, Layout]:
     """Every array of a cache, by name.
 
@@ -237,29 +288,37 @@ def plan(
         known: arrays written at creation: name → shape and dtype.
         totals: home of a ragged stream → entries along its first axis: tokens, patches, crops.
         chunk_bytes: aim for the largest chunks.
+        inner_rows: chunks are shards of inner chunks of so many rows; 0 for plain chunks.
     """
-    dims = spec.backbone.dims
+    dims, storage = spec.backbone.dims, spec.storage
     found: list[Layout] = []
     for name, (shape, dtype) in sorted(known.items()):
         chunk = _known_chunk(name, shape, chunk_bytes)
-        found.append(_layout(name, shape, chunk, dtype, _known_axes(name, shape)))
-    dtype = DTYPES[spec.storage]
-    item = np.dtype(dtype).itemsize
+        found.append(_layout(name, shape, chunk, Mode(dtype), _known_axes(name, shape)))
     most = MOST_ROWS
     if "image/patches" in spec.streams and not is_ragged("image/patches", dims):
-        patch_bytes = math.prod(row_shape("image/patches", dims)) * item
+        patches = "image/patches"
+        item = np.dtype(mode_of(storage, "patches").dtype).itemsize
+        patch_bytes = math.prod(row_shape(patches, dims, storage)) * item
         most = POOLED_CHUNKS * max(1, chunk_bytes // patch_bytes)
     counts = {"image": spec.dataset.n_images, "text": spec.dataset.n_texts}
     for name in spec.streams:
-        shape, this = row_shape(name, dims), stream(name)
-        ragged = is_ragged(name, dims)
+        shape, this = row_shape(name, dims, storage), stream(name)
+        mode, ragged = mode_of(storage, this.kind), is_ragged(name, dims)
         first = FIRST_AXIS[this.side] if ragged else this.side
+        if ragged and this.view:
+            first = f"{this.view}_{first}"  # of another length than the image's own
         count = totals[this.home] if ragged else counts[this.side]
-        chunk = chunk_bytes // max(1, math.prod(shape) * item)
+        chunk = chunk_bytes // max(1, math.prod(shape) * np.dtype(mode.dtype).itemsize)
         if not ragged or this.side == "crop":
             chunk = min(chunk, most if this.side == "image" else MOST_ROWS)
-        axes = AXES[this.kind][-len(shape) :]
-        found.append(_layout(name, (count, *shape), chunk, dtype, (first, *(a for a, _ in axes))))
+        axes = (first, *(a for a, _ in AXES[this.kind][-len(shape) :]))
+        found.append(_layout(name, (count, *shape), chunk, mode, axes, inner_rows))
+        if mode.scaled:
+            scale, of_scale = f"{name}_scale", (count, *shape[:-1])
+            found.append(
+                _layout(scale, of_scale, found[-1].chunk, Mode("float32"), axes[:-1], inner_rows)
+            )
     return {layout.name: layout for layout in found}
 
 
@@ -288,46 +347,28 @@ def _known_axes(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         "grid": ("image", "rows_columns"),
         "box": ("crop", "edge"),
     }
+    if last.endswith(STATISTICS):
+        return ("width",)
     if side == "readout" or last not in named:
-        return tuple(f"axis_{i}" for i in range(len(shape)))
+        # No two arrays share an axis: xarray opens a group only if equal names have equal sizes.
+        own = name.removeprefix("readout/").replace("/", ".")
+        return tuple(f"{own}_{i}" for i in range(len(shape)))
     return named[last]
 
 
 def _layout(
-    name: str, shape: tuple[int, ...], chunk: int, dtype: str, dims: tuple[str, ...]
+    name: str,
+    shape: tuple[int, ...],
+    chunk: int,
+    mode: Mode,
+    dims: tuple[str, ...],
+    inner: int = 0,
 ) -> Layout:
+    """An array; a shard holds whole inner chunks, at least one, unless the array is smaller than that."""
     rows = shape[0] if shape else 1
-    return Layout(name=name, shape=shape, chunk=max(1, min(chunk, rows)), dtype=dtype, dims=dims)
-
-
-def metadata_problem(cache: Path, layout: Layout) -> str | None:
-    """In what an array's zarr.json differs from its layout, as words; None if it does not."""
-    file = cache / layout.name / "zarr.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        return f"{file} cannot be read ({error})"
-    for key, value in layout.metadata().items():
-        if found.get(key) != value:
-            return f"{file} says {key} = {found.get(key)}, but the header says {value}"
-    return None
-
-
-def encode_strings(strings: Sequence[str]) -> bytes:
-    """A chunk of zarr's `string` type: count, then length and UTF-8 bytes of each, all counts uint32."""
-    parts = [len(strings).to_bytes(4, "little")]
-    for string in strings:
-        data = string.encode()
-        parts += [len(data).to_bytes(4, "little"), data]
-    return b"".join(parts)
-
-
-def decode_strings(data: bytes) -> list[str]:
-    """Inverse of `encode_strings`."""
-    strings: list[str] = []
-    at = 4
-    for _ in range(int.from_bytes(data[:4], "little")):
-        size = int.from_bytes(data[at : at + 4], "little")
-        strings.append(data[at + 4 : at + 4 + size].decode())
-        at += 4 + size
-    return strings
+    chunk = max(1, min(chunk, rows))
+    inner = min(inner, chunk)
+    chunk -= chunk % inner if inner else 0
+    claims = {"name": name, "shape": shape, "chunk": chunk, "dims": dims, "inner": inner}
+    stored = {"dtype": mode.dtype, "torch_dtype": mode.torch_dtype, "compressed": mode.compressed}
+    return Layout.model_validate(claims | stored)

@@ -3,13 +3,12 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from cache_builder.durable import write_durably
+from cache_builder.durable import crc32c
 from cache_builder.errors import (
     CacheCorrupt,
     CacheIncomplete,
@@ -20,7 +19,33 @@ from cache_builder.errors import (
 )
 from cache_builder.format import FORMAT, SCHEMA, Layout
 from cache_builder.lock import has_embeddings, is_remnant
+from cache_builder.place import Place
 from cache_builder.spec import CacheSpec, differences
+
+FOREIGN = "foreign"
+"""Family of features that no backbone of this project computed: they were imported."""
+
+NO_DATASET = "none"
+"""Name of the data set of imported features that belong to none."""
+
+
+class StorageReport(BaseModel):
+    """What a storage mode does to one stream, measured on a sample of its rows.
+
+    Attributes:
+        bytes_per_value: scales included.
+        cosine: mean cosine of stored and original rows.
+        white_mean, white_min: the same after every channel was brought to mean 0 and deviation 1, where a loss shows.
+        rows: measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes_per_value: float
+    cosine: float
+    white_mean: float
+    white_min: float
+    rows: int
 
 
 class Header(BaseModel):
@@ -31,15 +56,17 @@ class Header(BaseModel):
         arrays: layout of every array; verify compares their zarr.json with it.
         counts, root, options: what the data set's reader found, where, and with which options it was asked; to find the
             pictures again, not part of any fingerprint.
+        report: stream → what its storage costs it, as measured on a sample; not part of any fingerprint.
         backbone_name: as it was asked for, e.g. with the path of a local checkpoint, of which the spec keeps only
             the name; empty if the builder was not told. Not part of any fingerprint.
         digest: of the content, once sealed.
+        quarantine_sha256: of quarantine.jsonl, once sealed; not part of the digest, because reasons name places.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["headstart feature cache"] = FORMAT
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     state: Literal["building", "sealed"]
     fingerprint: str
     spec: CacheSpec
@@ -50,9 +77,32 @@ class Header(BaseModel):
     root: str
     options: dict[str, Any]
     backbone_name: str = ""
+    report: dict[str, StorageReport] = {}
     digest: str | None = None
+    quarantine_sha256: str | None = None
 
-    def command(self, path: Path, streams: Sequence[str] = ()) -> str:
+    @model_validator(mode="after")
+    def _consistent(self) -> "Header":
+        """Arrays go by their names, and all that the spec promises is there."""
+        misnamed = [key for key, layout in self.arrays.items() if key != layout.name]
+        nested = [a for a in self.arrays if any(a.startswith(f"{b}/") for b in self.arrays)]
+        lacking = [s for s in (*self.spec.streams, "image/id", "text/id") if s not in self.arrays]
+        for what, names in (("misnames", misnamed), ("nests", nested), ("lacks", lacking)):
+            if names:
+                raise ValueError(f"it {what} the array {names[0]}")
+        return self
+
+    def attributes(self) -> dict[str, Any]:
+        """All of them, as JSON, with their checksum."""
+        claims = self.model_dump(mode="json")
+        return {**claims, "crc32c": header_checksum(claims)}
+
+    def embedded(self) -> frozenset[str]:
+        """Arrays that hold embeddings: the streams, and the scales of those that have them."""
+        scales = {f"{stream}_scale" for stream in self.spec.streams} & set(self.arrays)
+        return frozenset({*self.spec.streams, *scales})
+
+    def command(self, path: object, streams: Sequence[str] = ()) -> str:
         """The command line that builds this cache at `path`, quoted for a shell; --device is the user's choice.
 
         Args:
@@ -60,11 +110,13 @@ class Header(BaseModel):
             streams: others than it holds.
         """
         spec = self.spec
+        if spec.backbone.family == FOREIGN:
+            words = ["headstart", "import", self.backbone_name]
+            words += ["--dataset", spec.dataset.name] if spec.dataset.name != NO_DATASET else []
+            return shlex.join([*words, *self._where(), "--out", str(path)])
         named = self.backbone_name or f"{spec.backbone.family}:{spec.backbone.checkpoint}"
         words = ["headstart", "build", "--backbone", named, "--dataset", spec.dataset.name]
-        words += ["--root", self.root] if self.root else []
-        for key, value in self.options.items():
-            words += ["--set", f"{key}={json.dumps(value)}"]
+        words += self._where()
         words += ["--streams", *(streams or spec.streams)]
         # e.g. "bfloat16 autocast, sdpa, torch.compile"
         dtype = re.match(r"\w+", spec.backbone.compute)
@@ -72,60 +124,85 @@ class Header(BaseModel):
         words += ["--compile"] if "torch.compile" in spec.backbone.compute else []
         words += ["--crops", spec.rules["crop"].partition(":")[0]] if "crop" in spec.rules else []
         words += ["--order-seed", str(spec.order_seed), "--store", spec.storage]
+        words += ["--append"] if spec.generations else []
         return shlex.join([*words, "--out", str(path)])
 
+    def _where(self) -> list[str]:
+        """Where the data set lies, and its options, as arguments."""
+        options = [f"{key}={json.dumps(value)}" for key, value in self.options.items()]
+        root = ["--root", self.root] if self.root else []
+        return [*root, *(word for option in options for word in ("--set", option))]
 
-def write_header(path: Path, header: Header) -> None:
+
+def write_header(place: Place, header: Header) -> None:
     """Write the root group with its attributes, atomically."""
-    root = {
-        "zarr_format": 3,
-        "node_type": "group",
-        "attributes": header.model_dump(mode="json"),
-    }
-    write_durably(path / "zarr.json", json.dumps(root, ensure_ascii=False, indent=1).encode())
+    root = {"zarr_format": 3, "node_type": "group", "attributes": header.attributes()}
+    place.write("zarr.json", json.dumps(root, ensure_ascii=False, indent=1).encode())
 
 
-def read_header(path: Path) -> Header:
+def header_checksum(claims: Mapping[str, Any]) -> str:
+    """CRC-32C of all other attributes, as JSON with sorted keys."""
+    text = json.dumps(claims, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return crc32c(text.encode())
+
+
+def read_header(place: Place) -> Header:
     """The attributes of a cache's root group, checked for version first."""
-    file = path / "zarr.json"
+    file = f"{place}/zarr.json"
     try:
-        found = json.loads(file.read_bytes())["attributes"]
+        found = json.loads(place.read("zarr.json"))["attributes"]
+        known = found.get("format") == FORMAT
     except (FileNotFoundError, NotADirectoryError):
-        found = {}
-    except (ValueError, KeyError, TypeError) as error:
+        found, known = {}, False
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheCorrupt(f"{file} is not the header of a zarr group ({error})") from error
-    if found.get("format") != FORMAT:
-        if has_embeddings(path):
+    if not known:
+        if has_embeddings(place):
             raise CacheCorrupt(
-                f"{path} holds encoded chunks, but its header {file} is lost, so nobody knows what they are; restore "
+                f"{place} holds encoded chunks, but its header {file} is lost, so nobody knows what they are; restore "
                 "that file from a backup or the original, or remove the folder and build again. Nothing was changed"
             )
-        if is_remnant(path):
+        if is_remnant(place):
             raise CacheIncomplete(
-                f"{path} holds the remains of a build that was stopped while it began: 0 chunks; repeat the build"
+                f"{place} holds the remains of a build that was stopped while it began: 0 chunks; repeat the build"
             )
-        what = "holds something else" if path.exists() else "does not exist"
+        what = "holds something else" if place.exists() else "does not exist"
         raise CacheNotFound(
-            f"no feature cache at {path}: the path {what}; make one with: headstart build --backbone … --dataset … "
-            f"--out {path}"
+            f"no feature cache at {place}: the path {what}; make one with: headstart build --backbone … --dataset … "
+            f"--out {place}"
         )
-    if found.get("schema_version", 0) > SCHEMA:
+    return checked_header(found, place, file)
+
+
+def checked_header(found: dict[str, Any], place: object, file: object) -> Header:
+    """A header as read from `file`, of the cache at `place`: version first, then every field, then the fingerprint."""
+    version = found.get("schema_version", 0)
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise CacheCorrupt(f"{file} has the schema_version {version!r}, which is no number")
+    if version > SCHEMA:
         raise CacheTooNew(
-            f"{path} has schema {found['schema_version']}, this headstart reads up to {SCHEMA}; install a newer "
+            f"{place} has schema {version}, this headstart reads up to {SCHEMA}; install a newer "
             "headstart, or build the cache again with this one"
         )
-    if found.get("schema_version", 0) < SCHEMA:
+    if version < SCHEMA:
         raise CacheTooOld(
-            f"{path} has schema {found.get('schema_version')}, from a headstart before this one, which reads schema "
+            f"{place} has schema {version}, from a headstart before this one, which reads schema "
             f"{SCHEMA}; remove it and build again"
         )
+    said = found.get("crc32c")
+    claims = {key: value for key, value in found.items() if key != "crc32c"}
+    if said != header_checksum(claims):
+        raise CacheCorrupt(
+            f"{file} was edited or damaged: its attributes have the crc32c {header_checksum(claims)}, it says {said}; "
+            "restore the file from a backup, or remove the cache and build it again"
+        )
     try:
-        header = Header.model_validate(found)
+        header = Header.model_validate(claims)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CacheCorrupt(
-            f"the header of {path} is not understood: {where}: {first['msg']}"
+            f"the header of {place} is not understood: {where}: {first['msg']}"
         ) from error
     if header.spec.fingerprint() != header.fingerprint:
         raise CacheCorrupt(
@@ -135,7 +212,7 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def check_spec(path: Path, found: CacheSpec, expected: CacheSpec) -> None:
+def check_spec(place: Place, found: CacheSpec, expected: CacheSpec) -> None:
     """Refuse a cache that holds something else.
 
     Raises:
@@ -145,10 +222,14 @@ def check_spec(path: Path, found: CacheSpec, expected: CacheSpec) -> None:
         "{}: expected {}, found {}".format(name, *_short(repr(a), repr(b)))
         for name, a, b in differences(expected, found)
     ]
+    samples = all(field.startswith(("dataset.", "generations")) for field in fields)
+    grown = (
+        "If samples were added to what it holds, repeat the command with --append. Otherwise choose"
+    )
     if fields:
         raise CacheMismatch(
-            f"{path} holds something else than is asked for: {'; '.join(fields)}. Choose another --out, or remove the "
-            "cache to build it again"
+            f"{place} holds something else than is asked for: {'; '.join(fields)}. {grown if samples else 'Choose'} "
+            "another --out, or remove the cache to build it again"
         )
 
 

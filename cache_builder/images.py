@@ -5,9 +5,11 @@ matters: libraries resize *before* they convert, so a palette picture resized by
 """
 
 import io
+import os
 import stat
 import unicodedata
 from pathlib import Path, PureWindowsPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -22,6 +24,10 @@ MAX_BYTES = 64 * 2**20
 
 MAX_PIXELS = 100_000_000
 """Largest width × height, checked on the header before a pixel is decoded."""
+
+MAX_SIDE = 65_535
+"""Largest width or height, JPEG's own. PIL collects a row in pieces and copies all of it for each, so the time grows
+with the square of the width: a WebP of 1 kB that claims 15,000,000 × 5 pixels took it 98 seconds."""
 
 MAX_NAME = 1024
 """Longest image name, in characters."""
@@ -57,15 +63,13 @@ def decode(data: bytes, *, upright: bool = False, max_pixels: int = MAX_PIXELS) 
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(f"{width} × {height} pixels, more than the {max_pixels:,} allowed")
+            _check_size(*image.size, max_pixels)
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except (BadImage, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not a {', '.join(FORMATS)} picture: begins {data[:8]!r}") from None
+        raise BadImage(_no_picture(data[:8])) from None
     except Exception as error:  # decoders of broken files raise nearly anything, SyntaxError and struct.error included
         raise BadImage(f"cannot be decoded: {error}") from error
 
@@ -75,22 +79,30 @@ def image_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: there is none.
-        BadImage: no picture by its header.
+        BadImage: no picture by its header, or too large.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise BadImage(f"{path.name!r} is not a regular file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
-            width, height = image.size
-    except FileNotFoundError:
-        raise
-    except Image.UnidentifiedImageError:
-        begins = path.read_bytes()[:8]
-        raise BadImage(f"not a {', '.join(FORMATS)} picture: begins {begins!r}") from None
-    except Exception as error:  # as in `decode`
-        raise BadImage(f"cannot be decoded: {error}") from error
+    with _open_regular(path) as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+                width, height = image.size
+                _check_size(width, height, MAX_PIXELS)
+        except BadImage:
+            raise
+        except Image.UnidentifiedImageError:
+            file.seek(0)
+            raise BadImage(_no_picture(file.read(8))) from None
+        except Exception as error:  # as in `decode`
+            raise BadImage(f"cannot be decoded: {error}") from error
     return (height, width) if turned else (width, height)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse a picture by the size that its header claims."""
+    if width * height > max_pixels:
+        raise BadImage(f"{width} × {height} pixels, more than the {max_pixels:,} allowed")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width} × {height} pixels, more than {MAX_SIDE:,} on a side")
 
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -106,14 +118,30 @@ def open_image(
         FileNotFoundError: there is none.
         BadImage: see `decode`; also a file that is not regular (a device, a pipe) or larger than `max_bytes`.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # One byte more than allowed: a file may grow after its size was looked at.
+        data = file.read(max_bytes + 1) if size <= max_bytes else b""
+    if max(size, len(data)) > max_bytes:
+        size = max(size, len(data))
+        raise BadImage(f"{path.name!r} has {size:,} bytes, more than the {max_bytes:,} allowed")
+    return decode(data, upright=upright, max_pixels=max_pixels)
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """A file open for reading; never a device, a pipe or a folder, also if one takes its place at this moment."""
+    if not stat.S_ISREG(path.stat().st_mode):
         raise BadImage(f"{path.name!r} is not a regular file")
-    if found.st_size > max_bytes:
-        raise BadImage(
-            f"{path.name!r} has {found.st_size:,} bytes, more than the {max_bytes:,} allowed"
-        )
-    return decode(path.read_bytes(), upright=upright, max_pixels=max_pixels)
+    # Opening a pipe that took the file's place would wait for a writer for ever.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise BadImage(f"{path.name!r} is not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def _no_picture(begins: bytes) -> str:
+    return f"not a {', '.join(FORMATS)} picture: begins {begins!r}"
 
 
 def check_name(name: str) -> str:
@@ -174,6 +202,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
+    if image.mode == "RGB" and image.format in ("JPEG", None):
+        return (
+            image  # `convert` would only copy it, which takes a tenth of the time of a large photo
+        )
     return image.convert("RGB")
 
 

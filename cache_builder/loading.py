@@ -11,25 +11,32 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from cache_builder.backbones.base import Backbone, Pixels
+from cache_builder.beside import Beside
 from cache_builder.cache import FeatureCache
 from cache_builder.datasets.base import ImageRecord
 from cache_builder.errors import BadInput, BadOutput, CacheError
 from cache_builder.filler import Batch, Filler
 from cache_builder.format import Bad
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 AHEAD = 2
 """Batches that wait at each hand-over, beside the one being worked on."""
+
+PARTS = 4
+"""Tasks a thread and batch: fewer hand-overs than one a picture, better balanced than one a thread."""
+
+ITEMS = 64
+"""Of a task of `by_threads`."""
 
 FILE_FAULTS = frozenset(
     getattr(errno, name)
@@ -49,6 +56,12 @@ FILE_FAULTS = frozenset(
 
 Looks = Callable[[int, Image], Mapping[str, Image]]
 """A row and its picture → what is encoded of it, by the home of the streams."""
+
+Loaded = dict[str, Pixels] | str | None
+"""Pixels by home, or why there are none; None if that is known already."""
+
+Todo = tuple[int, int, Callable[[], Image | str | None]]
+"""A row, the image row that it looks at, and what opens that."""
 
 
 def attempt(name: str, action: Callable[[], T]) -> T | str:
@@ -87,8 +100,9 @@ class Loading:
         backbone: Backbone,
         workers: int,
         strict: bool,
+        beside: Beside,
     ) -> None:
-        self.cache, self.records, self.backbone = cache, records, backbone
+        self.cache, self.records, self.backbone, self.beside = cache, records, backbone, beside
         self.workers, self.strict = workers, strict
         # Once bad, always bad: a row must not differ between streams.
         self.bad = set(cache.quarantined)
@@ -111,27 +125,45 @@ class Loading:
         with pool(self.workers, "decode") as decoders, pool(1, "stack") as stacker:
 
             def start(rows: range) -> Future[Batch]:
-                owners = owner[rows.start : rows.stop].tolist()
-                pictures = {i: _once(partial(self._open, i, ready)) for i in dict.fromkeys(owners)}
-                loads = [
-                    decoders.submit(self._load, row, i, pictures[i], looks)
-                    for row, i in zip(rows, owners, strict=True)
+                # Whatever looks at the same picture shares it; copies of a file are tried in turn.
+                units = filler.units(rows)
+                owners = [tuple(owner[unit.start : unit.stop].tolist()) for unit in units]
+                pictures = {
+                    images: _once(partial(self._open, images, ready)) for images in set(owners)
+                }
+                todo = [
+                    (unit[0], images[0], pictures[images])
+                    for unit, images in zip(units, owners, strict=True)
                 ]
+                size = -(-len(todo) // (PARTS * self.workers))
+                parts = [todo[i : i + size] for i in range(0, len(todo), size)]
+                loads = [decoders.submit(self._load_part, part, looks) for part in parts]
                 return stacker.submit(self._stack, rows, owners, loads)
 
-            yield from _ahead(map(start, filler.batches))
+            yield from ahead(map(start, filler.batches))
 
-    def _open(self, row: int, ready: Callable[[int, Image], Image]) -> Image | str | None:
-        """The picture of an image row, or why there is none; None if that is known already."""
-        record = self.records[row]
-        if record.id in self.bad:
-            return None
-        found = attempt(record.id, record.open)
-        return found if isinstance(found, str) else ready(row, found)
+    def _open(
+        self, images: Sequence[int], ready: Callable[[int, Image], Image]
+    ) -> Image | str | None:
+        """The picture of image rows that are copies of one file, or why there is none; None if that is known."""
+        reason = None
+        for row in images:
+            record = self.records[row]
+            if record.id not in self.bad:
+                found = attempt(record.id, record.open)
+                if not isinstance(found, str):
+                    return ready(row, found)
+                reason = reason or found
+        return reason
+
+    def _load_part(self, todo: list[Todo], looks: Looks) -> list[Loaded]:
+        """A few rows of a batch, in order; a picture is let go of with the last row that looks at it."""
+        todo.reverse()
+        return [self._load(*todo.pop(), looks) for _ in range(len(todo))]
 
     def _load(
         self, row: int, owner: int, picture: Callable[[], Image | str | None], looks: Looks
-    ) -> dict[str, Pixels] | str | None:
+    ) -> Loaded:
         """Pixels by home, or why there are none; None if that is known already."""
         image = picture()
         if image is None or isinstance(image, str):
@@ -150,31 +182,41 @@ class Loading:
     def _stack(
         self,
         rows: range,
-        owners: Sequence[int],
-        loads: Sequence[Future[dict[str, Pixels] | str | None]],
+        owners: Sequence[Sequence[int]],
+        loads: Sequence[Future[list[Loaded]]],
     ) -> Batch:
         """A batch; unusable pictures are recorded before any chunk that holds their rows."""
-        loaded = [future.result() for future in loads]
-        for row, found in zip(owners, loaded, strict=True):
-            if isinstance(found, str) and self.records[row].id not in self.bad:
-                name = self.records[row].id
-                if self.strict:
-                    raise BadInput(unusable(name, found))
-                if array := self._written(row):
-                    raise CacheError(
-                        f"{unusable(name, found)}, but it could be when {array} was written, and all its streams must "
-                        f"agree; restore the file and repeat, or remove {self.cache.path} and build again"
-                    )
-                self.bad.add(name)
-                self.cache.quarantine(Bad(id=name, reason=found, row=row))
+        loaded = [one for future in loads for one in future.result()]
+        for images, found in zip(owners, loaded, strict=True):
+            if isinstance(found, str):
+                for row in images:
+                    self._refuse(row, found)
         pixels = [found if isinstance(found, dict) else None for found in loaded]
-        good = np.array([p is not None for p in pixels])
+        sizes = [len(images) for images in owners]
+        good = np.repeat(np.array([p is not None for p in pixels]), sizes)
+        shared = np.repeat(np.arange(len(sizes)), sizes) if len(good) > len(sizes) else None
         some = next((p for p in pixels if p is not None), None)
         if some is None:
             return Batch(rows, None, good)
         # A neighbour stands in for a bad picture: a batch of another size might have other last bits.
         inputs = default_collate([some if p is None else p for p in pixels])
-        return Batch(rows, each(inputs, Tensor.pin_memory) if self._pinned else inputs, good)
+        return Batch(rows, self.beside.bring(inputs), good, shared)
+
+    def _refuse(self, row: int, reason: str) -> None:
+        """Put an image into quarantine, unless that would contradict what is stored."""
+        name = self.records[row].id
+        if name in self.bad:
+            return
+        if self.strict:
+            raise BadInput(unusable(name, reason))
+        self.cache.chunks.refresh()  # helpers may have written its row
+        if array := self._written(row):
+            raise CacheError(
+                f"{unusable(name, reason)}, but it could be when {array} was written, and all its streams must "
+                f"agree; restore the file and repeat, or remove {self.cache.place} and build again"
+            )
+        self.bad.add(name)
+        self.cache.quarantine(Bad(id=name, reason=reason, row=row))
 
     def _written(self, row: int) -> str | None:
         """A stream of which a finished chunk holds numbers of an image row; None if there is none."""
@@ -190,10 +232,6 @@ class Loading:
                 return name
         return None
 
-    @property
-    def _pinned(self) -> bool:
-        return "cuda" in self.backbone.device
-
 
 def _once(action: Callable[[], T]) -> Callable[[], T]:
     """`action`, done when first asked for and never again, whichever threads ask."""
@@ -208,14 +246,7 @@ def _once(action: Callable[[], T]) -> Callable[[], T]:
     return get
 
 
-def each(inputs: Any, action: Callable[[Tensor], Tensor]) -> Any:
-    """`action` on every tensor of what an encoder takes."""
-    if isinstance(inputs, Mapping):
-        return {name: each(value, action) for name, value in inputs.items()}
-    return action(inputs)
-
-
-def _ahead(futures: Iterator[Future[Batch]]) -> Iterator[Batch]:
+def ahead(futures: Iterator[Future[Batch]]) -> Iterator[Batch]:
     """Results in order, with the next ones already begun."""
     waiting: deque[Future[Batch]] = deque()
     for future in chain(futures, [None] * AHEAD):
@@ -223,6 +254,16 @@ def _ahead(futures: Iterator[Future[Batch]]) -> Iterator[Batch]:
             waiting.append(future)
         if waiting and (future is None or len(waiting) > AHEAD):
             yield waiting.popleft().result()
+
+
+def by_threads(
+    action: Callable[[S], T], items: Sequence[S], threads: int, name: str
+) -> Iterator[T]:
+    """`action` of every item, in order. A task is some items: a future each costs more than a look at a file."""
+    parts = [items[i : i + ITEMS] for i in range(0, len(items), ITEMS)]
+    with ThreadPoolExecutor(threads, name) as made:
+        for found in made.map(lambda part: [action(item) for item in part], parts):
+            yield from found
 
 
 @contextmanager

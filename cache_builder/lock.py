@@ -1,85 +1,207 @@
-"""One builder per cache: a lock that the kernel frees when its holder ends, however it ends."""
+"""One builder per cache, and what a builder leaves that was stopped while it laid out the folder.
 
+In a folder the lock is the kernel's: it is freed when its holder ends, however it ends. An object store has no such
+lock; there the holder puts an object `lock` anew every few seconds, and whoever finds one watches whether it changes.
+"""
+
+import errno
 import fcntl
 import json
 import os
-import shutil
+import secrets
 import socket
+import stat
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cache_builder.durable import make_folder
-from cache_builder.errors import CacheLocked, CacheNotFound
-from cache_builder.format import FORMAT, is_stream
+from cache_builder.errors import CacheCorrupt, CacheError, CacheLocked, CacheNotFound
+from cache_builder.format import FORMAT, Entry, is_stream
+from cache_builder.journal import Journal
+from cache_builder.place import Folder, Place
 
-OWN = frozenset(
-    {"zarr.json", "tasks.json", "manifest.jsonl", "quarantine.jsonl"}
-    | {"image", "crop", "text", "word", "readout"}
+if TYPE_CHECKING:
+    from cache_builder.bucket import Bucket
+
+OWN = (
+    "zarr.json",
+    "tasks.json",
+    "manifest.jsonl",
+    "manifest-*.jsonl",
+    "quarantine.jsonl",
+    "quarantine-*.jsonl",
+    "lock",
+    "claims/",
+    *("image/", "crop/", "text/", "word/", "readout/"),
+    "*.part",
 )
-"""What a builder puts into the folder of a cache, beside the lock."""
+"""What a builder puts into a cache."""
 
-ZARR_PART = "zarr.*.partial"
-"""What zarr leaves of a root `zarr.json` that it was writing when it was killed."""
+BEAT = 10.0
+"""Seconds between two signs of life of who holds the lock of an object store."""
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the builder's lock of a cache folder, making the folder if need be.
+def locked(place: Place) -> Iterator[None]:
+    """Hold the builder's lock of a cache, making the folder if need be.
 
     Raises:
         CacheLocked: another process holds it; names it.
-        CacheNotFound: the path holds something else, which is not touched.
+        CacheNotFound: the place holds something else, which is not touched.
     """
-    foreign = path.exists() and not (path / "lock").is_file() and not _has_header(path)
-    if foreign and (not path.is_dir() or any(path.iterdir())):
+    names = place.names()
+    foreign = place.exists() and "lock" not in names and not _has_header(place)
+    if foreign and (names or (isinstance(place, Folder) and not place.path.is_dir())):
         raise CacheNotFound(
-            f"{path} exists and is not a feature cache, so nothing is built into it; choose a path that is free"
+            f"{place} exists and is not a feature cache, so nothing is built into it; choose a path that is free"
         )
-    make_folder(path)
-    with open(path / "lock", "a+") as file:
+    with _flock(place) if isinstance(place, Folder) else _beating(place):  # pyright: ignore[reportArgumentType]
+        yield
+
+
+@contextmanager
+def _flock(place: Folder) -> Iterator[None]:
+    make_folder(place.path)
+    with _lock_file(place.path / "lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "its name is not written yet"
             raise CacheLocked(
-                f"{path} is being built by another process ({holder}); wait for it, or stop it and repeat the command"
+                f"{place} is being built by another process ({holder}); wait for it, or stop it and repeat the command"
             ) from None
         file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.write(_who())
         file.flush()
         yield
 
 
-def _has_header(path: Path) -> bool:
+def _lock_file(path: Path) -> TextIO:
+    """The lock, open: no link leads a builder to write elsewhere, and no pipe makes it wait."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return open(handle, "r+")
+        os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+    raise CacheCorrupt(f"{path} is no regular file, as the lock of a cache is; remove it")
+
+
+@contextmanager
+def _beating(bucket: "Bucket") -> Iterator[None]:
+    """The lock of an object store: taken if there is none, or if its holder gave no sign of life for three beats."""
+    tag = _put(bucket, "create")
+    if tag is None:
+        silent = _silent_holder(bucket)
+        tag = _put(bucket, "create" if silent is None else {"e_tag": silent})
+        if tag is None:
+            raise CacheLocked(
+                f"{bucket} was just taken over by another process; wait for it and repeat the command"
+            )
+    over = threading.Event()
+
+    def sign() -> None:
+        nonlocal tag
+        while tag is not None and not over.wait(BEAT):
+            with suppress(CacheError):  # the next beat may get through
+                tag = _put(bucket, {"e_tag": tag})
+                bucket.lost = tag is None
+
+    thread = threading.Thread(target=sign, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if tag is not None and not bucket.lost:
+            bucket.remove("lock")
+
+
+def _put(bucket: "Bucket", mode: Any) -> str | None:
+    """Put the lock under a condition: its new tag, or None if the condition did not hold."""
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    mine = f"{_who()} {bucket.token}".encode()
+    data = mine + b" " + secrets.token_hex(4).encode()
+
+    def put() -> str | None:
+        try:
+            return bucket.store.put("lock", data, mode=mode)["e_tag"]
+        except (AlreadyExistsError, PreconditionError):
+            # A request that was repeated because its answer got lost meets what it has put itself.
+            found = bucket.store.get("lock")
+            return found.meta["e_tag"] if bytes(found.bytes()).startswith(mine) else None
+
+    try:
+        return bucket.asked("lock", put)
+    except FileNotFoundError:
+        return None
+
+
+def _silent_holder(bucket: "Bucket") -> str | None:
+    """The tag of a lock that nobody signs any more; None if its holder has finished meanwhile.
+
+    Raises:
+        CacheLocked: somebody does.
+    """
+    try:
+        found = bucket.asked("lock", lambda: bucket.store.get("lock"))
+        holder = bytes(found.bytes()).decode(errors="replace").rsplit(" ", 2)[0]
+        tag = found.meta["e_tag"]
+        deadline = time.monotonic() + 3 * BEAT
+        while time.monotonic() < deadline:
+            time.sleep(BEAT / 2)
+            if bucket.asked("lock", lambda: bucket.store.head("lock"))["e_tag"] != tag:
+                raise CacheLocked(
+                    f"{bucket} is being built by another process ({holder}); wait for it, or stop it and repeat the "
+                    "command"
+                )
+    except FileNotFoundError:
+        return None
+    return tag
+
+
+def _who() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _has_header(place: Place) -> bool:
     """Whether the root zarr.json is a cache's, as in a copy made without the lock."""
     try:
-        return json.loads((path / "zarr.json").read_bytes())["attributes"]["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(place.read("zarr.json"))["attributes"]["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def has_embeddings(path: Path) -> bool:
-    """Whether a chunk of an embedding stream was begun: creation writes none, so there has been a header."""
-    journal = (path / "manifest.jsonl").is_file()
-    begun = (Path(folder) for folder, below, _ in os.walk(path) if "c" in below)
-    return journal and any(is_stream(array.relative_to(path).as_posix()) for array in begun)
-
-
-def is_remnant(path: Path) -> bool:
-    """Whether a builder was stopped while it laid out this folder: its lock is there, nothing foreign, no embedding."""
-    if not (path / "lock").is_file() or has_embeddings(path):
+def has_embeddings(place: Place) -> bool:
+    """Whether a chunk of an embedding stream was finished: creation writes none, so there has been a header."""
+    if "manifest.jsonl" not in place.names():
         return False
-    names = {p.name for p in path.iterdir() if not fnmatch(p.name, ZARR_PART)}
-    return names <= OWN | {"lock", *(f"{name}.part" for name in OWN)}
+    try:
+        return any(is_stream(e.array) for e in Journal(place, "manifest", Entry).lines())
+    except CacheCorrupt:
+        return True
 
 
-def clear_remnant(path: Path) -> None:
+def is_remnant(place: Place) -> bool:
+    """Whether a builder was stopped while it laid out this place: nothing foreign is in it, and no embedding."""
+    names = place.names()
+    if not names or (isinstance(place, Folder) and "lock" not in names) or has_embeddings(place):
+        return False
+    return all(any(fnmatch(name, own) for own in OWN) for name in names)
+
+
+def clear_remnant(place: Place) -> None:
     """Remove what such a builder left, except the lock."""
-    for entry in path.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != "lock":
-            entry.unlink()
+    for name in place.names():
+        if name != "lock":
+            place.remove(name)

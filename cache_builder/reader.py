@@ -2,21 +2,21 @@
 
 An uncompressed zarr v3 chunk *is* the array's bytes, so `preadv` reaches the speed of a memory copy while the store
 stays standard.
-Only plain arrays (zarr.json as docs/cache-format.md has it) are read this way; others go through zarr, in cache.py.
+Shards are read likewise, being the same bytes with an index behind them; a compressed chunk is read whole.
 """
 
-import errno
 import mmap
-import os
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cache_builder.chunks import Chunks
+from cache_builder.codec import decompress
 from cache_builder.durable import as_bytes
-from cache_builder.errors import CacheCorrupt, CacheError
-from cache_builder.format import metadata_problem
+from cache_builder.errors import CacheCorrupt
+from cache_builder.metadata import metadata_problem
+from cache_builder.place import File
 
 WHOLE_SHARE = 0.25
 """From this share of a chunk's bytes on, one read of all of it beats many small ones."""
@@ -53,17 +53,19 @@ class ChunkReader:
         n_rows, n_chunks, chunk_rows: extent; the last chunk may hold fewer rows.
 
     Raises:
-        CacheError: the array is not stored plainly; the message says in what it differs.
+        CacheCorrupt: the array is not stored as the header says; the message says in what it differs.
     """
 
     def __init__(self, cache: Chunked, stream: str) -> None:
         self.chunks, self.stream = cache.chunks, stream
         self.layout = self.chunks.layout(stream)
-        problem = metadata_problem(self.chunks.path, self.layout)
+        problem = metadata_problem(self.chunks.place, self.layout)
         if problem or self.layout.dtype == "string" or not self.layout.shape:
-            raise CacheError(
-                f"{stream} of {self.chunks.path} cannot be read chunk by chunk: "
-                f"{problem or 'strings and single numbers have no rows'}; read it with zarr"
+            self.chunks.check_unchanged()
+            raise CacheCorrupt(
+                f"{stream} of {self.chunks.place} cannot be read chunk by chunk: "
+                f"{problem or 'strings and single numbers have no rows'}; restore "
+                "the file, or remove the cache and build it again"
             )
         self.dtype = np.dtype(self.layout.dtype)
         self.n_rows, *rest = self.layout.shape
@@ -128,31 +130,35 @@ class ChunkReader:
             )
         size = self.layout.row_bytes
         target = as_bytes(out)
-        handle = self.chunks.open_chunk(self.stream, chunk)
+        parts = [(row, _part(target, at * size, count * size)) for row, count, at in spans]
+        file = self.chunks.open_chunk(self.stream, chunk)
         try:
-            for row, count, place in spans:
-                wanted = target[place * size : (place + count) * size]
-                if len(wanted) != count * size:
-                    raise ValueError(f"out has {len(out)} rows, too few for row {place + count}")
-                self._fill(handle, wanted, row * size, chunk)
+            if self.layout.compressed:
+                self._unpack(file, parts)
+            else:
+                for row, part in parts:
+                    file.read_into(part, row * size)
         finally:
-            os.close(handle)
+            file.close()
 
-    def _fill(self, handle: int, wanted: NDArray[np.uint8], offset: int, chunk: int) -> None:
-        """`preadv` until all is there; the kernel may return less than asked."""
-        while len(wanted):
-            try:
-                got = os.preadv(handle, [wanted.data], offset)
-            except OSError as error:
-                if error.errno == errno.EIO:
-                    raise self._torn(chunk, "the disk reports an input/output error") from error
-                raise
-            if not got:
-                raise self._torn(chunk, f"the file ends at byte {offset}")
-            wanted, offset = wanted[got:], offset + got
+    def _unpack(self, file: File, spans: list[tuple[int, NDArray[np.uint8]]]) -> None:
+        """Spans of a compressed chunk, which can only be read whole."""
+        packed = np.empty(file.size, np.uint8)
+        file.read_into(packed, 0)
+        size = self.layout.row_bytes
+        whole = np.empty(self.chunk_rows * size, np.uint8)
+        decompress(self.layout, packed.tobytes(), whole)
+        for row, part in spans:
+            part[:] = whole[row * size : row * size + len(part)]
 
-    def _torn(self, chunk: int, what: str) -> CacheCorrupt:
-        file = self.chunks.file(self.stream, chunk)
-        return CacheCorrupt(
-            f"chunk {chunk} of {self.stream} cannot be read: {what}; remove {file} and repeat the build"
-        )
+
+def _part(target: NDArray[np.uint8], start: int, size: int) -> NDArray[np.uint8]:
+    """Where a span goes.
+
+    Raises:
+        ValueError: beyond the end.
+    """
+    found = target[start : start + size]
+    if len(found) != size:
+        raise ValueError(f"out has {len(target):,} bytes, too few for {start + size:,}")
+    return found

@@ -7,6 +7,8 @@ unique and numbers finite, a Git LFS pointer is called by its name, and no pickl
 import csv
 import io
 import json
+import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,12 @@ class DatasetNotFound(DatasetError, FileNotFoundError):
 
 
 def check_file(path: Path, limit: int) -> None:
-    """Refuse a file that is too large, or is a Git LFS pointer in place of the data."""
-    size = path.stat().st_size
-    if size > limit:
-        raise DatasetError(f"{path} has {size:,} bytes, more than the {limit:,} allowed")
+    """Refuse what is no regular file, is too large, or is a Git LFS pointer in place of the data."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DatasetError(f"{path} is not a regular file")
+    if found.st_size > limit:
+        raise DatasetError(f"{path} has {found.st_size:,} bytes, more than the {limit:,} allowed")
     with path.open("rb") as file:
         if file.read(32).startswith(LFS):
             raise DatasetError(
@@ -45,8 +49,12 @@ def check_file(path: Path, limit: int) -> None:
 def read_text(path: Path, limit: int = MAX_PAIR_FILE) -> str:
     """A whole UTF-8 file, without its byte-order mark."""
     check_file(path, limit)
+    with path.open("rb") as file:
+        data = file.read(limit + 1)  # what lies in /proc has no size and no end
+    if len(data) > limit:
+        raise DatasetError(f"{path} has more than the {limit:,} bytes allowed")
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
@@ -70,11 +78,25 @@ def parse_json(text: str, place: str) -> Any:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\ud" in text.lower():
+            check_unicode(found, place)
+        return found
+    except DatasetError:
+        raise
     except RecursionError:
         raise DatasetError(f"{place}: nested too deeply to be an annotation file") from None
     except ValueError as error:
         raise DatasetError(f"{place}: not valid JSON: {error}") from error
+
+
+def check_unicode(value: Any, place: str) -> None:
+    """Refuse halves of surrogate pairs, which no UTF-8 file can hold: ids and captions are stored as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise DatasetError(f"{place}: {half!r} is half a character, which is no text") from None
 
 
 def read_lines(path: Path, limit: int = MAX_PAIR_FILE) -> Iterator[tuple[int, str]]:
@@ -122,11 +144,23 @@ def read_t7(path: Path) -> Any:
 
     check_file(path, MAX_T7)
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                size = sum(part.file_size for part in parts.infolist())
+            if size > MAX_T7:
+                raise ValueError(
+                    f"unpacked it has {size:,} bytes, more than the {MAX_T7:,} allowed"
+                )
         return torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as error:  # unpickler, zip and struct errors; never retried with weights_only=False
         raise DatasetError(
-            f"{path} cannot be read without running what is in it ({str(error).splitlines()[0]}); "
+            f"{path} cannot be read without running what is in it ({_first_line(error)}); "
             f"put the same rows beside it as JSON, {path.with_suffix('.json').name}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, or else what it is."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from cache_builder.backbones.base import Backbone
 from cache_builder.datasets.base import Dataset
 from cache_builder.errors import UnknownName
-from cache_builder.format import DTYPES, is_stream, stream
+from cache_builder.format import is_ragged, is_stream, stream
 from cache_builder.spec import CacheSpec, DatasetSpec
+from cache_builder.storage import MODES, pooled_patches
 from cache_builder.views import VIEWS, crop_rule
 from cache_builder.words import RULE, words_of
 
@@ -29,8 +30,10 @@ def cache_spec(
             f"{backbone.spec.family} does not offer the streams {', '.join(unknown) or '(none asked for)'}; it offers, "
             f"of {dataset.name}, {', '.join(_offered(backbone, usable))}"
         )
-    if storage not in DTYPES:
-        raise UnknownName(f"no storage {storage!r} (known: {', '.join(DTYPES)})")
+    if storage not in MODES:
+        raise UnknownName(f"no storage {storage!r} (known: {', '.join(MODES)})")
+    if storage == "pool2x2":
+        pooled_patches({} if is_ragged("image/patches", backbone.spec.dims) else backbone.spec.dims)
     found = DatasetSpec(
         name=dataset.name,
         digest=dataset.digest(),

@@ -86,12 +86,19 @@ class CacheSpec(Spec):
     backbone: BackboneSpec
     dataset: DatasetSpec
     streams: tuple[str, ...] = Field(description="named arrays, e.g. image/pooled; sorted")
-    storage: str = Field(default="fp16", description="stored dtype of the embeddings: fp16 or fp32")
+    storage: str = Field(
+        default="fp16",
+        description="how embeddings are stored: fp16, fp32, bf16, int8-channel, fp8-token, pool2x2, lossless",
+    )
     rules: dict[str, str] = Field(
         default_factory=dict,
         description="what its views, crops and words are, as canonical text: flip, crop, word → rule",
     )
     order_seed: int = Field(default=0, description="seed of the permutation sample → row")
+    generations: tuple[tuple[int, int, int], ...] = Field(
+        default=(),
+        description="images, texts and parts of words that it held each time before samples were appended",
+    )
 
 
 def differences(

@@ -1,17 +1,16 @@
 """Is a cache whole, and is every byte the byte that was written?"""
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
 from cache_builder.chunks import Chunks
 from cache_builder.errors import CacheCorrupt, CacheError
-from cache_builder.format import Entry, metadata_problem
+from cache_builder.format import Entry
 from cache_builder.header import Header
+from cache_builder.metadata import group_problem, groups, metadata_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,58 +43,69 @@ def verify(chunks: Chunks, header: Header, digest: str, progress: bool) -> Verif
     problems = [
         f"chunk {chunk} of {array} was never finished" for array, chunk in chunks.unlisted()
     ]
-    for layout in header.arrays.values():
-        problem = metadata_problem(chunks.path, layout)
-        problems += [problem] if problem else []
+    found = [metadata_problem(chunks.place, layout) for layout in header.arrays.values()]
+    found += [group_problem(chunks.place, group) for group in groups(header.arrays)]
+    problems += [problem for problem in found if problem]
     problems += _file_problems(chunks, header, digest)
 
     def check(entry: Entry) -> str | None:
         try:
-            handle = chunks.open_chunk(entry.array, entry.chunk)
+            file = chunks.open_chunk(entry.array, entry.chunk)
             try:
-                chunks.compare(handle, entry)
+                chunks.compare(file, entry)
             finally:
-                os.close(handle)
+                file.close()
         except (CacheError, OSError) as error:
             return str(error)
         return None
 
     entries = [entry for _, entry in sorted(chunks.manifest.items())]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(check, entries)
-        bar = tqdm(found, total=len(entries), desc="verify", unit="chunk", disable=not progress)
+        results = pool.map(check, entries)
+        bar = tqdm(results, total=len(entries), desc="verify", unit="chunk", disable=not progress)
         problems += [problem for problem in bar if problem]
     return VerifyReport(len(entries), sum(e.bytes for e in entries), tuple(problems))
 
 
-def read_tasks(path: Path, header: Header) -> str:
+def read_tasks(chunks: Chunks, header: Header) -> str:
     """The text of `tasks.json`, compared with the header first: an edited one would ask something else.
 
     Raises:
         CacheCorrupt: it is gone, or not the file that was written.
     """
-    file, remedy = path / "tasks.json", "restore it from a backup, or remove the cache and rebuild"
+    file = f"{chunks.place}/tasks.json"
+    remedy = "restore it from a backup, or remove the cache and rebuild"
     try:
-        data = file.read_bytes()
+        data = chunks.place.read("tasks.json")
     except FileNotFoundError:
         raise CacheCorrupt(f"{file} is gone; {remedy}") from None
     if hashlib.sha256(data).hexdigest() != header.tasks_sha256:
+        chunks.check_unchanged()
         raise CacheCorrupt(f"{file} is not the file that was written; {remedy}")
-    return data.decode()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise CacheCorrupt(f"{file} is no UTF-8 ({error}); {remedy}") from error
 
 
 def _file_problems(chunks: Chunks, header: Header, digest: str) -> list[str]:
     """What is wrong with the files that are not chunks."""
     problems: list[str] = []
     try:
-        read_tasks(chunks.path, header)
+        read_tasks(chunks, header)
     except CacheCorrupt as error:
         problems.append(str(error))
+    try:
+        found = chunks.place.read("quarantine.jsonl")
+    except FileNotFoundError:
+        found = b"gone"  # no line of a journal
+    if header.state == "sealed" and hashlib.sha256(found).hexdigest() != header.quarantine_sha256:
+        problems.append(f"{chunks.place}/quarantine.jsonl is not the file that was sealed")
     if header.state != "sealed":
-        problems.append(f"{chunks.path} was never sealed; repeat the build: {chunks.command}")
+        problems.append(f"{chunks.place} was never sealed; repeat the build: {chunks.command}")
     elif header.digest != digest:
         problems.append(
-            f"{chunks.path}: its content digest is {digest[:12]}, but {str(header.digest)[:12]} was sealed: the "
+            f"{chunks.place}: its content digest is {digest[:12]}, but {str(header.digest)[:12]} was sealed: the "
             "manifest or the quarantine was edited"
         )
     return problems

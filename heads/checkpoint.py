@@ -130,8 +130,8 @@ def check_cache(head: Head, cache: FeatureCache) -> None:
         expected, found = head.context.shapes.get(stream), cache.shape(stream)
         if expected is not None and tuple(expected) != tuple(found):
             raise CheckpointMismatch(
-                f"this {name} was trained on {stream} of shape {tuple(expected)}, but {cache.path} holds {tuple(found)}"
-                "; score it on a cache of the backbone it was trained for"
+                f"this {name} was trained on {stream} of shape {tuple(expected)}, but {cache.place} holds "
+                f"{tuple(found)}; score it on a cache of the backbone it was trained for"
             )
     readout = {key: torch.from_numpy(value.copy()) for key, value in cache.readout().items()}
     for key in sorted({*readout, *head.context.readout}):
@@ -139,7 +139,7 @@ def check_cache(head: Head, cache: FeatureCache) -> None:
         if mine is None or theirs is None or not torch.equal(mine.cpu(), theirs):
             spec = cache.spec.backbone
             raise CheckpointMismatch(
-                f"this {name} was trained with another backbone than {spec.family}:{spec.checkpoint} of {cache.path}: "
+                f"this {name} was trained with another backbone than {spec.family}:{spec.checkpoint} of {cache.place}: "
                 f"readout tensor {key!r} differs; score it on a cache of the backbone it was trained for"
             )
 

@@ -57,7 +57,7 @@ class Entry:
 class Job:
     """One combination, in words that another process understands."""
 
-    cache: Path
+    cache: str
     entry: Entry
     seed: int
     out: Path
@@ -92,7 +92,13 @@ def compare(
                 f"entries need labels of their own, but these were given: {', '.join(labels)}"
             )
     jobs = [
-        Job(cache.path, entry, seed, Path(out, name, f"{entry.label}-seed{seed}"), THREADS)
+        Job(
+            cache.place.absolute(),
+            entry,
+            seed,
+            Path(out, name, f"{entry.label}-seed{seed}"),
+            THREADS,
+        )
         for name, cache in caches.items()
         for entry in rows[name]
         for seed in _seeds(entry, seeds)

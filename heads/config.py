@@ -91,7 +91,7 @@ def parse(model: type[Model], values: Mapping[str, Any], section: str) -> Model:
 def describe_cache(cache: FeatureCache) -> dict[str, Any]:
     """What a run says about the cache it used: enough to find it again and to refuse another one."""
     return {
-        "path": str(cache.path.resolve()),
+        "path": cache.place.absolute(),
         "fingerprint": cache.fingerprint,
         "digest": cache.digest(),
         "backbone": cache.spec.backbone.model_dump(mode="json"),

@@ -1,6 +1,6 @@
-"""Shuffled batches for training, from memory or, when the patches do not fit, in blocks of whole chunks.
+"""Shuffled batches for training, from the device, from memory or, when the patches do not fit, in blocks of chunks.
 
-    RAM mode        every example permuted globally, streams gathered from memory
+    device, RAM     every example permuted globally, streams gathered where they are held
     block shuffle   chunks permuted → pools of k chunks, read by two threads into kept buffers while the pool before is
                     used up → examples permuted inside their pool → batches, across pool borders where needed
 
@@ -14,9 +14,7 @@ Both give every example exactly once an epoch, in an order that depends on (seed
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -26,38 +24,10 @@ from torch import Tensor
 from heads.base import Needs
 from heads.errors import ConfigError
 from heads.features import Batch, Features
+from heads.plans import Negatives, plan_of, usual_negatives
 from heads.pools import PoolReader
 from heads.source import Source, quarter_of_free_memory
-from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
-
-Negatives = Literal["auto", "none", "text", "image_text"]
-Captions = Callable[[np.random.Generator], Int[np.ndarray, "e t"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one epoch goes through, in the order of the data.
-
-    Attributes:
-        images: image rows of each example, (E, 1) or (E, 2).
-        captions: text rows of each example for one epoch, (E, T); T = 0 when all batches share their candidates.
-        true: (image row, text row) of every true match; what is in here is never a negative. None with shared
-            candidates, where `target` says it all.
-        labels: of each example's image.
-        target: column of each example, with shared candidates.
-        pairs: (C, 2) labels of the shared candidates, and `prompts` (C,) their text rows.
-        hard: (C, K) columns of the hard negatives of each shared candidate, -1 where there is none.
-
-    """
-
-    images: Int[np.ndarray, "e i"]
-    captions: Captions
-    text_rows: Int[np.ndarray, " t"]
-    true: Int[np.ndarray, "m 2"] | None = None
-    labels: dict[str, np.ndarray] = field(default_factory=dict)
-    target: Int[np.ndarray, " e"] | None = None
-    pairs: Int[np.ndarray, "c 2"] | None = None
-    hard: Int[np.ndarray, "c k"] | None = None
+from heads.tasks import TaskData
 
 
 class Loader:
@@ -75,6 +45,8 @@ class Loader:
         ram_limit: bytes that streams may take in memory, and beyond it the pools of a block shuffle; None is a quarter
             of what is free.
         device: where batches are put.
+        device_limit: bytes that streams may take on the device, tried before memory; None is half of what a CUDA
+            device has free, and nothing on the CPU.
 
     Attributes:
         waited: seconds that the consumer has waited for batches, reading and gathering included.
@@ -91,10 +63,11 @@ class Loader:
         negatives: Negatives = "none",
         ram_limit: int | None = None,
         device: str | torch.device = "cpu",
+        device_limit: int | None = None,
     ) -> None:
-        self.data, self.seed, self.device = data, seed, device
+        self.data, self.seed, self.device = data, seed, torch.device(device)
         ram_limit = quarter_of_free_memory() if ram_limit is None else ram_limit
-        self.plan = _plan(data, usual_negatives(data) if negatives == "auto" else negatives)
+        self.plan = plan_of(data, usual_negatives(data) if negatives == "auto" else negatives)
         per_example = self.plan.images.shape[1]
         if batch_size < per_example or batch_size % per_example:
             raise ConfigError(
@@ -110,11 +83,13 @@ class Loader:
             self.plan.text_rows,
             ram_limit=ram_limit,
             device=device,
+            device_limit=device_limit,
         )
         # Ragged streams that do not fit in memory are read row by row: correct, and slow.
         dense = [s for s in self.source.on_disk if not data.cache.is_ragged(s)]
         big = [s for s in dense if s.startswith("image/")]
-        self.pools = PoolReader(data.cache, big[0], ram_limit) if big else None
+        first = self.plan.images[:, 0]
+        self.pools = PoolReader(data.cache, big[0], first, ram_limit, device) if big else None
         self.shared = self._shared_candidates()
         self.true = None if self.plan.true is None else _TrueMatches(data, self.plan.true)
         self.waited = 0.0
@@ -123,11 +98,21 @@ class Loader:
         """Batches in an epoch."""
         return -(-len(self.plan.images) // self.examples_per_batch)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Batches of one epoch, every example once; the same order for the same (seed, epoch)."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch, every example once; the same order for the same (seed, epoch).
+
+        Args:
+            epoch: counted from 0.
+            start: first batch wanted, 0 … len(self): an interrupted epoch goes on with exactly the batches it had left.
+                What was skipped is not read.
+
+        A batch keeps its values for as long as it is held; memory of a batch that is let go is used for a later one.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"an epoch has batches 0 … {len(self) - 1}, cannot start at {start}")
         rng = np.random.default_rng([self.seed, epoch])
         captions = self.plan.captions(rng)
-        batches = self._order(rng)
+        batches = self._order(rng, start)
         while True:
             started = time.perf_counter()
             found = next(batches, None)
@@ -136,23 +121,25 @@ class Loader:
             if batch is None:
                 return
             yield batch
+            del found, batch  # the consumer's is now the only one
 
     def all(self) -> Batch:
         """The whole set as one batch, in the order of the data: for closed-form fits."""
         captions = self.plan.captions(np.random.default_rng([self.seed, 0]))
         return self._batch(np.arange(len(self.plan.images)), {}, captions)
 
-    def _order(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    def _order(
+        self, rng: np.random.Generator, first: int
+    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
         """Example numbers batch by batch, with the streams already read for their first images."""
+        size = self.examples_per_batch
         if self.pools is not None:
-            for index, values in self.pools.epoch(
-                self.plan.images[:, 0], self.examples_per_batch, rng
-            ):
+            for index, values in self.pools.epoch(size, rng, first):
                 yield index, {self.pools.stream: values}
             return
         order = rng.permutation(len(self.plan.images))
-        for start in range(0, len(order), self.examples_per_batch):
-            yield order[start : start + self.examples_per_batch], {}
+        for start in range(first * size, len(order), size):
+            yield order[start : start + size], {}
 
     def _batch(self, index: np.ndarray, read: dict[str, Tensor], captions: np.ndarray) -> Batch:
         """Examples → queries, candidates, and which cell of their matrix is what."""
@@ -235,86 +222,6 @@ class _TrueMatches:
         out = np.zeros((len(images), len(captions)), dtype=bool)
         for k in range((last - first).max(initial=0)):
             at = first + k
-            caption = np.where(at < last, self.keys[at.clip(max=len(self.keys) - 1)] - own, -1)
+            caption = np.where(at < last, self.keys[np.minimum(at, len(self.keys) - 1)] - own, -1)
             out |= caption[:, None] == columns
         return out
-
-
-def usual_negatives(data: TaskData) -> Negatives:
-    """The hard negatives that examples of this kind bring."""
-    if data.kind == "two_by_two":
-        return "image_text"
-    return "text" if data.kind == "matching" else "none"
-
-
-def _plan(data: TaskData, negatives: Negatives) -> Plan:
-    if isinstance(data, CompositionData):
-        return _composition(data, negatives)
-    if isinstance(data, MatchingData):
-        return _matching(data, negatives)
-    if negatives != "none":
-        raise ConfigError(f"retrieval data have no hard negatives; negatives is {negatives!r}")
-    return _retrieval(data)
-
-
-def _composition(data: CompositionData, negatives: Negatives) -> Plan:
-    if negatives == "image_text":
-        raise ConfigError(
-            "negatives 'image_text' is for matching data with two images; czsl has 'none', 'text'"
-        )
-    none = np.empty((len(data.images), 0), dtype=np.int64)
-    return Plan(
-        images=data.images[:, None],
-        captions=lambda _: none,
-        text_rows=data.prompts,
-        labels={"attr": data.attr, "obj": data.obj},
-        target=data.target,
-        pairs=data.pair_index,
-        hard=_sharing_one(data.pair_index, with_any=negatives == "text"),
-    )
-
-
-def _sharing_one(pairs: Int[np.ndarray, "c 2"], *, with_any: bool) -> Int[np.ndarray, "c k"]:
-    """Columns of the pairs that share exactly one primitive with each pair, padded with -1."""
-    if not with_any:
-        return np.empty((len(pairs), 0), dtype=np.int64)
-    shared = (pairs[:, None] == pairs[None]).sum(-1) == 1
-    out = np.full((len(pairs), max(1, shared.sum(1).max())), -1, dtype=np.int64)
-    for row, columns in zip(out, shared, strict=True):
-        found = np.flatnonzero(columns)
-        row[: len(found)] = found
-    return out
-
-
-def _matching(data: MatchingData, negatives: Negatives) -> Plan:
-    two = data.images.shape[1] == 2
-    if negatives == "image_text" and not two:
-        raise ConfigError(
-            f"negatives 'image_text' needs two images an item, but the {data.split} items of {data.cache.path} have "
-            "one; use 'text' or 'none'"
-        )
-    own = data.captions if two else data.captions[:, :1]
-    true = np.stack([data.images.reshape(-1), own.reshape(-1)], axis=1)
-    if negatives == "image_text":
-        images, captions = data.images, data.captions
-    else:
-        # Every image is an example of its own: its caption, and the item's other caption as the negative.
-        images = data.images.reshape(-1, 1)
-        captions = np.concatenate([data.captions, data.captions[:, ::-1]], axis=1).reshape(-1, 2)
-        captions = captions if two else data.captions
-        captions = captions if negatives == "text" else captions[:, :1]
-    return Plan(images, lambda _: captions, np.unique(data.captions), true)
-
-
-def _retrieval(data: RetrievalData) -> Plan:
-    """An image without captions has no positive and is no training example."""
-    captions = data.captions[data.matches[:, 1]]
-    with_captions, start, count = np.unique(
-        data.matches[:, 0], return_index=True, return_counts=True
-    )
-
-    def draw(rng: np.random.Generator) -> Int[np.ndarray, "e t"]:
-        return captions[start + rng.integers(0, count)][:, None]
-
-    true = np.stack([data.images[data.matches[:, 0]], captions], axis=1)
-    return Plan(data.images[with_captions][:, None], draw, np.unique(captions), true)

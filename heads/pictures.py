@@ -56,7 +56,7 @@ def save_attention(
     """
     if cache.is_ragged("image/patches"):
         raise ConfigError(
-            f"{cache.path} holds pictures in their own shapes ({cache.spec.backbone.checkpoint}); attention is drawn "
+            f"{cache.place} holds pictures in their own shapes ({cache.spec.backbone.checkpoint}); attention is drawn "
             "on square grids of patches only"
         )
     head = checkpoint.load(run)

@@ -4,10 +4,10 @@
     buffers            A ◀ read 7 2 9           B ◀ read 0 5 1 (two threads) while A's rows go into batches
 
 Each chunk is read once an epoch. A row's neighbours in a batch come from its own pool, so k bounds how well it is
-mixed; rows were permuted once at build time, which keeps pools from being all of one class.
+mixed; rows were permuted once at build time, which keeps pools from being all of one class. For a CUDA device the
+buffers are pinned, and a pool is transferred whole, as stored: its rows are gathered and widened there.
 """
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,7 +17,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cache_builder import FeatureCache
-from cache_builder.reader import ChunkReader, aligned_empty
+from cache_builder.reader import ChunkReader
+from heads.buffers import Buffers
+from heads.coded import Coded, as_stored
+from heads.gather import Gatherer
 
 READERS = 2
 """Threads that read; two keep a local disk busy."""
@@ -32,72 +35,131 @@ class PoolReader:
     Args:
         cache: an open cache.
         stream: a fixed-shape stream, e.g. "image/patches".
+        keys: the cache row of every example.
         ram_limit: bytes that the two pools may take; a pool has at least one chunk, and at most `POOL_CHUNKS`.
+        device: where batches are made.
 
     """
 
-    def __init__(self, cache: FeatureCache, stream: str, ram_limit: int) -> None:
-        self.stream = stream
+    def __init__(
+        self,
+        cache: FeatureCache,
+        stream: str,
+        keys: Int[np.ndarray, " e"],
+        ram_limit: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.stream, self.keys = stream, keys
+        self.cache = cache
         self.reader = reader = ChunkReader(cache, stream)
-        chunk_bytes = reader.chunk_rows * math.prod(reader.row_shape) * reader.dtype.itemsize
+        scale = f"{stream}_scale"
+        scaled = scale in cache.header.arrays
+        self.readers = [reader, *([ChunkReader(cache, scale)] if scaled else [])]
+        chunk_bytes = sum(r.chunk_rows * r.layout.row_bytes for r in self.readers)
         self.pool_chunks = min(POOL_CHUNKS, max(1, ram_limit // (2 * chunk_bytes)), reader.n_chunks)
-        shape = (self.pool_chunks, reader.chunk_rows, *reader.row_shape)
-        self.buffers = [aligned_empty(shape, reader.dtype) for _ in range(2)]
+        chunk_of = keys // reader.chunk_rows
+        self.examples = np.argsort(chunk_of, kind="stable")  # chunk after chunk
+        self.chunks, begins = np.unique(chunk_of[self.examples], return_index=True)
+        self.bounds = np.append(begins, len(keys))
+        self.gather = Gatherer(device)
+        cuda = self.gather.device.type == "cuda"
+        self.buffers = Buffers(keep=2 * len(self.readers), pinned=cuda)
+        self.transferred = {0: torch.cuda.Event(), 1: torch.cuda.Event()} if cuda else {}
 
     def epoch(
-        self, keys: Int[np.ndarray, " e"], batch: int, rng: np.random.Generator
+        self, batch: int, rng: np.random.Generator, start: int = 0
     ) -> Iterator[tuple[Int[np.ndarray, " b"], Tensor]]:
-        """Example numbers and their values, `batch` at a time; an example is keyed by the cache row `keys[i]`.
+        """Example numbers and their values in float32, `batch` at a time, from batch number `start` on.
 
-        Values are as stored, and valid until the next batch unless they are float32.
-        A failed read is raised here, at the batch that needs it.
+        Pools that lie wholly before `start` are not read. A failed read is raised here, at the batch that needs it.
         """
-        length = self.reader.chunk_rows
-        chunk_of = keys // length
-        chunks = rng.permutation(np.unique(chunk_of))
-        pools = [chunks[i : i + self.pool_chunks] for i in range(0, len(chunks), self.pool_chunks)]
+        left = len(self.keys) - start * batch
         index: list[np.ndarray] = []
-        values, filled = self._empty(batch), 0
+        out, filled = None, 0
+        for members, place, pool in self._pools(rng, start * batch):
+            while len(members):
+                if out is None:
+                    out = self.gather.empty(min(batch, left), pool)
+                n = min(len(out) - filled, len(members))
+                self.gather.fill(out[filled : filled + n], pool, torch.from_numpy(place[:n]))
+                index.append(members[:n])
+                members, place = members[n:], place[n:]
+                filled, left = filled + n, left - n
+                if filled == len(out):
+                    yield np.concatenate(index), out
+                    index, out, filled = [], None, 0
+
+    def _planned(
+        self, rng: np.random.Generator, skip: int
+    ) -> Iterator[tuple[Int[np.ndarray, " k"], Int[np.ndarray, " m"]]]:
+        """Pool by pool, which of `chunks` it has and its examples, permuted; without the first `skip` examples."""
+        order = rng.permutation(len(self.chunks))
+        for i in range(0, len(order), self.pool_chunks):
+            pool = order[i : i + self.pool_chunks]
+            spans = [self.examples[self.bounds[c] : self.bounds[c + 1]] for c in pool.tolist()]
+            members = rng.permutation(np.concatenate(spans))
+            if skip < len(members):
+                yield pool, members[skip:]
+            skip = max(0, skip - len(members))
+
+    def _pools(
+        self, rng: np.random.Generator, skip: int
+    ) -> Iterator[tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"], Tensor | Coded]]:
+        """Examples, where each lies in its pool, and the pool's rows: valid until the next pool."""
+        planned = self._planned(rng, skip)
+        for event in self.transferred.values():
+            event.synchronize()  # the epoch before may have used these buffers in another turn
+        # An epoch that somebody left unfinished may still be reading into its own.
+        buffers = [[self._buffer(reader) for reader in self.readers] for _ in range(2)]
         with ThreadPoolExecutor(READERS, thread_name_prefix="pool") as threads:
-            coming = self._read(threads, pools[0], 0)
+
+            def read(pool: Int[np.ndarray, " k"], turn: int) -> list[Future[int]]:
+                if turn in self.transferred:
+                    self.transferred[turn].synchronize()
+                chunks = self.chunks[pool].tolist()
+                return [
+                    threads.submit(reader.read_chunk, c, buffer.numpy()[i])
+                    for reader, buffer in zip(self.readers, buffers[turn], strict=True)
+                    for i, c in enumerate(chunks)
+                ]
+
+            coming: list[Future[int]] = []
+            current, turn = next(planned, None), 0
             try:
-                for number, pool in enumerate(pools):
+                if current is not None:
+                    coming = read(current[0], turn)
+                while current is not None:
                     for future in coming:
                         future.result()
-                    if number + 1 < len(pools):
-                        coming = self._read(threads, pools[number + 1], number + 1)
-                    slot = {int(chunk): i for i, chunk in enumerate(pool)}
-                    members = rng.permutation(np.flatnonzero(np.isin(chunk_of, pool)))
-                    place = np.array([slot[c] for c in chunk_of[members].tolist()]) * length
-                    place += keys[members] % length
-                    buffer = torch.from_numpy(self.buffers[number % 2]).flatten(0, 1)
-                    while len(members):
-                        part = torch.from_numpy(place[: batch - filled])
-                        into = values[filled : filled + len(part)]
-                        torch.index_select(buffer, 0, part, out=into)
-                        index.append(members[: len(part)])
-                        members, place = members[len(part) :], place[len(part) :]
-                        filled += len(part)
-                        if filled == batch:
-                            yield np.concatenate(index), values
-                            index, filled = [], 0
-                            # Half precision is widened by whoever asks, a copy: its buffer can be used again.
-                            if values.dtype == torch.float32:
-                                values = self._empty(batch)
-                if index:
-                    yield np.concatenate(index), values[:filled]
+                    rows = self._on_device(buffers[turn], turn)
+                    following = next(planned, None)
+                    if following is not None:
+                        coming = read(following[0], 1 - turn)
+                    yield current[1], self._places(*current), rows
+                    current, turn = following, 1 - turn
             finally:
                 for future in coming:
                     future.cancel()
 
-    def _empty(self, rows: int) -> Tensor:
-        return torch.from_numpy(np.empty((rows, *self.reader.row_shape), self.reader.dtype))
+    def _places(
+        self, pool: Int[np.ndarray, " k"], members: Int[np.ndarray, " m"]
+    ) -> Int[np.ndarray, " m"]:
+        """Row of the pool's buffer that each example lies in."""
+        slot = np.empty(self.reader.n_chunks, np.int64)
+        slot[self.chunks[pool]] = np.arange(len(pool))
+        chunk, row = np.divmod(self.keys[members], self.reader.chunk_rows)
+        return slot[chunk] * self.reader.chunk_rows + row
 
-    def _read(
-        self, threads: ThreadPoolExecutor, pool: Int[np.ndarray, " k"], number: int
-    ) -> list[Future]:
-        buffer = self.buffers[number % 2]
-        return [
-            threads.submit(self.reader.read_chunk, int(chunk), buffer[i])
-            for i, chunk in enumerate(pool)
-        ]
+    def _buffer(self, reader: ChunkReader) -> Tensor:
+        """Memory for the chunks of a pool."""
+        shape = (self.pool_chunks, reader.chunk_rows, *reader.row_shape)
+        return self.buffers.take(shape, torch.from_numpy(np.empty(0, reader.dtype)).dtype)
+
+    def _on_device(self, buffers: list[Tensor], turn: int) -> Tensor | Coded:
+        """A pool as rows, where its batches are made."""
+        values, *scales = (buffer.flatten(0, 1).numpy() for buffer in buffers)
+        rows = as_stored(self.cache, self.stream, values, scales[0] if scales else None)
+        if turn in self.transferred:
+            rows = rows.to(self.gather.device, non_blocking=True)
+            self.transferred[turn].record(torch.cuda.current_stream(self.gather.device))
+        return rows

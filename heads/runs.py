@@ -27,7 +27,8 @@ from heads import checkpoint, load_method
 from heads.base import Head
 from heads.config import describe_cache, git_commit, parse, versions
 from heads.errors import CheckpointMismatch, ConfigError, RunExists
-from heads.loader import Loader, usual_negatives
+from heads.loader import Loader
+from heads.plans import usual_negatives
 from heads.score import Direction, score, source_of
 from heads.source import check_streams, context_of
 from heads.tasks import CompositionData, MatchingData, TaskData, load_task, splits_of, task_of
@@ -187,7 +188,11 @@ def score_run(
     directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
     scored = describe_cache(cache)
     parts = [
-        *([cache.path.stem] if scored["digest"] != record["cache"]["digest"] else []),
+        *(
+            [cache.place.name.removesuffix(".zarr")]
+            if scored["digest"] != record["cache"]["digest"]
+            else []
+        ),
         *([task] if task != record["task"] else []),
         split,
         *(["open"] if world == "open" and task == "czsl" else []),
@@ -242,7 +247,7 @@ def trained_cache(record: Mapping[str, Any]) -> FeatureCache:
     found, trained = cache.digest(), record["cache"]["digest"]
     if found != trained:
         raise CheckpointMismatch(
-            f"{cache.path} is no longer the cache this run was trained on: its content digest is {found[:12]}, it was "
+            f"{cache.place} is no longer the cache this run was trained on: its content digest is {found[:12]}, it was "
             f"{trained[:12]}; name the cache to score on (--cache), or train again"
         )
     return cache

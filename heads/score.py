@@ -123,7 +123,7 @@ def _check(head: Head, data: TaskData, rerank: int | None) -> None:
         if mine != theirs:
             raise CheckpointMismatch(
                 f"{name} knows {len(mine[0])} attrs × {len(mine[1])} objs of its training data by number, but "
-                f"{data.cache.path} has {len(theirs[0])} × {len(theirs[1])} with other names; train it on that data set"
+                f"{data.cache.place} has {len(theirs[0])} × {len(theirs[1])} with other names; train it on that one"
             )
 
 

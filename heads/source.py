@@ -1,7 +1,7 @@
-"""Rows of a cache as `Features`: from memory where they fit, else read when asked for.
+"""Rows of a cache as `Features`: from the device or from memory where they fit, else read when asked for.
 
-Values leave as float32 on the wished device; in memory they stay as stored, usually half that size. Ragged text is
-padded to the longest row asked for:
+Values leave as float32 on the wished device (`gather.py`); held, they stay as stored, usually half that size. Ragged
+streams are padded to the longest row asked for:
 
     values  [ a a a | b | c c ]   offsets [0 3 4 6]        take(b, a)  →  tokens [b . .]   mask [1 0 0]
                                                                                  [a a a]        [1 1 1]
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from cache_builder import FeatureCache
 from heads.base import Context, Needs
+from heads.coded import Coded, read_stored
 from heads.errors import MissingStream
 from heads.features import Features
+from heads.gather import Gatherer
 
 DERIVED = {"text/ids": "text/tokens", "text/mask": "text/tokens"}
 """Streams that come with another one."""
@@ -45,7 +47,7 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
     if missing:
         backbone = cache.spec.backbone
         held = (
-            f"{who} reads {', '.join(missing)}, but {cache.path} holds {', '.join(cache.streams)}"
+            f"{who} reads {', '.join(missing)}, but {cache.place} holds {', '.join(cache.streams)}"
         )
         if "joint" not in backbone.dims and any(s.endswith("/pooled") for s in missing):
             raise MissingStream(
@@ -67,45 +69,70 @@ def context_of(cache: FeatureCache) -> Context:
     )
 
 
-class Dense:
-    """One fixed-shape stream; `rows=None` leaves it on disk."""
+def half_of_free_device_memory(device: torch.device) -> int:
+    """Half of what a CUDA device has free, in bytes; 0 for the CPU, whose memory is counted already."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
-    def __init__(self, cache: FeatureCache, stream: str, rows: np.ndarray | None) -> None:
+
+class Dense:
+    """One fixed-shape stream; `rows=None` leaves it on disk.
+
+    Args:
+        cache, stream: what is read.
+        rows: all that will be asked for, sorted.
+        held: where they are kept, as stored.
+        device: where batches are made.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        stream: str,
+        rows: np.ndarray | None,
+        held: torch.device,
+        device: torch.device,
+    ) -> None:
         self.cache, self.stream, self.rows = cache, stream, rows
-        self.values = None if rows is None else torch.from_numpy(cache.read(stream, rows))
-        self.kept: Tensor | None = None
+        self.gather = Gatherer(device)
+        if rows is not None:
+            self.values = read_stored(cache, stream, rows).to(held)
+            self.positions = Positions(rows)
 
     def take(self, rows: np.ndarray) -> Tensor:
-        """Values of `rows`, as stored, valid until the next call; rows may repeat."""
-        if self.values is None or self.rows is None:
+        """Values of `rows`, which may repeat: (B, …)."""
+        if self.rows is None:
             unique, inverse = np.unique(rows, return_inverse=True)
             values = torch.from_numpy(self.cache.read(self.stream, unique))
-            return values.index_select(0, torch.from_numpy(inverse))
-        at = _positions(self.rows, rows)
-        if self.values.dtype == torch.float32:
-            return self.values.index_select(0, at)
-        # Whoever asks widens this to float32, a copy, so the buffer can be kept: allocating costs as much as gathering.
-        if self.kept is None or len(self.kept) < len(at):
-            self.kept = torch.empty((len(at), *self.values.shape[1:]), dtype=self.values.dtype)
-        return torch.index_select(self.values, 0, at, out=self.kept[: len(at)])
+            return self.gather.take(values, torch.from_numpy(inverse))
+        return self.gather.take(self.values, self.positions(rows))
 
 
 class Ragged:
-    """One ragged stream, e.g. `text/tokens` or `text/ids`; `rows=None` leaves it on disk."""
+    """One ragged stream, e.g. `text/tokens` or `text/ids`; arguments as of `Dense`."""
 
-    def __init__(self, cache: FeatureCache, stream: str, rows: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        cache: FeatureCache,
+        stream: str,
+        rows: np.ndarray | None,
+        held: torch.device,
+        device: torch.device,
+    ) -> None:
         self.cache, self.stream, self.rows = cache, stream, rows
+        self.gather = Gatherer(device)
         if rows is not None:
-            values, offsets = cache.read_ragged(stream, rows)
-            self.values, self.offsets = torch.from_numpy(values), torch.from_numpy(offsets)
+            places, offsets = cache.places(stream, rows)
+            self.values = read_stored(cache, stream, places).to(held)
+            self.offsets = torch.from_numpy(offsets)
+            self.positions = Positions(rows)
 
     def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Values of `rows` padded with 0 to the longest of them, and True where a token is real."""
+        """Values of `rows` padded with 0 to the longest of them, and True where an entry is real."""
         if self.rows is None:
             unique, inverse = np.unique(rows, return_inverse=True)
             values, offsets = map(torch.from_numpy, self.cache.read_ragged(self.stream, unique))
-            return _padded(values, offsets, torch.from_numpy(inverse))
-        return _padded(self.values, self.offsets, _positions(self.rows, rows))
+            return padded(self.gather, values, offsets, torch.from_numpy(inverse))
+        return padded(self.gather, self.values, self.offsets, self.positions(rows))
 
 
 class Source:
@@ -115,11 +142,15 @@ class Source:
         cache: where they are.
         needs: the head's declaration.
         image_rows, text_rows: every row that will be asked for.
-        ram_limit: bytes that may be held; streams are taken in while they fit, smallest first.
+        ram_limit: bytes that may be held in memory; streams are taken in while they fit, smallest first. None is a
+            quarter of what is free.
         device: where `images` and `texts` put their values.
+        device_limit: bytes that may be held on the device, tried before memory; None is half of what a CUDA device has
+            free, and nothing on the CPU.
 
     Attributes:
-        on_disk: streams that did not fit, largest first.
+        on_device: streams held on the device, smallest first.
+        on_disk: streams that did not fit anywhere, largest first.
 
     """
 
@@ -132,24 +163,33 @@ class Source:
         *,
         ram_limit: int | None = None,
         device: str | torch.device = "cpu",
+        device_limit: int | None = None,
     ) -> None:
         check_streams(cache, needs, "this head")
-        self.cache, self.device = cache, device
+        self.cache, self.device = cache, torch.device(device)
         self.queries = _expanded(needs.queries, "image")
         self.candidates = _expanded(needs.candidates, "text")
         rows = {"image": np.unique(image_rows), "text": np.unique(text_rows)}
-        left = quarter_of_free_memory() if ram_limit is None else ram_limit
+        left = {
+            "device": half_of_free_device_memory(self.device)
+            if device_limit is None
+            else device_limit,
+            "memory": quarter_of_free_memory() if ram_limit is None else ram_limit,
+        }
         sizes = {s: self._bytes(s, rows[s.split("/")[0]]) for s in self.queries + self.candidates}
         self.streams: dict[str, Dense | Ragged] = {}
-        disk: list[str] = []
+        found: dict[str, list[str]] = {"device": [], "memory": [], "disk": []}
         for stream, size in sorted(sizes.items(), key=lambda item: item[1]):
-            fits = size <= left
-            left -= size if fits else 0
+            place = next((p for p in left if size <= left[p]), "disk")
+            if place != "disk":
+                left[place] -= size
+            found[place].append(stream)
             kind = Ragged if cache.is_ragged(stream) else Dense
-            self.streams[stream] = kind(cache, stream, rows[stream.split("/")[0]] if fits else None)
-            if not fits:
-                disk.append(stream)
-        self.on_disk = tuple(reversed(disk))
+            held = torch.device("cpu") if place == "memory" else self.device
+            wanted = None if place == "disk" else rows[stream.split("/")[0]]
+            self.streams[stream] = kind(cache, stream, wanted, held, self.device)
+        self.on_device = tuple(found["device"])
+        self.on_disk = tuple(reversed(found["disk"]))
 
     def images(self, rows: np.ndarray, given: Mapping[str, Tensor] | None = None) -> Features:
         """Query streams of image rows; `given` holds streams that the caller has read already."""
@@ -160,7 +200,7 @@ class Source:
         return self._features(self.candidates, rows, {})
 
     def dense(self, stream: str, rows: np.ndarray) -> Tensor:
-        """One fixed-shape stream, as stored, valid until it is read again."""
+        """One fixed-shape stream of rows."""
         found = self.streams[stream]
         assert isinstance(found, Dense)
         return found.take(rows)
@@ -172,26 +212,22 @@ class Source:
         for stream in streams:
             found = self.streams[stream]
             if stream in given:
-                out[stream] = self._ready(given[stream])
+                out[stream] = given[stream]
             elif isinstance(found, Ragged):
                 values, mask = found.take(rows)
-                out[stream] = self._ready(values)
-                out[f"{stream.rpartition('/')[0]}/mask"] = mask.to(self.device)
+                out[stream] = values
+                out[f"{stream.rpartition('/')[0]}/mask"] = mask
             else:
-                out[stream] = self._ready(found.take(rows))
+                out[stream] = found.take(rows)
         return Features(out)
-
-    def _ready(self, values: Tensor) -> Tensor:
-        """On the device, float32 or int64: transferred as stored, widened there."""
-        values = values.to(self.device, non_blocking=True)
-        return values.float() if values.is_floating_point() else values.long()
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
         n = len(rows)
         if self.cache.is_ragged(stream):
             offsets = self.cache.offsets(stream)
             n = int((offsets[rows + 1] - offsets[rows]).sum())
-        return n * self.cache.layout(stream).row_bytes
+        arrays = [a for a in (stream, f"{stream}_scale") if a in self.cache.header.arrays]
+        return n * sum(self.cache.layout(a).row_bytes for a in arrays)
 
 
 def _expanded(streams: frozenset[str], side: str) -> list[str]:
@@ -208,22 +244,32 @@ def _expanded(streams: frozenset[str], side: str) -> list[str]:
     return sorted(plain)
 
 
-def _positions(held: np.ndarray, rows: np.ndarray) -> Int[Tensor, " b"]:
-    """Where each of `rows` stands among the sorted rows held in memory."""
-    at = np.searchsorted(held, rows)
-    assert (held[at.clip(max=len(held) - 1)] == rows).all(), "a row was not announced"
-    return torch.from_numpy(at)
+class Positions:
+    """Where each row that is held stands among those held; asking for another one is a bug."""
+
+    def __init__(self, held: Int[np.ndarray, " h"]) -> None:
+        self.place = np.full(int(held.max(initial=-1)) + 1, -1)
+        self.place[held] = np.arange(len(held))
+
+    def __call__(self, rows: Int[np.ndarray, " b"]) -> Int[Tensor, " b"]:
+        """Positions of rows, in their order."""
+        at = self.place[rows]
+        assert (at >= 0).all(), "a row was not announced"
+        return torch.from_numpy(at)
 
 
-def _padded(
-    values: Tensor, offsets: Int[Tensor, " n_plus_1"], rows: Int[Tensor, " b"]
+def padded(
+    gather: Gatherer,
+    values: Tensor | Coded,
+    offsets: Int[Tensor, " n_plus_1"],
+    rows: Int[Tensor, " b"],
 ) -> tuple[Tensor, Bool[Tensor, "b l"]]:
-    """Gather ragged rows into (B, L, …), zero where there is no token."""
+    """Gather ragged rows into (B, L, …), zero where there is no entry, and True where there is one."""
     start, end = offsets[rows], offsets[rows + 1]
     longest = int((end - start).max()) if len(rows) else 0
     index = start[:, None] + torch.arange(longest)
-    mask = index < end[:, None]
+    absent = (index >= end[:, None]).to(gather.device)
     flat = index.clamp(max=len(values) - 1).flatten()
-    out = values.index_select(0, flat).unflatten(0, (len(rows), longest))
-    out[~mask] = 0
-    return out, mask
+    out = gather.take(values, flat).unflatten(0, (len(rows), longest))
+    out.masked_fill_(absent.view(*absent.shape, *(1,) * (out.ndim - 2)), 0)
+    return out, ~absent

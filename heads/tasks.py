@@ -174,11 +174,11 @@ def _choose(cache: FeatureCache, task: str | None) -> str:
     found = ", ".join(kinds) or "none that heads are trained or scored on"
     if task is None:
         if len(kinds) != 1:
-            raise TaskError(f"{cache.path} has several tasks or none ({found}); name one (--task)")
+            raise TaskError(f"{cache.place} has several tasks or none ({found}); name one (--task)")
         return kinds[0]
     if task not in kinds:
         raise TaskError(
-            f"no task {task!r} in {cache.path}; tasks of this cache that heads train on and are scored on: {found}"
+            f"no task {task!r} in {cache.place}; tasks of this cache that heads train on and are scored on: {found}"
         )
     return task
 
@@ -196,7 +196,7 @@ def _of_split(cache: FeatureCache, task: str, split: str) -> list:
     if not chosen:
         counts = Counter(example.split for example in everything)
         found = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
-        raise TaskError(f"{cache.path} has no {task} examples of split {split!r}; it has {found}")
+        raise TaskError(f"{cache.place} has no {task} examples of split {split!r}; it has {found}")
     return chosen
 
 
@@ -218,12 +218,12 @@ def _usable(
     if bad and not allow:
         first = "; ".join(f"{i}: {quarantined[i]}" for i in list(bad)[:3])
         raise TaskError(
-            f"{len(bad)} images of these examples are quarantined in {cache.path} ({first}); repair the files, "
+            f"{len(bad)} images of these examples are quarantined in {cache.place} ({first}); repair the files, "
             "remove the cache and build again, or drop the examples with allow_missing=True (--allow-missing), which "
             "marks it partial"
         )
     if not kept:
-        raise TaskError(f"all {len(dropped)} examples are of images quarantined in {cache.path}")
+        raise TaskError(f"all {len(dropped)} examples are of images quarantined in {cache.place}")
     return kept, tuple(dropped)
 
 
@@ -238,7 +238,7 @@ def _composition(
     without = [pair for pair in pairs if pair not in task.prompts]
     if without:
         raise TaskError(
-            f"{len(without)} of {len(pairs)} {world}-world pairs have no prompt in {cache.path}, the first: "
+            f"{len(without)} of {len(pairs)} {world}-world pairs have no prompt in {cache.place}, the first: "
             f"{' '.join(without[0])}; only worlds whose prompts the data set lists can be scored"
         )
     attr_index = {attr: i for i, attr in enumerate(task.attrs)}
@@ -296,7 +296,7 @@ def _retrieval(cache: FeatureCache, split: str, allow_missing: bool) -> Retrieva
         for c in e.captions:
             matches[i, captions.setdefault(c, len(captions))] = None
     if not captions:
-        raise TaskError(f"no image of split {split!r} in {cache.path} has a caption")
+        raise TaskError(f"no image of split {split!r} in {cache.place} has a caption")
     return RetrievalData(
         cache=cache,
         split=split,

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import `stand_in`
 
+from faults import SEED, TALLY, table
 from stand_in import StandIn, dataset
 
 from cache_builder import FeatureCache, build
@@ -43,3 +44,11 @@ def make_cache(fast_path: Path) -> Callable[..., FeatureCache]:
         return build(path=fast_path / name, progress=False, **{**given, **options})
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of all faults tried, for docs/guarantees.md."""
+    if TALLY:
+        terminalreporter.section(f"faults tried, seed {SEED}")
+        for line in table():
+            terminalreporter.write_line(line)

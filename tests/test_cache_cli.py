@@ -165,3 +165,17 @@ def test_help_is_light() -> None:
     )
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=root)
+
+
+def test_auto_says_what_it_wants_of_a_mode_and_a_begun_cache_keeps_its_own(
+    command: list[str], fast_path: Path, capsys: Captured
+) -> None:
+    assert main([*command, "--store", "auto"]) == 0
+    shown = capsys.readouterr().out
+    for mode in ("fp16", "lossless", "bf16", "int8-channel", "fp8-token"):
+        assert re.search(rf"^{mode} +[\d.]+ +[\d.]+ MB .*(image|text)/", shown, re.M)
+    assert "wanted: 0.999 in the mean and 0.99 at worst" in shown
+    chosen = FeatureCache.open(fast_path / "c.zarr").spec.storage
+    assert f"chosen: {chosen} " in shown
+    assert main([*command, "--store", "auto"]) == 0
+    assert f"was begun with --store {chosen} and keeps it" in capsys.readouterr().out

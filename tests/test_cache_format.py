@@ -18,10 +18,14 @@ from stand_in import SPEC, dataset
 from cache_builder import FeatureCache
 from cache_builder import format as fmt
 from cache_builder.cache import Contents
+from cache_builder.codec import decode_strings, encode_strings
 from cache_builder.datasets.base import Tasks
-from cache_builder.durable import crc32c, heal, read_lines
+from cache_builder.durable import crc32c
 from cache_builder.errors import UnknownName
 from cache_builder.format import Entry
+from cache_builder.journal import Journal
+from cache_builder.metadata import metadata_problem
+from cache_builder.place import Folder
 from cache_builder.spec import BackboneSpec, CacheSpec, DatasetSpec
 
 Make = Callable[..., FeatureCache]
@@ -112,7 +116,7 @@ def test_any_content_survives_the_way_to_disk(
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=7))
 def test_strings_survive(strings: list[str]) -> None:
-    assert fmt.decode_strings(fmt.encode_strings(strings)) == strings
+    assert decode_strings(encode_strings(strings), len(strings)) == strings
 
 
 def test_plain_zarr_reads_every_array_with_its_axes_named(make_cache: Make) -> None:
@@ -122,7 +126,7 @@ def test_plain_zarr_reads_every_array_with_its_axes_named(make_cache: Make) -> N
     assert list(group["text/string"][:]) == ["", "a 🐙", "ü"]
     for name, layout in cache.header.arrays.items():
         assert group[name].metadata.dimension_names == (layout.dims or None)
-        assert fmt.metadata_problem(cache.path, layout) is None
+        assert metadata_problem(cache.place, layout) is None
     assert group["image/patches"].metadata.dimension_names == ("image", "patch", "width")
     assert group["text/tokens"].metadata.dimension_names == ("token", "width")
     np.testing.assert_array_equal(group["image/patches"][:], cache.read("image/patches"))
@@ -162,10 +166,11 @@ def test_a_torn_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
     file = tmp_path / "manifest.jsonl"
     line = Entry(array="a", chunk=2, bytes=3, crc32c=crc32c(b"abc")).model_dump_json()
     file.write_text(f"{line}\n{line[:-4]}")
-    assert [e.chunk for e in read_lines(file, Entry)] == [2]
-    heal(file)
+    place = Folder(tmp_path)
+    assert [e.chunk for e in Journal(place, "manifest", Entry).lines()] == [2]
+    place.heal("manifest.jsonl")
     assert file.read_text() == f"{line}\n"
-    heal(file)
+    place.heal("manifest.jsonl")
     assert file.read_text() == f"{line}\n"
 
 
@@ -208,3 +213,21 @@ def test_the_page_names_every_array_error_and_attribute() -> None:
         | {"manifest.jsonl", "quarantine.jsonl", "tasks.json", "lock"}
     ):
         assert f"`{name}`" in page, name
+
+
+def test_a_line_that_could_not_be_written_is_taken_back(tmp_path: Path) -> None:
+    """A full disk: what follows, when there is room again, must not stand behind half a line."""
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom cache_builder.place import Folder\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "place = Folder(Path(sys.argv[1]))\nplace.append('j.jsonl', b'first')\n"
+        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9, hard))\n"
+        "try: place.append('j.jsonl', b'second')\nexcept OSError: print('refused')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\nplace.append('j.jsonl', b'third')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == "refused\n", done.stderr
+    assert (tmp_path / "j.jsonl").read_bytes() == b"first\nthird\n"

@@ -27,15 +27,22 @@ from cache_builder.errors import (
     UnknownIds,
     UnknownName,
 )
+from cache_builder.header import header_checksum
 from cache_builder.spec import CacheSpec, DatasetSpec, Spec
 
 Make = Callable[..., FeatureCache]
 
 
-def edit_header(cache: FeatureCache, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_header(
+    cache: FeatureCache, change: Callable[[dict[str, Any]], None], *, honest: bool = False
+) -> None:
+    """Change attributes; an honest change mends their checksum."""
     file = cache.path / "zarr.json"
     root = json.loads(file.read_text())
     change(root["attributes"])
+    if honest:
+        del root["attributes"]["crc32c"]
+        root["attributes"]["crc32c"] = header_checksum(root["attributes"])
     file.write_text(json.dumps(root))
 
 
@@ -60,7 +67,11 @@ def flipped(spec: CacheSpec, path: tuple[str, ...]) -> CacheSpec:
         inner = inner[key]
     old = inner[path[-1]]
     inner[path[-1]] = (
-        old + 1 if isinstance(old, int) else old[:-1] if isinstance(old, list) else f"{old}?"
+        old + 1
+        if isinstance(old, int)
+        else (old[:-1] or [[1, 1, 0]])
+        if isinstance(old, list)
+        else f"{old}?"
     )
     return CacheSpec.model_validate(raw)
 
@@ -74,8 +85,8 @@ def test_a_missing_cache_is_not_found_and_says_how_to_make_one(tmp_path: Path) -
 
 def test_a_newer_schema_is_refused_before_anything_else(make_cache: Make) -> None:
     cache = make_cache()
-    edit_header(cache, lambda a: a.update(schema_version=3, wonders=True, state="odd"))
-    with pytest.raises(CacheTooNew, match=r"schema 3, this headstart reads up to 2"):
+    edit_header(cache, lambda a: a.update(schema_version=4, wonders=True, state="odd"))
+    with pytest.raises(CacheTooNew, match=r"schema 4, this headstart reads up to 3"):
         FeatureCache.open(cache.path)
 
 
@@ -154,9 +165,15 @@ def test_any_single_differing_field_is_refused_by_name(
 def test_an_edited_header_is_refused(make_cache: Make) -> None:
     cache = make_cache()
     edit_header(cache, lambda a: a["spec"].update(order_seed=5))
-    with pytest.raises(CacheCorrupt, match="was edited"):
+    with pytest.raises(CacheCorrupt, match="was edited or damaged"):
         FeatureCache.open(cache.path)
-    edit_header(cache, lambda a: a.update(colour="blue"))
+    edit_header(cache, lambda a: a.update(colour="red"), honest=True)
+    with pytest.raises(CacheCorrupt, match="not understood: colour"):
+        FeatureCache.open(cache.path)
+    edit_header(cache, lambda a: a.pop("colour"), honest=True)
+    with pytest.raises(CacheCorrupt, match=r"was edited: its fields have the fingerprint"):
+        FeatureCache.open(cache.path)
+    edit_header(cache, lambda a: a.update(colour="blue"), honest=True)
     with pytest.raises(CacheCorrupt, match="not understood: colour"):
         FeatureCache.open(cache.path)
     (cache.path / "zarr.json").write_text('{"attrib')
@@ -261,7 +278,9 @@ def test_a_torn_manifest_line_is_no_line_and_is_healed(make_cache: Make) -> None
 def test_a_lost_journal_is_named(make_cache: Make, journal: str) -> None:
     cache = make_cache()
     (cache.path / journal).unlink()
-    with pytest.raises(CacheCorrupt, match=rf"{journal} is gone; restore it"):
+    with pytest.raises(
+        CacheCorrupt, match=rf"{journal} is (gone|not the file that was sealed); restore it"
+    ):
         FeatureCache.open(cache.path).verify()
 
 
@@ -271,7 +290,12 @@ def test_a_lost_journal_is_named(make_cache: Make, journal: str) -> None:
         ("tasks.json", b"red", b"rad", "tasks.json is not the file that was written"),
         ("image/patches/zarr.json", b"float16", b"float32", "zarr.json says data_type"),
         ("text/tokens/zarr.json", b"little", b"big", "zarr.json says codecs"),
-        ("quarantine.jsonl", b"", b'{"id":"i1","reason":"r","row":1}\n', "the content digest"),
+        (
+            "quarantine.jsonl",
+            b"",
+            b'{"id":"i1","reason":"r","row":1}\n',
+            "the file that was sealed",
+        ),
     ],
 )
 def test_verify_looks_at_all_other_files_too(
@@ -280,9 +304,12 @@ def test_verify_looks_at_all_other_files_too(
     cache = make_cache()
     data = (cache.path / file).read_bytes()
     (cache.path / file).write_bytes(data.replace(before, after) if before else after)
-    problems = FeatureCache.open(cache.path).verify().problems
-    assert len(problems) == 1
-    assert message.replace("the content", "content") in problems[0]
+    problems = FeatureCache.open(cache.path, allow_building=True).verify().problems
+    assert any(message in problem for problem in problems)
+    assert len(problems) == (2 if file == "quarantine.jsonl" else 1)  # the digest too
+    if file == "quarantine.jsonl":
+        with pytest.raises(CacheCorrupt, match=message):
+            FeatureCache.open(cache.path)
 
 
 def test_edited_or_lost_tasks_are_never_used(make_cache: Make) -> None:

@@ -13,7 +13,7 @@ from stand_in import dataset
 from zarr.codecs import GzipCodec
 
 from cache_builder import FeatureCache
-from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete
+from cache_builder.errors import CacheCorrupt, CacheError
 from cache_builder.reader import ChunkReader, aligned_empty
 
 Make = Callable[..., FeatureCache]
@@ -99,7 +99,7 @@ def test_a_wrong_buffer_is_refused(make_cache: Make) -> None:
         reader.read_chunk(0, np.empty((3, 5, 3), np.float32))
     with pytest.raises(ValueError, match="contiguous"):
         reader.read_chunk(0, np.empty((5, 3, 3), np.float16).swapaxes(0, 1))
-    with pytest.raises(ValueError, match=r"out has 2 rows, too few for row 3"):
+    with pytest.raises(ValueError, match=r"out has 60 bytes, too few for 90"):
         reader.read_chunk(0, np.empty((2, 5, 3), np.float16))
 
 
@@ -110,9 +110,7 @@ def test_arrays_without_rows_are_refused(make_cache: Make) -> None:
             ChunkReader(cache, array)
 
 
-def test_an_array_with_a_codec_is_read_through_zarr_and_still_misses_nothing(
-    make_cache: Make,
-) -> None:
+def test_an_array_that_somebody_encoded_anew_is_refused(make_cache: Make) -> None:
     cache = make_cache()
     before = cache.read("image/patches")
     layout = cache.layout("image/patches")
@@ -127,15 +125,6 @@ def test_an_array_with_a_codec_is_read_through_zarr_and_still_misses_nothing(
         overwrite=True,
     )
     again[:] = before
-    with pytest.raises(CacheError, match=r"cannot be read chunk by chunk: .*codecs"):
-        ChunkReader(cache, "image/patches")
-    with pytest.raises(CacheCorrupt, match="were written"):  # the manifest lists other bytes
-        cache.read("image/patches")
-    for (array, chunk), entry in list(cache.chunks.manifest.items()):
-        size = cache.chunks.file(array, chunk).stat().st_size
-        cache.chunks.manifest[array, chunk] = entry.model_copy(update={"bytes": size})
-    rows = np.array([7, 0, 12])
-    np.testing.assert_array_equal(cache.read("image/patches", rows), before[rows])
-    cache.chunks.file("image/patches", 4).unlink()
-    with pytest.raises(CacheIncomplete, match="chunk 4 of image/patches"):
-        cache.read("image/patches", rows)
+    for read in (lambda: ChunkReader(cache, "image/patches"), lambda: cache.read("image/patches")):
+        with pytest.raises(CacheCorrupt, match=r"cannot be read chunk by chunk: .*codecs"):
+            read()

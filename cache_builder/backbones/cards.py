@@ -19,9 +19,10 @@ from open_clip.model import CLIP, CustomTextCLIP
 
 from cache_builder.backbones.checkpoints import architecture
 from cache_builder.errors import UnknownName
-from cache_builder.format import DTYPES, is_ragged, row_shape
+from cache_builder.format import is_ragged, row_shape
+from cache_builder.storage import MODES
 
-VALUE_BYTES = np.dtype(DTYPES["fp16"]).itemsize
+VALUE_BYTES = np.dtype(MODES["fp16"].dtype).itemsize
 """Of a stored value, as `headstart build` stores it unless told otherwise."""
 
 

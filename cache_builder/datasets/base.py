@@ -8,9 +8,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+
+from cache_builder.errors import CacheCorrupt
 
 Pair = tuple[str, str]
 """(attr, obj), by name: an index would differ between worlds."""
@@ -26,12 +29,15 @@ class ImageRecord:
             be used, which the build then quarantines.
         measure: returns width and height of that picture without decoding it, and raises likewise; None where that is
             no cheaper.
+        path: returns the file that the picture is in, and raises as `open` does; None where there is none. Files of the
+            same bytes are encoded once.
 
     """
 
     id: str
     open: Callable[[], Image]
     measure: Callable[[], tuple[int, int]] | None = None
+    path: Callable[[], Path] | None = None
 
     def size(self) -> tuple[int, int]:
         """Width and height of the decoded picture, in pixels."""
@@ -162,8 +168,19 @@ class Tasks:
 
     @classmethod
     def from_json(cls, text: str) -> "Tasks":
-        """Inverse of `to_json`."""
-        raw = json.loads(text)
+        """Inverse of `to_json`.
+
+        Raises:
+            CacheCorrupt: it is not what `to_json` writes.
+        """
+        try:
+            return cls._from_json(json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            what = f"{type(error).__name__} {error}".strip()
+            raise CacheCorrupt(f"the tasks are not understood ({what}); build again") from error
+
+    @classmethod
+    def _from_json(cls, raw: Any) -> "Tasks":
         czsl = raw["czsl"] and CompositionTask(
             examples=tuple(CompositionExample(*row) for row in raw["czsl"]["examples"]),
             pairs={s: tuple((a, o) for a, o in pairs) for s, pairs in raw["czsl"]["pairs"].items()},

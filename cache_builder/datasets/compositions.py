@@ -31,6 +31,7 @@ from cache_builder.images import check_name, decode_rule, image_path, image_size
 from cache_builder.records import (
     DatasetError,
     DatasetNotFound,
+    check_unicode,
     read_json,
     read_jsonl,
     read_lines,
@@ -143,6 +144,7 @@ def read_compositions(
                 image,
                 partial(_open_first, images, places[image], follow_links),
                 partial(_measure_first, images, places[image], follow_links),
+                partial(_first, images, places[image], follow_links),
             )
             for image in first_row
         ),
@@ -259,6 +261,7 @@ def _read_rows(path: Path) -> list[Row]:
                 f"{path} row {number}: {str(row)[:80]!r} lacks a text under image, attr, obj or set"
             )
         check_name(row["image"])
+        check_unicode(row, f"{path} row {number}")
     return raw
 
 

@@ -118,6 +118,7 @@ def load(
                 name,
                 partial(_open, root / "images", name, upright, follow_links),
                 partial(_measure, root / "images", name, upright, follow_links),
+                partial(image_path, root / "images", name, follow_links=follow_links),
             )
             for name in images
         ),
@@ -166,15 +167,18 @@ def _measure(images: Path, name: str, upright: bool, follow_links: bool) -> tupl
 
 
 def _list_images(images: Path) -> tuple[str, ...]:
-    """Names of the picture files below a folder, in code-point order; links to folders are not entered."""
-    return tuple(
-        sorted(
-            Path(folder, file).relative_to(images).as_posix()
-            for folder, _, files in os.walk(images)
-            for file in files
-            if file.lower().endswith(SUFFIXES)
-        )
-    )
+    r"""Names of the picture files below a folder, in code-point order; links to folders are not entered.
+
+    An id is UTF-8. Bytes of a name that are not are shown as `\xff`: a backslash is refused, so the build lists it.
+    """
+    above = len(os.path.join(images, ""))
+    found = {
+        os.fsencode(os.path.join(folder, file)[above:]).decode("utf-8", "backslashreplace")
+        for folder, _, files in os.walk(images)
+        for file in files
+        if file.lower().endswith(SUFFIXES)
+    }
+    return tuple(sorted(found))
 
 
 def _require_some(images: tuple[str, ...], root: Path) -> None:
