@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
+import simplejpeg  # pyright: ignore[reportMissingImports]
 import torch
 from measure import backbone, pressure, spread, table
 from PIL import Image

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import litdata
+import litdata  # pyright: ignore[reportMissingImports]
 import numpy as np
 import tensorstore
 import torch
-import webdataset
+import webdataset  # pyright: ignore[reportMissingImports]
 import zarr
 from measure import in_turn, pressure, ratios, spread, table
 from random_cache import make_cache
