@@ -15,7 +15,7 @@ from threading import Event
 
 from cache_builder.append import grown_contents, grown_spec, next_place, same_but_for_samples
 from cache_builder.backbones.base import Backbone
-from cache_builder.cache import Contents, FeatureCache, resumed
+from cache_builder.cache import Contents, FeatureCache, taken_up
 from cache_builder.contents import contents
 from cache_builder.datasets.base import Dataset
 from cache_builder.durable import exchange
@@ -23,7 +23,7 @@ from cache_builder.errors import BadInput, CacheError, CacheIncomplete
 from cache_builder.format import CHUNK_BYTES
 from cache_builder.header import StorageReport, check_spec, read_header
 from cache_builder.loading import unusable
-from cache_builder.lock import clear_remnant, is_remnant, locked
+from cache_builder.lock import locked
 from cache_builder.passes import Passes
 from cache_builder.place import Folder, Place, at
 from cache_builder.request import cache_spec
@@ -141,9 +141,16 @@ class Build:
         self, place: Place, spec: CacheSpec, fresh: Fresh, previous: FeatureCache | None
     ) -> None:
         """Create the cache or take it up where it was left, fill what is missing, and seal it."""
-        cache = _resumed(place, spec, fresh.batch_size)
+        cache = taken_up(place, lambda header: check_spec(place, header.spec, spec))
         if cache is None:
             cache = self._created(place, spec, fresh, previous)
+        elif (begun := cache.header.batch_size) != fresh.batch_size:
+            log.warning(
+                "%s was begun in batches of %d and keeps them, not %d",
+                place,
+                begun,
+                fresh.batch_size,
+            )
         if previous is not None and cache.state == "building":
             cache.chunks.share(previous.chunks, cache.header.embedded())
         if self.strict and cache.quarantined:
@@ -153,7 +160,7 @@ class Build:
             )
         _ = cache.tasks  # refused if they are damaged
         if cache.pending():
-            _check_small(cache)
+            cache.check_repairable()
             if cache.state == "sealed":
                 cache.unseal()  # a chunk's file was lost or cut: repair
             passes = Passes(
@@ -287,34 +294,6 @@ def _clear(folder: Path) -> None:
     """Remove what only an append makes; whoever appends holds the lock of the cache beside it."""
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _resumed(place: Place, spec: CacheSpec, batch_size: int) -> FeatureCache | None:
-    """The cache begun here, or None where creation has still to happen (or to happen again)."""
-    try:
-        header = read_header(place)
-    except CacheIncomplete:
-        assert is_remnant(place)
-        clear_remnant(place)
-        return None
-    check_spec(place, header.spec, spec)
-    cache = resumed(place, header)
-    if header.batch_size != batch_size:
-        begun = header.batch_size
-        log.warning(
-            "%s was begun in batches of %d and keeps them, not %d", place, begun, batch_size
-        )
-    return cache
-
-
-def _check_small(cache: FeatureCache) -> None:
-    """Arrays written at creation cannot be encoded again."""
-    encoded = cache.header.embedded()
-    lost = [f"{array} ({chunk})" for array, chunk in cache.pending() if array not in encoded]
-    if lost:
-        raise CacheIncomplete(
-            f"{cache.place} lost {', '.join(lost)}, which only a new build writes: remove the cache and repeat"
-        )
 
 
 def _check_usable(cache: FeatureCache) -> None:

@@ -10,7 +10,7 @@ Format: docs/cache-format.md. numpy only; no torch. Letters: B rows asked for, V
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,13 @@ from cache_builder.datasets.base import Tasks
 from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete, UnknownName
 from cache_builder.format import Bad, Layout
 from cache_builder.header import Header, StorageReport, check_spec, read_header, write_header
+from cache_builder.lock import clear_remnant
 from cache_builder.metadata import metadata_files
 from cache_builder.place import Place, at
 from cache_builder.spec import CacheSpec
 from cache_builder.splits import split_labels
 from cache_builder.storage import decoded
-from cache_builder.verify import VerifyReport, verify
+from cache_builder.verify import VerifyReport, quarantine_problem, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,23 +198,23 @@ class FeatureCache(Catalogue):
         Raises:
             CacheCorrupt: they were edited, or lost a line.
         """
-        self.check_quarantine()
+        if problem := quarantine_problem(self.chunks, self.header):
+            raise CacheCorrupt(
+                f"{problem}; restore it from a backup, or remove the cache and build it again"
+            )
         if not self.chunks.n_missing and self.header.digest != self.digest():
             raise CacheCorrupt(
                 f"{self.place}: its content digest is {self.digest()[:12]}, but {str(self.header.digest)[:12]} was "
                 "sealed: the manifest was edited; restore it from a backup, or remove the cache and build it again"
             )
 
-    def check_quarantine(self) -> None:
-        """Is the quarantine of a sealed cache the one that was sealed? `CacheCorrupt` if not."""
-        try:
-            found = self.place.read("quarantine.jsonl")
-        except FileNotFoundError:
-            found = b"gone"  # no line of a journal
-        if hashlib.sha256(found).hexdigest() != self.header.quarantine_sha256:
-            raise CacheCorrupt(
-                f"{self.place}/quarantine.jsonl is not the file that was sealed; restore it from a backup, or remove "
-                "the cache and build it again"
+    def check_repairable(self) -> None:
+        """Is all that is pending of embeddings? `CacheIncomplete` if not: other arrays are written at creation only."""
+        own = self.header.embedded()
+        lost = [f"{array} ({chunk})" for array, chunk in self.pending() if array not in own]
+        if lost:
+            raise CacheIncomplete(
+                f"{self.place} lost {', '.join(lost)}, which only a new build writes: remove the cache and repeat"
             )
 
     def read(self, stream: str, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
@@ -385,12 +386,24 @@ class FeatureCache(Catalogue):
         return found
 
 
-def resumed(place: Place, header: Header) -> FeatureCache:
-    """A cache taken up by who holds its lock: what crashes have left is cleared, what helpers have listed brought in.
+def taken_up(place: Place, check: Callable[[Header], None]) -> FeatureCache | None:
+    """The cache begun here, for who holds its lock; None where creation has still to happen, or to happen again.
+
+    What crashes have left is cleared, what helpers have listed is brought in.
+
+    Args:
+        place: where.
+        check: raises if another cache is wanted; then nothing is touched.
 
     Raises:
         CacheCorrupt: a journal is damaged; nothing was touched.
     """
+    try:
+        header = read_header(place)
+    except CacheIncomplete:
+        clear_remnant(place)
+        return None
+    check(header)
     cache = FeatureCache(place, header)
     if cache.state == "sealed":
         cache.check_journals()

@@ -74,10 +74,10 @@ class Filler:
         self.layouts = [cache.layout(s) for s in cache.streams if s.startswith(f"{side}/")]
         # A unit of a shared build asks for its own chunks: a look at all of them for each would be quadratic.
         self.missing: set[tuple[str, int]] = set()
-        if self.layouts and only is None:
-            self.missing = set(cache.pending())
-        elif self.layouts and only is not None:
+        if only is not None:
             self.missing = {key for key in only if cache.chunks.is_pending(*key)}
+        elif self.layouts:
+            self.missing = set(cache.pending())
         self.bounds = {
             la.name: cache.offsets(la.name)
             for la in self.layouts

@@ -11,11 +11,10 @@ from typing import Any
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cache_builder.cache import FeatureCache, resumed
-from cache_builder.errors import CacheCorrupt, CacheIncomplete
-from cache_builder.header import read_header
-from cache_builder.lock import clear_remnant, is_remnant, locked
-from cache_builder.place import Place, at
+from cache_builder.cache import FeatureCache, taken_up
+from cache_builder.errors import CacheCorrupt
+from cache_builder.lock import locked
+from cache_builder.place import at
 
 
 def receive(
@@ -44,17 +43,12 @@ def receive(
     """
     place = at(path)
     with locked(place):
-        cache = _begun(place)
+        cache = taken_up(place, lambda _: None)
         if cache is None:
             cache = begin()
         check(cache)
         pending = cache.pending()
-        if lost := [
-            f"{array} ({n})" for array, n in pending if array not in cache.header.embedded()
-        ]:
-            raise CacheIncomplete(
-                f"{place} lost {', '.join(lost)}, which are written at the beginning only: remove the cache and repeat"
-            )
+        cache.check_repairable()
         if pending and cache.state == "sealed":
             cache.unseal()  # a chunk's file was lost or cut: repair
         for array, n in tqdm(pending, "import", unit="chunk", disable=not progress):
@@ -67,14 +61,3 @@ def receive(
                 )
             cache.seal()
     return FeatureCache.open(place)
-
-
-def _begun(place: Place) -> FeatureCache | None:
-    """The cache begun here, or None where there is none yet."""
-    try:
-        header = read_header(place)
-    except CacheIncomplete:
-        assert is_remnant(place)
-        clear_remnant(place)
-        return None
-    return resumed(place, header)

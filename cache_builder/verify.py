@@ -88,6 +88,19 @@ def read_tasks(chunks: Chunks, header: Header) -> str:
         raise CacheCorrupt(f"{file} is no UTF-8 ({error}); {remedy}") from error
 
 
+def quarantine_problem(chunks: Chunks, header: Header) -> str | None:
+    """In what the quarantine of a sealed cache is not the one that was sealed, as words; None if it is."""
+    if header.state != "sealed":
+        return None
+    file = f"{chunks.place}/quarantine.jsonl"
+    try:
+        found = chunks.place.read("quarantine.jsonl")
+    except FileNotFoundError:
+        return f"{file} is gone"
+    same = hashlib.sha256(found).hexdigest() == header.quarantine_sha256
+    return None if same else f"{file} is not the file that was sealed"
+
+
 def _file_problems(chunks: Chunks, header: Header, digest: str) -> list[str]:
     """What is wrong with the files that are not chunks."""
     problems: list[str] = []
@@ -95,12 +108,8 @@ def _file_problems(chunks: Chunks, header: Header, digest: str) -> list[str]:
         read_tasks(chunks, header)
     except CacheCorrupt as error:
         problems.append(str(error))
-    try:
-        found = chunks.place.read("quarantine.jsonl")
-    except FileNotFoundError:
-        found = b"gone"  # no line of a journal
-    if header.state == "sealed" and hashlib.sha256(found).hexdigest() != header.quarantine_sha256:
-        problems.append(f"{chunks.place}/quarantine.jsonl is not the file that was sealed")
+    if problem := quarantine_problem(chunks, header):
+        problems.append(problem)
     if header.state != "sealed":
         problems.append(f"{chunks.place} was never sealed; repeat the build: {chunks.command}")
     elif header.digest != digest:
