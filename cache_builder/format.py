@@ -16,7 +16,7 @@ from cache_builder.errors import UnknownName
 from cache_builder.spec import CacheSpec
 from cache_builder.storage import STATISTICS, Mode, mode_of, pooled_patches
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised whenever an older reader would misread what a newer builder writes."""
 
 FORMAT = "headstart feature cache"

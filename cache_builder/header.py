@@ -66,7 +66,7 @@ class Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["headstart feature cache"] = FORMAT
-    schema_version: Literal[3] = SCHEMA
+    schema_version: Literal[4] = SCHEMA
     state: Literal["building", "sealed"]
     fingerprint: str
     spec: CacheSpec

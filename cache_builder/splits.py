@@ -67,6 +67,6 @@ def _rows(example: Example) -> Iterator[dict[str, str]]:
     elif isinstance(example, MatchingExample):
         yield from ({"id": image, "category": example.category} for image in example.images)
     elif isinstance(example, ComposedExample):
-        yield {"id": example.reference, "category": example.category}
+        yield {"id": example.reference, "category": " ".join(example.categories)}
     else:
         yield {"id": example.image}

@@ -416,9 +416,20 @@ def _check_tasks(dataset: Dataset) -> None:
             _must(len(e.images) == n, f"{kind} {e.id!r}: {len(e.images)} images, not {n}")
     uses += [(f"retrieval {e.image!r}", (e.image,), e.captions, e.split) for e in tasks.retrieval]
     uses += [
-        (f"composed {e.id!r}", (e.reference, *e.targets), (e.modification,), e.split)
+        (f"composed {e.id!r}", (e.reference, *e.targets, *e.subset), e.modifications, e.split)
         for e in tasks.composed
     ]
+    for name, gallery in tasks.galleries.items():
+        _check_ids(f"gallery {name!r}", gallery.images)
+        uses.append((f"gallery {name!r}", gallery.images, (), SPLITS[0]))
+    members = {name: set(gallery.images) for name, gallery in tasks.galleries.items()}
+    for e in tasks.composed:
+        place = f"composed {e.id!r}"
+        _must(bool(e.gallery or e.subset), f"{place}: neither a gallery nor a subset to rank")
+        _must(not e.gallery or e.gallery in members, f"{place}: no gallery {e.gallery!r}")
+        within = members[e.gallery] if e.gallery else set(e.subset)
+        _must(set(e.targets) <= within, f"{place}: a target is no candidate")
+        _must(bool(e.modifications), f"{place}: no modification")
     for place, image_ids, text_ids, split in uses:
         _must(split in SPLITS, f"{place}: split {split!r} is not one of {', '.join(SPLITS)}")
         for one in image_ids:

@@ -620,7 +620,7 @@ def test_an_older_schema_is_refused_with_both_numbers(make_cache: Make) -> None:
     root["attributes"]["schema_version"] = 1
     del root["attributes"]["spec"]["rules"]
     file.write_text(json.dumps(root))
-    message = r"has schema 1, .* reads schema 3; remove it and build again"
+    message = r"has schema 1, .* reads schema 4; remove it and build again"
     for use in (make_cache, lambda: FeatureCache.open(cache.path)):
         with pytest.raises(CacheTooOld, match=message):
             use()

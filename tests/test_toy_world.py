@@ -115,7 +115,7 @@ def test_every_id_resolves_and_is_unique(dataset):
     used |= {i for e in tasks.composed for i in (e.reference, *e.targets)}
     assert used == set(images)
     said = {c for e in (*pairs_and_items(dataset), *tasks.retrieval) for c in e.captions}
-    assert said | {e.modification for e in tasks.composed} | set(
+    assert said | {t for e in tasks.composed for t in e.modifications} | set(
         tasks.czsl.prompts.values()
     ) == set(texts)
 
@@ -127,7 +127,9 @@ def test_every_task_and_category_is_there_in_every_split(dataset):
         assert {e.category for e in dataset.tasks.two_by_two if e.split == split} == set(
             SWAP_REPLACE
         )
-        assert {e.category for e in dataset.tasks.composed if e.split == split} == set(EDITS)
+        assert {c for e in dataset.tasks.composed for c in e.categories if e.split == split} == set(
+            EDITS
+        )
     assert type(dataset.tasks).from_json(dataset.tasks.to_json()) == dataset.tasks
 
 
@@ -195,9 +197,9 @@ def test_composed_targets_show_what_the_edit_asks_for(dataset, scenes):
         assert len(graphs) == 1, e
         before, after = dict(scenes[e.reference].graph[0]), dict(next(iter(graphs))[0])
         gone, come = before.items() - after.items(), after.items() - before.items()
-        expected = {"add": (0, 1), "remove": (1, 0)}.get(e.category, (1, 1))
+        expected = {"add": (0, 1), "remove": (1, 0)}.get(e.categories[0], (1, 1))
         assert (len(gone), len(come)) == expected, e
-        assert all(f"{attr} {obj}" in e.modification for attr, obj in gone), e
+        assert all(f"{attr} {obj}" in e.modifications[0] for attr, obj in gone), e
         assert (not set(after.items()) <= train) == ("/unseen/" in e.id), e
         gallery = {
             i

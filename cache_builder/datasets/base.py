@@ -119,15 +119,43 @@ class RetrievalExample:
 
 
 @dataclass(frozen=True, slots=True)
+class Gallery:
+    """Images that a composed query is asked of.
+
+    Attributes:
+        images: their ids, in the order that breaks ties.
+        with_reference: whether the query's own reference competes.
+
+    """
+
+    images: tuple[str, ...]
+    with_reference: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ComposedExample:
-    """Composed retrieval: reference image + modification text → target images; `category` is the kind of edit."""
+    """Composed retrieval: reference image + modification text → target images.
+
+    Attributes:
+        id: the query's name in the data set.
+        reference: image id.
+        modifications: text ids. Several say the same in other words: each is embedded and normalised, then averaged.
+        targets: right images, the one that the query was written for first; none where they are unpublished.
+        categories: kinds of edit, or semantic aspects.
+        split: train, val or test.
+        gallery: which of `Tasks.galleries` it is asked of; "" where only `subset` is ranked.
+        subset: a few images that are also ranked by themselves, or alone.
+
+    """
 
     id: str
     reference: str
-    modification: str
+    modifications: tuple[str, ...]
     targets: tuple[str, ...]
-    category: str
+    categories: tuple[str, ...]
     split: str
+    gallery: str = ""
+    subset: tuple[str, ...] = ()
 
 
 EXAMPLES = {
@@ -141,13 +169,17 @@ EXAMPLES = {
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Everything a data set can be asked; an empty field is a task it does not have."""
+    """Everything a data set can be asked; an empty field is a task it does not have.
+
+    `galleries` are what the examples of `composed` name.
+    """
 
     czsl: CompositionTask | None = None
     matching: tuple[MatchingExample, ...] = ()
     two_by_two: tuple[MatchingExample, ...] = ()
     retrieval: tuple[RetrievalExample, ...] = ()
     composed: tuple[ComposedExample, ...] = ()
+    galleries: Mapping[str, Gallery] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -162,8 +194,12 @@ class Tasks:
             "prompts": [[*pair, text] for pair, text in self.czsl.prompts.items()],
         }
         rest = {k: [asdict(e) for e in getattr(self, k)] for k in EXAMPLES}
+        galleries = {name: asdict(gallery) for name, gallery in self.galleries.items()}
         return json.dumps(
-            {"czsl": czsl, **rest}, ensure_ascii=False, sort_keys=True, separators=(",", ":")
+            {"czsl": czsl, "galleries": galleries, **rest},
+            ensure_ascii=False,
+            sort_keys=True,
+            separators=(",", ":"),
         )
 
     @classmethod
@@ -192,6 +228,7 @@ class Tasks:
 
         return cls(
             czsl=czsl or None,
+            galleries={name: Gallery(**tupled(g)) for name, g in raw["galleries"].items()},
             **{k: tuple(kind(**tupled(r)) for r in raw[k]) for k, kind in EXAMPLES.items()},
         )
 

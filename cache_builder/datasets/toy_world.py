@@ -34,7 +34,7 @@ true caption plus something false. A composed item's targets are all pictures of
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from cache_builder.datasets.base import (
     CompositionExample,
     CompositionTask,
     Dataset,
+    Gallery,
     ImageRecord,
     MatchingExample,
     RetrievalExample,
@@ -161,7 +162,8 @@ class _Making:
             matching=tuple(self.one_by_two),
             two_by_two=tuple(two_by_two),
             retrieval=tuple(retrieval),
-            composed=tuple(self.composed()),
+            composed=(composed := tuple(self.composed())),
+            galleries={split: _gallery(composed, split) for split in SPLITS},
         )
 
     def _items(
@@ -248,18 +250,19 @@ class _Making:
                 self.scenes[image] = _draw_scene(rng, shown)
                 shows.setdefault((split, self.scenes[image].graph), []).append(image)
             name = f"composed/{split}/{'unseen' if unseen else 'seen'}/{kind}/{i:05d}"
-            drafts.append(ComposedExample(name, start, self._say(text), (goal,), kind, split))
-        return [
-            ComposedExample(
-                d.id,
-                d.reference,
-                d.modification,
-                tuple(shows[d.split, self.scenes[d.targets[0]].graph]),
-                d.category,
-                d.split,
+            drafts.append(
+                ComposedExample(name, start, (self._say(text),), (goal,), (kind,), split, split)
             )
+        return [
+            replace(d, targets=tuple(shows[d.split, self.scenes[d.targets[0]].graph]))
             for d in drafts
         ]
+
+
+def _gallery(composed: tuple[ComposedExample, ...], split: str) -> Gallery:
+    """All that the split's examples name; a query's own reference is no answer to it."""
+    named = (i for e in composed if e.split == split for i in (e.reference, *e.targets))
+    return Gallery(tuple(dict.fromkeys(named)), with_reference=False)
 
 
 def _number(key: str, value: object) -> float:
