@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cache_builder.datasets.base import Dataset
 from cache_builder.datasets.composition_counts import Counts
-from cache_builder.datasets.composition_files import write_miniature
+from cache_builder.datasets.composition_files import row, write_miniature
 from cache_builder.datasets.compositions import Layout, read_compositions
 
 OFFICIAL = Counts(
@@ -110,7 +110,7 @@ def miniature(root: str | Path) -> Path:
         ("1000004-0-orange-street.jpg", "orange", "street", "test", (160, 110, 80)),
         ("1000005-7-orange-orange.jpg", "orange", "orange", "test", (255, 140, 0)),
     ]
-    table = [dict(zip(("image", "attr", "obj", "set"), row, strict=False)) for row in rows]
-    table.append({"image": "1000006-0-wet-fruit.jpg", "attr": "wet", "obj": "fruit", "set": "NA"})
+    table = [row(*labels) for *labels, _ in rows]
+    table.append(row("1000006-0-wet-fruit.jpg", "wet", "fruit", "NA"))
     pictures = {f"images/{image}": colour for image, *_, colour in rows}
     return write_miniature(Path(root), pairs, table, pictures)

@@ -23,16 +23,16 @@ Place = tuple[str, str]
 """(image folder below ROOT, file name below that)."""
 
 
-def as_written(row: Row) -> tuple[Place, ...]:
+def as_written(found: Row) -> tuple[Place, ...]:
     """The image as the metadata writes it."""
-    return (("images", row["image"]),)
+    return (("images", found["image"]),)
 
 
-def space_or_underscore(row: Row) -> tuple[Place, ...]:
+def space_or_underscore(found: Row) -> tuple[Place, ...]:
     """The image as written, then with its first folder spelled with spaces, then with underscores."""
-    folder, slash, rest = row["image"].partition("/")
+    folder, slash, rest = found["image"].partition("/")
     if not slash:
-        return as_written(row)
+        return as_written(found)
     spellings = (folder, folder.replace("_", " "), folder.replace(" ", "_"))
     return tuple(("images", f"{spelling}/{rest}") for spelling in dict.fromkeys(spellings))
 
@@ -72,6 +72,11 @@ def require_some_image(
             f"{name} found none of its {len(places):,} images; the first was looked for at "
             f"{' and '.join(str(root / f / file) for f, file in first)}; {remedy}"
         )
+
+
+def row(image: str, attr: str, obj: str, split: str) -> dict[str, str]:
+    """A row of the metadata."""
+    return {"image": image, "attr": attr, "obj": obj, "set": split}
 
 
 def write_miniature(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cache_builder.datasets.base import Dataset
 from cache_builder.datasets.composition_counts import Counts
-from cache_builder.datasets.composition_files import space_or_underscore, write_miniature
+from cache_builder.datasets.composition_files import row, space_or_underscore, write_miniature
 from cache_builder.datasets.compositions import Layout, read_compositions
 
 OFFICIAL = Counts(
@@ -110,9 +110,9 @@ def miniature(root: str | Path) -> Path:
         ("moldy_orange/e.jpg", "moldy", "orange", "test", (140, 150, 70)),
         ("ripe_orange/f.jpg", "ripe", "orange", "test", (240, 150, 30)),
     ]
-    table = [dict(zip(("image", "attr", "obj", "set"), row, strict=False)) for row in rows]
-    table.append({"image": "NA/adj.jpg", "attr": "NA", "obj": "bread", "set": "NA"})
-    table.append({"image": "old_car/g.jpg", "attr": "old", "obj": "car", "set": "train"})
+    table = [row(*labels) for *labels, _ in rows]
+    table.append(row("NA/adj.jpg", "NA", "bread", "NA"))
+    table.append(row("old_car/g.jpg", "old", "car", "train"))
     # The archive's spelling, except one folder that is spelled like the metadata.
     pictures = {
         f"images/{image if image.startswith('moldy_bread/') else image.replace('_', ' ')}": colour

@@ -141,7 +141,7 @@ def load(
 
 
 def miniature(root: str | Path) -> Path:
-    """Six images: dotted names, capitals and a name without, a picture only below _images/, one below both, an NA row."""
+    """Six images: dotted names, capitals and a name without, one picture only below _images/, one in both, NA."""
     pairs = {
         "train": ["velvet Slippers", "Suede Boots.Mid-Calf", "Faux.Leather Shoes.Heels"],
         "val": ["Suede Boots.Mid-Calf", "Suede Shoes.Heels"],

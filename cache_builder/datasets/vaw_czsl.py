@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cache_builder.datasets.base import Dataset
 from cache_builder.datasets.composition_counts import Counts
-from cache_builder.datasets.composition_files import write_miniature
+from cache_builder.datasets.composition_files import row, write_miniature
 from cache_builder.datasets.compositions import Layout, read_compositions
 
 OFFICIAL = Counts(
@@ -106,7 +106,7 @@ def miniature(root: str | Path) -> Path:
         ("2300005.jpg", "toy", "fence", "test", (230, 200, 40)),
         ("2300006.jpg", "almost_empty", "coffee_table", "test", (140, 95, 70)),
     ]
-    table = [dict(zip(("image", "attr", "obj", "set"), row, strict=False)) for row in rows]
-    table.append({"image": "2300007.jpg", "attr": "chain-link", "obj": "toy", "set": "train"})
+    table = [row(*labels) for *labels, _ in rows]
+    table.append(row("2300007.jpg", "chain-link", "toy", "train"))
     pictures = {f"images/{image}": colour for image, *_, colour in rows}
     return write_miniature(Path(root), pairs, table, pictures)
