@@ -313,7 +313,7 @@ def test_a_switch_is_true_or_false(option: str, gqa: Path) -> None:
 
 def test_dotted_names_are_taken_whole_and_capitals_sort_first(zappos: Path) -> None:
     task = task_of(ut_zappos.load(zappos))
-    assert task.attrs == ("Faux.Leather", "Suede", "velvet")
+    assert task.attrs == ("Faux.Leather", "Suede", "kidskin")
     assert task.objs == (
         "Boots.Mid-Calf",
         "Shoes.Heels",
@@ -322,14 +322,17 @@ def test_dotted_names_are_taken_whole_and_capitals_sort_first(zappos: Path) -> N
     )
     assert task.pairs["val"] == (("Suede", "Boots.Mid-Calf"), ("Suede", "Shoes.Heels"))
     assert task.examples[5].split == "test"
-    assert task.prompts["velvet", "Slippers"] == "velvet+Slippers"
+    assert task.prompts["kidskin", "Slippers"] == "kidskin+Slippers"
 
 
 def test_a_picture_is_found_where_it_was_copied_to_or_else_in_the_original_tree(
     zappos: Path,
 ) -> None:
     sizes = {i.id: i.open().size for i in ut_zappos.load(zappos).images}
-    both, only_original = "Faux.Leather_Shoes.Heels/7000002.4.jpg", "velvet_Slippers/7000003.72.jpg"
+    both, only_original = (
+        "Faux.Leather_Shoes.Heels/7000002.4.jpg",
+        "kidskin_Slippers/7000003.72.jpg",
+    )
     assert (zappos / "images" / both).exists()
     assert (zappos / "_images/Shoes/Heels/Ann B./7000002.4.jpg").exists()
     assert sizes[both] == (43, 36)  # the second picture drawn, not its namesake in _images/
@@ -390,8 +393,10 @@ def test_short_names_serve_the_published_vocabulary_only(zappos: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         ut_zappos.load(zappos, names="short")
     assert "knows the 28 published names only" in str(caught.value)
-    assert "1 of the 7 names here are others, e.g. 'velvet'; use names='plain'" in str(caught.value)
-    rename(zappos, "velvet", "Nubuck")
+    assert "1 of the 7 names here are others, e.g. 'kidskin'; use names='plain'" in str(
+        caught.value
+    )
+    rename(zappos, "kidskin", "Nubuck")
     texts = {
         t.id: t.text for t in ut_zappos.load(zappos, names="short", require_images=False).texts
     }
@@ -408,7 +413,7 @@ def test_short_names_are_known_to_the_shoes_alone(gqa: Path) -> None:
 def test_the_wording_of_prompts_is_part_of_what_a_cache_is_asked_for(
     zappos: Path, vaw: Path
 ) -> None:
-    rename(zappos, "velvet", "Nubuck")
+    rename(zappos, "kidskin", "Nubuck")
     short = ut_zappos.load(zappos, names="short", require_images=False)
     plain = ut_zappos.load(zappos, names="plain", require_images=False)
     assert [t.id for t in short.texts] == [t.id for t in plain.texts]
@@ -553,6 +558,10 @@ def test_counts_are_those_of_the_definition(
         closed = task.candidates(split)
         assert lines[f"{split} candidates, closed world"] == str(len(closed))
         assert lines[f"{split} images"] == str(sum(e.split == split for e in task.examples))
+    both = [
+        p for p in listed if p not in seen and p in task.pairs["val"] and p in task.pairs["test"]
+    ]
+    assert lines["unseen pairs of both val and test"] == str(len(both))
     strays = [e for e in task.examples if (e.attr, e.obj) not in task.candidates(e.split)]
     assert lines["images of a pair that is no candidate of their split"] == str(len(strays))
 

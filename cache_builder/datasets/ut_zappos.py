@@ -143,20 +143,20 @@ def load(
 def miniature(root: str | Path) -> Path:
     """Six images: dotted names, capitals and a name without, one picture only below _images/, one in both, NA."""
     pairs = {
-        "train": ["velvet Slippers", "Suede Boots.Mid-Calf", "Faux.Leather Shoes.Heels"],
+        "train": ["kidskin Slippers", "Suede Boots.Mid-Calf", "Faux.Leather Shoes.Heels"],
         "val": ["Suede Boots.Mid-Calf", "Suede Shoes.Heels"],
-        "test": ["Faux.Leather Shoes.Heels", "velvet Shoes.Sneakers.and.Athletic.Shoes"],
+        "test": ["Faux.Leather Shoes.Heels", "kidskin Shoes.Sneakers.and.Athletic.Shoes"],
     }
     rows = [
         ("7000001.11.jpg", "Boots/Mid-Calf/North & South", "Suede", "Boots.Mid-Calf", "train"),
         ("7000002.4.jpg", "Shoes/Heels/Ann B.", "Faux.Leather", "Shoes.Heels", "train"),
-        ("7000003.72.jpg", "Slippers/Slipper Flats/Home", "velvet", "Slippers", "train"),
+        ("7000003.72.jpg", "Slippers/Slipper Flats/Home", "kidskin", "Slippers", "train"),
         ("7000004.5.jpg", "Shoes/Heels/Ann B.", "Suede", "Shoes.Heels", "val"),
         ("7000005.9.jpg", "Shoes/Heels/Ann B.", "Faux.Leather", "Shoes.Heels", "test"),
         (
             "7000006.1.jpg",
             "Shoes/Sneakers and Athletic Shoes/Run",
-            "velvet",
+            "kidskin",
             "Shoes.Sneakers.and.Athletic.Shoes",
             "test",
         ),
