@@ -39,8 +39,8 @@ OFFICIAL = Counts(
 PAPERS = {
     "val pairs": "1,040 + 1,252, printed the other way round: 7,767 - 5,592 - 923 = 1,252 are unseen",
     "test pairs": "888 + 923",
-    "val candidates, closed world": "6,844",
-    "test candidates, closed world": "6,515",
+    "val candidates, closed": "6,844",
+    "test candidates, closed": "6,515",
     "val images": "7,280",
     "test images": "5,098",
 }

@@ -117,13 +117,13 @@ def _per_split(task: CompositionTask) -> dict[str, str]:
     for split, pairs in listed.items():
         unseen = pairs - seen
         lines[f"{split} pairs"] = f"{len(pairs & seen):,} seen + {len(unseen):,} unseen"
-        lines[f"{split} candidates, closed world"] = f"{len(seen) + len(unseen):,}"
+        lines[f"{split} candidates, closed"] = f"{len(seen) + len(unseen):,}"
         lines[f"{split} images"] = f"{images[split]:,}"
-    lines["unseen pairs of both val and test"] = f"{len(listed['val'] & listed['test'] - seen):,}"
+    lines["unseen, val and test"] = f"{len(listed['val'] & listed['test'] - seen):,}"
     # Such an image has no right answer among its split's closed-world candidates, and scoring refuses it.
     known = {split: seen | pairs for split, pairs in listed.items()} | {"train": seen}
     strays = sum((e.attr, e.obj) not in known[e.split] for e in task.examples)
-    lines["images of a pair that is no candidate of their split"] = f"{strays:,}"
+    lines["images of no candidate"] = f"{strays:,}"
     return lines
 
 

@@ -32,8 +32,8 @@ OFFICIAL = Counts(
 PAPERS = {
     "val pairs": "300 + 300",
     "test pairs": "400 + 400",
-    "val candidates, closed world": "1,562",
-    "test candidates, closed world": "1,662",
+    "val candidates, closed": "1,562",
+    "test candidates, closed": "1,662",
     "val images": "10,420",
     "test images": "12,995",
 }

@@ -34,8 +34,8 @@ OFFICIAL = Counts(
 PAPERS = {
     "val pairs": "15 + 15",
     "test pairs": "18 + 18",
-    "val candidates, closed world": "98",
-    "test candidates, closed world": "101",
+    "val candidates, closed": "98",
+    "test candidates, closed": "101",
     "val images": "3,214",
     "test images": "2,914",
 }
