@@ -134,18 +134,20 @@ def train_overlap(
 
 def images_of(tasks: Tasks, kind: str, split: str) -> list[str]:
     """Every image that the examples of a task and split name, galleries included, in order of first mention."""
-    examples = tasks.czsl.examples if kind == "czsl" and tasks.czsl else getattr(tasks, kind) or ()
-    named: dict[str, None] = {}
-    asked: dict[str, None] = {}
-    for e in (e for e in examples if e.split == split):
-        if kind == "composed":
-            named |= dict.fromkeys((e.reference, *e.targets, *e.subset))
-            asked |= dict.fromkeys([e.gallery] if e.gallery else [])
-        else:
-            named |= dict.fromkeys(e.images if hasattr(e, "images") else [e.image])
-    for gallery in asked:
-        named |= dict.fromkeys(tasks.galleries[gallery].images)
-    return list(named)
+    if kind == "czsl":
+        examples = tasks.czsl.examples if tasks.czsl else ()
+        named = [e.image for e in examples if e.split == split]
+    elif kind == "retrieval":
+        named = [e.image for e in tasks.retrieval if e.split == split]
+    elif kind == "composed":
+        asked = [e for e in tasks.composed if e.split == split]
+        galleries = dict.fromkeys(e.gallery for e in asked if e.gallery)
+        named = [i for e in asked for i in (e.reference, *e.targets, *e.subset)]
+        named += [i for name in galleries for i in tasks.galleries[name].images]
+    else:
+        items = tasks.matching if kind == "matching" else tasks.two_by_two
+        named = [i for e in items if e.split == split for i in e.images]
+    return list(dict.fromkeys(named))
 
 
 def _images(cache: FeatureCache, task: str, split: str) -> list[str]:

@@ -210,7 +210,7 @@ def score_run(
     head = head or checkpoint.load(run)
     data = load_task(cache, task, split, world, allow_missing=allow_missing)
     source = source_of(head, data)
-    seen = _seen_before(record, scored, cache, task, split)
+    seen = _seen_before(record, scored, cache, data.kind, split)
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
     for direction, path in paths.items():
         scores = score(

@@ -24,6 +24,7 @@ from cache_builder.datasets.base import (
     Gallery,
     ImageRecord,
     MatchingExample,
+    Pair,
     RetrievalExample,
     Tasks,
     TextRecord,
