@@ -123,7 +123,7 @@ def test_the_sentence_tells_how_many_which_and_what_was_left_out() -> None:
 
 
 def test_every_image_that_a_task_names_is_compared() -> None:
-    pairs = dict.fromkeys(("train", "val", "test"), (("red", "mug"),))
+    pairs: dict[str, tuple[Pair, ...]] = {"train": (("red", "mug"),), "test": (("red", "mug"),)}
     tasks = Tasks(
         czsl=CompositionTask((CompositionExample("a", "red", "mug", "test"),), pairs, {}),
         matching=(MatchingExample("0", ("b",), ("x", "y"), "swap", "test"),),
