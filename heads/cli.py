@@ -200,10 +200,15 @@ def _score(args: argparse.Namespace) -> None:
         allow_missing=args.allow_missing,
         block=args.block,
     )
+    overlap = None
     for path in paths:
         print(f"wrote {path}; next: headstart metrics {path}")
-        if dropped := score_io.load(path).meta.get("dropped"):
+        meta = score_io.load(path).meta
+        overlap = meta.get("train_overlap")
+        if dropped := meta.get("dropped"):
             print(f"left out {len(dropped)} examples whose image is quarantined; marked partial")
+    if overlap:
+        print(overlap["says"])
     if args.pictures:
         _draw(args)
 
