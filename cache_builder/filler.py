@@ -120,11 +120,12 @@ class Filler:
         Every generation has batches of its own, of `batch_size` inputs each.
         """
         size, n = self.cache.header.batch_size, self.n_rows
-        units = np.arange(n + 1) if self.copies is None else self.copies
-        ends = [*self.cache.generation_ends(self.side), n] if n else [0]
-        edges = np.searchsorted(units, [0, *ends]).tolist()
+        edges = [0, *self.cache.generation_ends(self.side), n] if n else [0, 0]
+        if self.copies is not None:
+            edges = np.searchsorted(self.copies, edges).tolist()
         starts = [np.arange(a, b, size) for a, b in pairwise(edges)]
-        return units[np.concatenate([*starts, edges[-1:]]).astype(np.int64)]
+        cuts = np.concatenate([*starts, edges[-1:]]).astype(np.int64)
+        return cuts if self.copies is None else self.copies[cuts]
 
     def _needed(self) -> list[int]:
         """Batches that touch a missing chunk."""
