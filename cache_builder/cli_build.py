@@ -136,6 +136,7 @@ def number_or_auto(text: str) -> int | None:
 
 def _build(args: argparse.Namespace) -> None:
     from cache_builder import build, load_backbone, load_dataset
+    from cache_builder.batch_size import fitting_batch_size
     from cache_builder.engines import Job, join, torchrun_rank
     from cache_builder.place import at
     from cache_builder.request import cache_spec
@@ -185,7 +186,7 @@ def _build(args: argparse.Namespace) -> None:
     finished = is_finished(out)
     batch_size = args.batch_size
     if batch_size is None:
-        batch_size = begun.batch_size if begun else _fitting(backbone, spec)
+        batch_size = begun.batch_size if begun else fitting_batch_size(backbone, spec.streams)
     start = time.perf_counter()
     try:
         cache = build(
@@ -340,14 +341,6 @@ def _begun(path: "Path") -> "Header | None":
         return read_header(at(path))
     except CacheError:
         return None
-
-
-def _fitting(backbone: "Backbone", spec: "CacheSpec") -> int:
-    from cache_builder.batch_size import fitting_batch_size
-    from cache_builder.format import stream
-
-    blocks = [b for s in spec.streams if (b := stream(s).block) is not None]
-    return fitting_batch_size(backbone, blocks)
 
 
 def is_finished(path: Path) -> bool:
