@@ -210,7 +210,7 @@ def _build(args: argparse.Namespace) -> None:
         )
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
-        if isinstance(error, CacheError):
+        if isinstance(error, (CacheError, BrokenPipeError)):
             raise
         raise CacheError(
             f"{out} cannot be written ({error}); what is finished is kept: make room or choose another --out; repeat"
