@@ -66,21 +66,27 @@ def sentence(url: str, error: BaseException) -> str:
         )
     if status.startswith(("401", "403")):
         return (
-            f"{where} refused the credentials ({found}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are "
-            "temporary, AWS_SESSION_TOKEN, and that they may list, read and write the bucket; what is finished is kept"
+            f"{where} refused the credentials ({found}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they "
+            "are temporary, AWS_SESSION_TOKEN, and that they may list, read and write the bucket; what is finished is "
+            "kept"
         )
     if code in ("AuthorizationHeaderMalformed", "PermanentRedirect") or "configured region" in text:
-        return f"{where} lies in another region ({found or 'redirected'}): set AWS_REGION to its own"
+        return (
+            f"{where} lies in another region ({found or 'redirected'}): set AWS_REGION to its own"
+        )
     if "builder error" in text and asked.startswith("http:"):
         return f"{where} was not asked, because that is no https: set AWS_ALLOW_HTTP=true if you mean it"
     if "error sending request" in text:
         return (
-            f"{where} cannot be reached{_tries(text)}: check AWS_ENDPOINT_URL and the network; what is finished is kept"
+            f"{where} cannot be reached{_tries(text)}: check AWS_ENDPOINT_URL and the network; what is finished is "
+            "kept"
         )
     if status.startswith("404"):
         return f"{where} is not there, nor any object store ({found}): correct AWS_ENDPOINT_URL"
     reason = f"answered {found}" if found else f"failed ({first_line(error)})"
-    return f"{where} {reason}{_tries(text)}; what is finished is kept: repeat when it can be reached"
+    return (
+        f"{where} {reason}{_tries(text)}; what is finished is kept: repeat when it can be reached"
+    )
 
 
 def _code(text: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cache_builder.append import grown_contents, grown_spec, next_place, same_but_for_samples
 from cache_builder.backbones.base import Backbone
-from cache_builder.cache import Contents, FeatureCache, taken_up
+from cache_builder.cache import Contents, FeatureCache
 from cache_builder.contents import contents
 from cache_builder.datasets.base import Dataset
 from cache_builder.durable import exchange
@@ -32,6 +32,7 @@ from cache_builder.request import cache_spec
 from cache_builder.sample import LOSSY, passes, reports, sampled
 from cache_builder.spec import CacheSpec
 from cache_builder.storage import MODES, STATISTICS
+from cache_builder.takeup import taken_up
 from cache_builder.units import Engine, share
 
 log = logging.getLogger(__name__)
@@ -279,7 +280,9 @@ class Build:
         if not texts or not any(name.startswith("text/") for name in spec.streams):
             return
         n = len(texts)
-        if "text/offsets" in known.arrays:  # tokenised already: who was cut has as many tokens as there may be
+        if (
+            "text/offsets" in known.arrays
+        ):  # tokenised already: who was cut has as many tokens as there may be
             strings, lengths = known.arrays["text/string"], np.diff(known.arrays["text/offsets"])
             texts = [strings[i] for i in np.flatnonzero(lengths >= most)]
         if cut := self.backbone.truncated(texts) if texts else 0:

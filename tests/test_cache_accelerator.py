@@ -34,7 +34,7 @@ class Queue:
     def compute(self, seconds: float) -> None:
         self.busy_until = max(self.busy_until, time.monotonic()) + seconds
 
-    def Event(self, **_: Any) -> "Event":  # noqa: N802
+    def Event(self, **_: Any) -> "Event":
         return Event(self)
 
     def wait_event(self, event: "Event") -> None:
@@ -156,9 +156,7 @@ INPUT = 3 * 6 * 6 * 4
 """Bytes of a picture's pixels."""
 
 
-@pytest.mark.parametrize(
-    "streams", [("image/pooled",), ("image/pooled", "image/view_flip/pooled")]
-)
+@pytest.mark.parametrize("streams", [("image/pooled",), ("image/pooled", "image/view_flip/pooled")])
 def test_batches_that_wait_to_be_encoded_count_too(streams: tuple[str, ...]) -> None:
     """Seven batches are on the device at once: three are brought ahead, four are encoded or stored."""
     waiting, looks = HELD + BROUGHT, len(streams)

@@ -229,5 +229,6 @@ def test_a_build_that_nobody_reads_ends_quietly_and_is_resumed(
 def test_any_other_broken_pipe_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BrokenPipeError, match="of a helper"), quiet_when_unread():
         raise BrokenPipeError("of a helper")
-    print("still here", flush=True)
+    sys.stdout.write("still here\n")
+    sys.stdout.flush()
     assert capfd.readouterr().out == "still here\n"

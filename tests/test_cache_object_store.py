@@ -129,7 +129,10 @@ def test_a_store_that_is_gone_is_one_sentence_and_loses_nothing(
             return outputs
 
         backbone = StandIn(gone)
-        with pytest.raises(CacheError, match=r"(answered 503|cannot be reached).*, tried 2 times.* what is finished is kept"):
+        with pytest.raises(
+            CacheError,
+            match=r"(answered 503|cannot be reached).*, tried 2 times.* what is finished is kept",
+        ):
             build(
                 dataset(40, 12, bad=(3, 8)),
                 backbone,
@@ -181,7 +184,9 @@ def test_a_bucket_that_is_not_there_is_named(
         assert where in told(capsys, *words)
 
 
-def test_wrong_credentials_are_one_sentence(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_credentials_are_one_sentence(
+    server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with strict_about_keys(server):
         said = told(capsys, *BUILD, "--out", f"s3://{BUCKET}/x")
     assert f"bucket '{BUCKET}' at http://{server} refused the credentials (403 Forbidden" in said
@@ -209,8 +214,16 @@ def test_wrong_endpoints_are_one_sentence(
     ("status", "body", "sentence"),
     [
         (404, "<html>no such page</html>", "is not there, nor any object store (404 Not Found)"),
-        (400, "<Error><Code>AuthorizationHeaderMalformed</Code></Error>", "set AWS_REGION to its own"),
-        (403, "<Error><Code>AccessDenied</Code></Error>", "(403 Forbidden AccessDenied): check AWS_"),
+        (
+            400,
+            "<Error><Code>AuthorizationHeaderMalformed</Code></Error>",
+            "set AWS_REGION to its own",
+        ),
+        (
+            403,
+            "<Error><Code>AccessDenied</Code></Error>",
+            "(403 Forbidden AccessDenied): check AWS_",
+        ),
         (418, "<html>tea</html>", "answered 418 I'm a teapot; what is finished is kept"),
     ],
 )
