@@ -280,11 +280,10 @@ class Build:
         if not texts or not any(name.startswith("text/") for name in spec.streams):
             return
         n = len(texts)
-        if (
-            "text/offsets" in known.arrays
-        ):  # tokenised already: who was cut has as many tokens as there may be
+        if "text/offsets" in known.arrays:
+            # Tokenised already: who was cut has as many tokens as there may be.
             strings, lengths = known.arrays["text/string"], np.diff(known.arrays["text/offsets"])
-            texts = [strings[i] for i in np.flatnonzero(lengths >= most)]
+            texts = [strings[i] for i in np.flatnonzero(lengths >= most).tolist()]
         if cut := self.backbone.truncated(texts) if texts else 0:
             log.warning("%d of %d texts have more than %d tokens and are cut", cut, n, most)
 
