@@ -231,10 +231,11 @@ def strata(table: Resampled) -> Int[np.ndarray, " n"]:
 def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
     """Items with one number are drawn together: queries connected by shared right answers; elsewhere each is alone."""
     if isinstance(table, RetrievalScores):
-        return _connected(*np.nonzero(table.positives), table.positives.shape)[0]
+        query, candidate = np.nonzero(table.positives)
+        return _connected(query, candidate, table.positives.shape)[0]
     if isinstance(table, BothDirections):
-        images, captions = _connected(*np.nonzero(table.i2t.positives), table.i2t.positives.shape)
-        return np.append(images, captions)
+        image, caption = np.nonzero(table.i2t.positives)
+        return np.append(*_connected(image, caption, table.i2t.positives.shape))
     if isinstance(table, ComposedScores):
         groups = strata(table).tolist()
         links = [

@@ -123,7 +123,9 @@ class Comparison:
         """Types and categories that the headline is also given for, sorted; not the means over them."""
         cells = self.rows[0].cells
         start = f"{self._base}/"
-        found = [m.removeprefix(start) for m in cells if m.startswith(start) and self._base in cells]
+        found = [
+            m.removeprefix(start) for m in cells if m.startswith(start) and self._base in cells
+        ]
         return sorted(name for name in found if not is_mean(name))
 
     @property

@@ -174,14 +174,18 @@ def measure(
     several = np.array([len(row) for row in asked.right])
     single = np.ones(len(several), dtype=np.int64)
 
-    def recall(ranked: NDArray[np.float64], right: NDArray[np.int64], k: int) -> NDArray[np.float64]:
-        return _expected(chance_of_hit, k, right, found.n) if by_chance else 1.0 * (ranked <= k)
+    def recall(
+        ranked: NDArray[np.float64], right: NDArray[np.int64], k: int
+    ) -> NDArray[np.float64]:
+        if by_chance:
+            return _expected(chance_of_hit, k, right, found.n)
+        return (ranked <= k).astype(np.float64)
 
     def precision(k: int) -> NDArray[np.float64]:
         if by_chance:
             total = _expected(chance_precision, k, several, found.n)
         else:
-            places = np.arange(1, found.right.shape[1] + 1)
+            places = np.arange(1, len(found.right[0]) + 1, dtype=np.float64)
             total = np.where(found.right <= k, places / found.right, 0).sum(1)
         return total / np.minimum(several, k)
 
@@ -195,7 +199,7 @@ def measure(
     if asked.protocol in ("cirr", "own"):
         ranked = found.subset_n > 0
         for k in [k for k in SUBSET_KS if k <= found.subset_n.max(initial=0)]:
-            hit = 1.0 * (found.subset <= k)
+            hit = (found.subset <= k).astype(np.float64)
             if by_chance:
                 hit = _expected(chance_of_hit, k, found.subset_right, found.subset_n)
             parts[f"recall_subset@{k}"] = np.where(ranked, hit, np.nan)
@@ -247,14 +251,14 @@ def summarise(asked: ComposedQueries, shares: Mapping[str, Any]) -> dict[str, An
     kinds = asked.kinds if asked.protocol == "own" else CATEGORIES.get(asked.protocol, ())
     means: dict[str, Any] = {}
     for name in dict.fromkeys(m.partition("/")[0] for m in of_kind):
-        terms = [shares.get(f"{name}/{kind}") for kind in kinds]
-        if all(term is not None for term in terms):
+        terms = [shares[f"{name}/{kind}"] for kind in kinds if f"{name}/{kind}" in shares]
+        if len(terms) == len(kinds):
             means[f"{name}/macro_{len(kinds)}"] = sum(terms) / len(kinds)
     pairs = {"cirr": ("recall@5", "recall_subset@1")}
     pairs |= {"fashioniq": ("recall@10/macro_3", "recall@50/macro_3")}
     known = {**shares, **means}
-    ends = [known.get(name) for name in pairs.get(asked.protocol, ())]
-    average = {"avg": sum(ends) / 2} if ends and all(e is not None for e in ends) else {}
+    ends = [known[name] for name in pairs.get(asked.protocol, ()) if name in known]
+    average: dict[str, Any] = {"avg": (ends[0] + ends[1]) / 2} if len(ends) == 2 else {}
     if asked.protocol == "own":
         return {**shares, **means}
     return {**average, **means, **shares}

@@ -6,6 +6,7 @@ the order counts as it is given, and a list that ends early misses what it does 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,10 @@ def _best(row: NDArray[np.floating], k: int) -> NDArray[np.int64]:
 
 
 def evaluate_lists(
-    queries: ComposedQueries, lists: Lists, candidates: Candidates, subset_lists: Lists | None = None
+    queries: ComposedQueries,
+    lists: Lists,
+    candidates: Candidates,
+    subset_lists: Lists | None = None,
 ) -> dict[str, float]:
     """The protocol's metrics of ranked lists.
 
@@ -66,14 +70,14 @@ def evaluate_lists(
 
     """
     refuse_unanswered(queries)
-    candidates = _sets(candidates)
-    check_lists(queries, lists, candidates)
+    known = _sets(candidates)
+    check_lists(queries, lists, known)
     if subset_lists is not None:
-        check_lists(queries, subset_lists, candidates, subset=True)
+        check_lists(queries, subset_lists, known, subset=True)
     k = max(*KS[queries.protocol], SEMANTIC_K)
     found = empty_ranks(len(queries.ids), k)
     for i, (name, right) in enumerate(zip(queries.ids, queries.right, strict=True)):
-        competing = _competing(queries, i, candidates, subset=False)
+        competing = _competing(queries, i, known, subset=False)
         lost = next((t for t in queries.targets[i] if t not in competing), None)
         if lost is not None:
             raise ScoreTableError(
@@ -151,18 +155,24 @@ def check_lists(
 
 def _sets(candidates: Candidates) -> frozenset[str] | dict[str, frozenset[str]]:
     """As sets: membership is asked of them once for every image listed."""
+    if isinstance(candidates, frozenset):
+        return candidates
     if isinstance(candidates, Mapping):
-        return {name: frozenset(gallery) for name, gallery in candidates.items()}
-    return candidates if isinstance(candidates, frozenset) else frozenset(candidates)
+        galleries = cast("Mapping[str, Collection[str]]", candidates)
+        return {name: frozenset(images) for name, images in galleries.items()}
+    return frozenset(candidates)
 
 
 def _competing(
-    queries: ComposedQueries, i: int, candidates: Candidates, subset: bool
+    queries: ComposedQueries,
+    i: int,
+    candidates: frozenset[str] | dict[str, frozenset[str]],
+    subset: bool,
 ) -> Collection[str]:
     """The images that query i ranks."""
     if subset or not queries.gallery[i]:
         return queries.others(i)
-    if isinstance(candidates, Mapping):
+    if isinstance(candidates, dict):
         if queries.gallery[i] not in candidates:
             raise ScoreTableError(
                 f"query {queries.ids[i]!r} ranks the gallery {queries.gallery[i]!r}, but there are only "

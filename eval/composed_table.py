@@ -70,8 +70,8 @@ class ComposedQueries:
         subset: (Q,) a few images ranked by themselves, with or without the reference (never ranked); or empty.
 
     Raises:
-        ScoreTableError: lengths that disagree, anything named twice, a reference that is a target, a first target outside
-            the subset, a row with nothing to rank, an unknown protocol, category or aspect.
+        ScoreTableError: lengths that disagree, anything named twice, a reference that is a target, a first target
+            outside the subset, a row with nothing to rank, an unknown protocol, category or aspect.
 
     """
 
@@ -98,7 +98,7 @@ class ComposedQueries:
             "gallery": (self.gallery,) * n if isinstance(self.gallery, str) else (*self.gallery,),
         }
         rows = {
-            name: tuple(tuple(row) for row in getattr(self, name)) or ((),) * n
+            name: _listed(name, getattr(self, name)) or ((),) * n
             for name in ("targets", "categories", "subset")
         }
         for name, value in (names | rows).items():
@@ -194,7 +194,9 @@ class ComposedQueries:
         """The galleries ranked, sorted; FashionIQ's without the category ("split" of "dress split")."""
         names = zip(self.gallery, self.categories, strict=True)
         if self.protocol == "fashioniq":
-            return tuple(sorted({name.replace(kind[0], "").strip(" -_/:.") for name, kind in names}))
+            return tuple(
+                sorted({name.replace(kind[0], "").strip(" -_/:.") for name, kind in names})
+            )
         return tuple(sorted({name for name, _ in names if name}))
 
     def others(self, i: int) -> list[str]:
@@ -204,6 +206,16 @@ class ComposedQueries:
     def facts(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
+
+
+def _listed(name: str, rows: Sequence[Names]) -> tuple[tuple[str, ...], ...]:
+    """Rows of names; a bare text would fall apart into its letters."""
+    bare = next((row for row in rows if isinstance(row, str)), None)
+    if bare is not None:
+        raise ScoreTableError(
+            f"{name} must hold a list of names for each query, but one is the text {bare!r}"
+        )
+    return tuple(tuple(row) for row in rows)
 
 
 def _some(names: Names) -> str:
@@ -262,7 +274,10 @@ class ComposedScores:
                 raise ScoreTableError("a candidate has an empty name; name every column")
         for i in range(shape[0]):
             known = self.lookup(i)
-            for what, few in (("target", self.queries.targets[i]), ("subset", self.queries.others(i))):
+            for what, few in (
+                ("target", self.queries.targets[i]),
+                ("subset", self.queries.others(i)),
+            ):
                 lost = next((name for name in few if name not in known), None)
                 if lost is not None:
                     raise ScoreTableError(
@@ -313,9 +328,9 @@ class ComposedScores:
         if not usable.all():
             where = int(np.argmin(usable))
             raise ScoreTableError(
-                f"the score of query {self.ids[i]!r} with {str(self.names(i)[where])!r} (column {where}) is {row[where]}: "
-                "scores must be finite, or -inf for 'not a candidate'. Look for a missing part of the file, or a "
-                "division by a zero norm in the head."
+                f"the score of query {self.ids[i]!r} with {str(self.names(i)[where])!r} (column {where}) is "
+                f"{row[where]}: scores must be finite, or -inf for 'not a candidate'. Look for a missing part of the "
+                "file, or a division by a zero norm in the head."
             )
 
     def _mask(self, i: int, row: NDArray[Any]) -> None:
@@ -340,8 +355,8 @@ class ComposedScores:
             lost = next((c for c in columns if row[c] == -np.inf), None)
             if lost is not None:
                 raise ScoreTableError(
-                    f"{str(self.names(i)[lost])!r}, in the {what} of query {self.ids[i]!r}, has score -inf: it is outside "
-                    f"the gallery {asked.gallery[i]!r} that is ranked"
+                    f"{str(self.names(i)[lost])!r}, in the {what} of query {self.ids[i]!r}, has score -inf: it is "
+                    f"outside the gallery {asked.gallery[i]!r} that is ranked"
                 )
 
     def digest(self) -> str:

@@ -118,7 +118,7 @@ def _by_rank(
 ) -> dict[str, Float[np.ndarray, " q"]]:
     """`recall@K` and `map@K` of every query from the ranks of its right candidates."""
     n_positive = scores.positives.sum(1)
-    precision = np.arange(1, ranks.shape[1] + 1) / ranks
+    precision = np.arange(1, len(ranks[0]) + 1) / ranks
     parts: dict[str, Float[np.ndarray, " q"]] = {}
     for k in chosen:
         parts[f"recall@{k}"] = (ranks[:, 0] <= k).astype(np.float64)

@@ -109,9 +109,7 @@ def save(
     return path
 
 
-def _write(
-    path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[Any, Any]]
-) -> None:
+def _write(path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[Any, Any]]) -> None:
     """The group, written aside and renamed into place; an old one goes only when the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -66,7 +66,10 @@ def submit_cirr(
     queries, gallery = scores.queries, _gallery(scores)
     texts = [
         _cirr_text(lists, queries, gallery, metric, check)
-        for metric, lists in (("recall", ranked(scores, 50)), ("recall_subset", ranked_subset(scores, 3)))
+        for metric, lists in (
+            ("recall", ranked(scores, 50)),
+            ("recall_subset", ranked_subset(scores, 3)),
+        )
     ]
     paths = [Path(recall), Path(subset)]
     if paths[0] == paths[1]:
@@ -166,7 +169,7 @@ def read_circo(
     check: Check = "official",
     limit: int = LIMIT,
 ) -> dict[str, tuple[str, ...]]:
-    """Lists of a CIRCO file, by query id, the numbers as text; arguments and errors as for `read_cirr`."""
+    """Lists of a CIRCO file, by query id, the numbers as text; else as `read_cirr`."""
     lists = {
         name: _numbers(images, f"{path}: {name!r}") for name, images in _read(path, limit).items()
     }
@@ -208,8 +211,8 @@ def _check(
             raise ScoreTableError(f"{protocol} has no submission for split {queries.split!r}")
         if len(queries.ids) != published:
             raise ScoreTableError(
-                f"{protocol} {queries.split} has {published} queries, but here are {len(queries.ids)}; give all of them "
-                "(check='none' is for miniatures)"
+                f"{protocol} {queries.split} has {published} queries, but here are {len(queries.ids)}; give all "
+                "of them (check='none' is for miniatures)"
             )
     if subset:
         short = [name for i, name in enumerate(queries.ids) if len(queries.others(i)) != 5]
@@ -286,7 +289,7 @@ def _read(path: PathLike, limit: int) -> dict[str, Any]:
         raise ScoreTableError(f"{path} is not JSON as it should be: {error}") from error
     if not isinstance(body, dict):
         raise ScoreTableError(f"{path} must hold a JSON object, but holds a {type(body).__name__}")
-    return body  # pyright: ignore[reportUnknownVariableType]
+    return cast("dict[str, Any]", body)
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -304,19 +307,20 @@ def _no_constant(name: str) -> float:
 
 def _texts(images: Any, where: str) -> tuple[str, ...]:
     """A list of names."""
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):  # pyright: ignore[reportUnknownVariableType]
+    listed: list[Any] = cast("list[Any]", images) if isinstance(images, list) else [None]
+    if not all(type(image) is str for image in listed):
         raise ScoreTableError(f"{where} must be a list of image names, as text")
-    return tuple(images)  # pyright: ignore[reportUnknownArgumentType]
+    return tuple(listed)
 
 
 def _numbers(images: Any, where: str) -> tuple[str, ...]:
     """A list of COCO numbers, as text; true and false are none."""
-    if not isinstance(images, list) or not all(
-        type(image) is int and 0 <= image < BIGGEST  # pyright: ignore[reportUnknownArgumentType]
-        for image in images  # pyright: ignore[reportUnknownVariableType]
-    ):
-        raise ScoreTableError(f"{where} must be a list of image numbers between 0 and {BIGGEST - 1}")
-    return tuple(str(image) for image in images)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    listed: list[Any] = cast("list[Any]", images) if isinstance(images, list) else [None]
+    if not all(type(image) is int and 0 <= image < BIGGEST for image in listed):
+        raise ScoreTableError(
+            f"{where} must be a list of image numbers between 0 and {BIGGEST - 1}"
+        )
+    return tuple(str(image) for image in listed)
 
 
 def _number(image: str, query: str) -> int:

@@ -51,7 +51,10 @@ def questions(protocol, seed=0, q=48, strength=1.5) -> ComposedScores:
     asked = ComposedQueries(
         [f"q{i}" for i in range(q)],
         ["59"] * q,
-        [[t, "0"] if protocol in ("circo", "own") and i % 5 == 0 else [t] for i, t in enumerate(target)],
+        [
+            [t, "0"] if protocol in ("circo", "own") and i % 5 == 0 else [t]
+            for i, t in enumerate(target)
+        ],
         protocol,
         "val",
         "split",
@@ -288,12 +291,14 @@ def drawn_again(table, counts):
     return ComposedScores(table.scores[rows], table.candidates, again, table.space)
 
 
-@pytest.mark.parametrize("table", [two_by_two(), *map(questions, composed.KS)], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "table", [two_by_two(), *map(questions, composed.KS)], ids=lambda t: type(t).__name__
+)
 def test_resampled_metrics_are_those_of_the_resampled_items(table):
     """Means over types, categories and tasks, and avg, are worked out again from each draw."""
     weights = next(bootstrap.draws(bootstrap.strata(table), 7, 3, bootstrap.clusters(table)))
     fast = bootstrap.estimator(table)(weights)
-    evaluate = matching.evaluate if isinstance(table, MatchingScores) else composed.evaluate
+    evaluate: Any = matching.evaluate if isinstance(table, MatchingScores) else composed.evaluate
     for r, counts in enumerate(weights.astype(int)):
         slow = evaluate(drawn_again(table, counts))
         for name, values in fast.items():
@@ -330,7 +335,9 @@ def test_composed_queries_of_one_target_are_drawn_together():
     t = ComposedScores(np.zeros((6, 5)), ["r", "1", "2", "3", "4"], asked, "cosine")
     assert bootstrap.clusters(t).tolist() == [0, 1, 0, 1, 4, 0]
     kinds = [["dress"], ["dress"], ["shirt"], ["toptee"], ["shirt"], ["shirt"]]
-    asked = ComposedQueries(asked.ids, asked.reference, asked.targets, "fashioniq", "val", "s", kinds)
+    asked = ComposedQueries(
+        asked.ids, asked.reference, asked.targets, "fashioniq", "val", "s", kinds
+    )
     t = ComposedScores(t.scores, t.candidates, asked, "cosine")
     assert bootstrap.clusters(t).tolist() == [0, 1, 2, 3, 4, 2]
 
@@ -356,7 +363,10 @@ def test_the_interval_of_rsum_is_found_by_drawing_images_by_hand():
         images = rng.integers(40, size=40)
         captions = 40 + np.concatenate([2 * images, 2 * images + 1])
         sums.append(
-            sum(parts[f"i2t_recall@{k}"][images].mean() + parts[f"t2i_recall@{k}"][captions].mean() for k in (1, 5, 10))
+            sum(
+                parts[f"i2t_recall@{k}"][images].mean() + parts[f"t2i_recall@{k}"][captions].mean()
+                for k in (1, 5, 10)
+            )
         )
     low, high = np.percentile(sums, [2.5, 97.5])
     assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.05)
@@ -368,7 +378,13 @@ def test_a_better_head_differs_in_every_metric_that_it_improves(protocol):
     worse, better = questions(protocol, 1, strength=0.5), questions(protocol, 1, strength=9)
     found = bootstrap.difference([better], [worse], resamples=200)
     assert set(found) == set(composed.evaluate(better))
-    head = {"cirr": "avg", "fashioniq": "avg", "genecis": "recall@1/macro_4", "circo": "map@5", "own": "recall@1"}
+    head = {
+        "cirr": "avg",
+        "fashioniq": "avg",
+        "genecis": "recall@1/macro_4",
+        "circo": "map@5",
+        "own": "recall@1",
+    }
     assert found[head[protocol]].low > 0
     for interval in found.values():
         assert interval.estimate >= 0
