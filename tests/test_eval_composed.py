@@ -293,6 +293,23 @@ def test_soft_targets_of_cirr_are_wrong_answers():
     assert evaluate(t, ks=(1, 2)) == {"recall@1": 0.5, "recall@2": 1}
 
 
+def test_a_soft_target_that_ties_or_is_better_in_the_subset_counts_against():
+    few = (("c", "e", "d"), ("d", "a", "e"))
+    t = table([[0, 0, 4, 0, 4], [0, 0, 0, 1, 0]], targets=(("c", "e"), ("d",)), subset=few)
+    found = evaluate(t, ks=(1, 2))
+    assert (found["recall@1"], found["recall@2"]) == (0.5, 1)
+    assert (found["recall_subset@1"], found["recall_subset@2"]) == (0.5, 1)
+
+
+def test_of_tied_right_images_the_lower_column_is_ahead():
+    """CIRCO's first target is one of two equal ones; whatever their order in the list of targets."""
+    for targets, expected in ((("b", "d"), (1, 1)), (("d", "b"), (0, 1))):
+        t = table([[0, 1, 0, 1, 0]] * 2, "circo", reference=("a", "a"), targets=(targets,) * 2)
+        found = evaluate(t, ks=(1, 2))
+        assert (found["recall@1"], found["recall@2"]) == expected
+        assert (found["map@1"], found["map@2"]) == (1, 1)
+
+
 def test_fashioniq_holds_three_galleries_in_one_table():
     """dress ranks a–d, shirt c–f, toptee e–h; each reference competes and is never the answer."""
     gone = -np.inf
