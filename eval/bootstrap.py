@@ -239,7 +239,7 @@ def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
     if isinstance(table, ComposedScores):
         groups = strata(table).tolist()
         links = [
-            (i, (groups[i], name)) for i, row in enumerate(table.queries.right) for name in row
+            (i, (group, name)) for i, group in enumerate(groups) for name in table.queries.right(i)
         ]
         number = {answer: j for j, answer in enumerate(dict.fromkeys(a for _, a in links))}
         query = np.array([i for i, _ in links], dtype=np.int64)

@@ -104,12 +104,13 @@ def ranks(scores: ComposedScores, ks: Sequence[int] | None = None) -> Ranks:
     """
     asked = scores.queries
     refuse_unanswered(asked)
-    q, right = len(asked.ids), asked.right
+    q = len(asked.ids)
     k = max(*KS[asked.protocol], SEMANTIC_K, *(ks or ()))
     found = empty_ranks(q, k)
     for i, row in scores.rows():
         columns = scores.lookup(i)
-        mine = np.array([columns[name] for name in right[i]])
+        right = asked.right(i)
+        mine = np.array([columns[name] for name in right])
         own = row[mine]
         order = np.lexsort((mine, -own))  # highest score first, of equal ones the lower column
         wrong = np.array([np.count_nonzero(row >= own[g]) for g in order[:k]])
@@ -121,11 +122,11 @@ def ranks(scores: ComposedScores, ks: Sequence[int] | None = None) -> Ranks:
         found.n[i] = np.count_nonzero(row > -np.inf)
         few = asked.others(i)
         if few:
-            best = max(row[columns[name]] for name in few if name in right[i])
-            ahead = sum(row[columns[name]] >= best for name in few if name not in right[i])
+            best = max(row[columns[name]] for name in few if name in right)
+            ahead = sum(row[columns[name]] >= best for name in few if name not in right)
             found.subset[i] = 1 + ahead
             found.subset_n[i] = len(few)
-            found.subset_right[i] = sum(name in right[i] for name in few)
+            found.subset_right[i] = sum(name in right for name in few)
     return found
 
 
@@ -171,7 +172,7 @@ def measure(
             f"{asked.protocol} measures at K = {', '.join(map(str, KS[asked.protocol]))}, but no query has more than "
             f"{n} candidates; give `ks` that exist here"
         )
-    several = np.array([len(row) for row in asked.right])
+    several = np.array([len(asked.right(i)) for i in range(len(asked.ids))])
     single = np.ones(len(several), dtype=np.int64)
 
     def recall(

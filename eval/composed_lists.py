@@ -76,9 +76,10 @@ def evaluate_lists(
         check_lists(queries, subset_lists, known, subset=True)
     k = max(*KS[queries.protocol], SEMANTIC_K)
     found = empty_ranks(len(queries.ids), k)
-    for i, (name, right) in enumerate(zip(queries.ids, queries.right, strict=True)):
+    for i, name in enumerate(queries.ids):
+        right = queries.right(i)
         competing = _competing(queries, i, known, subset=False)
-        lost = next((t for t in queries.targets[i] if t not in competing), None)
+        lost = next((t for t in right if t not in competing), None)
         if lost is not None:
             raise ScoreTableError(
                 f"the target {lost!r} of query {name!r} is none of the {len(competing)} candidates; give the gallery "

@@ -61,7 +61,7 @@ class ComposedQueries:
         ids: (Q,) names of the queries, all different.
         reference: (Q,) image that the edit starts from.
         targets: (Q,) right images of each query, the one that it was written for first; none in any row where they are
-            unpublished. Only circo and own count the others as right.
+            unpublished. Only circo and own count the others as right (CIRR's soft targets may even be the reference).
         protocol: one of `PROTOCOLS`.
         split: train, val or test.
         gallery: name of what is ranked: one for all, or (Q,), as FashionIQ's `split` and `union` give other numbers.
@@ -124,9 +124,8 @@ class ComposedQueries:
                 f"{len(without)} of {len(self.ids)} queries have no target, the first is {self.ids[without[0]]!r}: "
                 "leave them out, or give none where the split's are unpublished"
             )
-        for i, (start, right, few) in enumerate(
-            zip(self.reference, self.targets, self.subset, strict=True)
-        ):
+        for i, (start, few) in enumerate(zip(self.reference, self.subset, strict=True)):
+            right = self.right(i)
             if start in right:
                 raise ScoreTableError(
                     f"the reference {start!r} of query {self.ids[i]!r} is also its target; leave the query out"
@@ -177,11 +176,10 @@ class ComposedQueries:
         """True where the right answers are known."""
         return bool(self.targets[0])
 
-    @property
-    def right(self) -> tuple[tuple[str, ...], ...]:
-        """(Q,) the images that count as right in this protocol."""
-        every = self.protocol in ("circo", "own")
-        return tuple(tuple(row) if every else tuple(row[:1]) for row in self.targets)
+    def right(self, i: int) -> tuple[str, ...]:
+        """The images that count as right for query i in this protocol."""
+        row = tuple(self.targets[i])
+        return row if self.protocol in ("circo", "own") else row[:1]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -191,13 +189,12 @@ class ComposedQueries:
 
     @property
     def gallery_names(self) -> tuple[str, ...]:
-        """The galleries ranked, sorted; FashionIQ's without the category ("split" of "dress split")."""
-        names = zip(self.gallery, self.categories, strict=True)
-        if self.protocol == "fashioniq":
-            return tuple(
-                sorted({name.replace(kind[0], "").strip(" -_/:.") for name, kind in names})
-            )
-        return tuple(sorted({name for name, _ in names if name}))
+        """The galleries ranked, sorted; FashionIQ's without the category ("val split" of "val/dress/split")."""
+        if self.protocol != "fashioniq":
+            return tuple(sorted({name for name in self.gallery if name}))
+        words = [re.split(r"[ /:._-]+", name) for name in self.gallery]
+        named = zip(words, self.categories, strict=True)
+        return tuple(sorted({" ".join(w for w in row if w != kind[0]) for row, kind in named}))
 
     def others(self, i: int) -> list[str]:
         """The subset of query i without its reference."""
@@ -275,7 +272,7 @@ class ComposedScores:
         for i in range(shape[0]):
             known = self.lookup(i)
             for what, few in (
-                ("target", self.queries.targets[i]),
+                ("target", self.queries.right(i)),
                 ("subset", self.queries.others(i)),
             ):
                 lost = next((name for name in few if name not in known), None)
@@ -351,7 +348,7 @@ class ComposedScores:
             row[few] = kept
         elif self.columns is None:
             row[self.names(i) == ""] = -np.inf
-        for what, columns in (("target", [known[t] for t in asked.targets[i]]), ("subset", few)):
+        for what, columns in (("target", [known[t] for t in asked.right(i)]), ("subset", few)):
             lost = next((c for c in columns if row[c] == -np.inf), None)
             if lost is not None:
                 raise ScoreTableError(

@@ -61,7 +61,7 @@ def questions(protocol, seed=0, q=48, strength=1.5) -> ComposedScores:
         [[kinds[int(rng.integers(len(kinds)))]] for _ in range(q)],
         [[t, "59", "58", "57", "56"] for t in target] if protocol in ("cirr", "own") else (),
     )
-    right = np.array([[name in row for name in names] for row in asked.right])
+    right = np.array([[name in row for name in names] for row in map(asked.right, range(q))])
     scores = np.random.default_rng(seed).normal(size=(q, 60)) + strength * right
     return ComposedScores(scores, names, asked, "cosine")
 

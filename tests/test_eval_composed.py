@@ -201,7 +201,7 @@ def test_a_constant_scorer_finds_nothing_where_k_or_more_are_wrong(drawn):
     parts = composed.outcomes(table)
     for i in range(len(table.ids)):
         rows = competing(table, i)
-        wrong = len(rows) - len({r[2] for r in rows} & set(table.queries.right[i]))
+        wrong = len(rows) - len({r[2] for r in rows} & set(table.queries.right(i)))
         for name, values in parts.items():
             if name.startswith(("recall@", "map@", "semantic")) and wrong >= int(
                 name.split("@")[1].split("/")[0]
@@ -322,7 +322,7 @@ def test_fashioniq_holds_three_galleries_in_one_table():
     t = table(
         scores, "fashioniq", tuple(images), ids=("1", "2", "3"), reference=("a", "d", "e"),
         targets=(("b",), ("c",), ("f",)), categories=(("dress",), ("shirt",), ("toptee",)),
-        gallery=("dress split", "shirt split", "toptee split"),
+        gallery=("val/dress/split", "val/shirt/split", "val/toptee/split"),
     )  # fmt: skip
     found = evaluate(t, ks=(1, 2, 4))
     assert found["recall@2/dress"] == found["recall@2/shirt"] == 1
@@ -330,8 +330,10 @@ def test_fashioniq_holds_three_galleries_in_one_table():
     assert found["recall@2/macro_3"] == pytest.approx(2 / 3)
     assert found["recall@4/macro_3"] == 1
     assert "recall@2" not in found  # pooled over categories is nobody's number
-    assert t.queries.gallery_names == ("split",)
-    assert comparison.counts(t) == "3 queries of protocol fashioniq, 8 candidates; gallery split"
+    assert t.queries.gallery_names == ("val split",)
+    assert (
+        comparison.counts(t) == "3 queries of protocol fashioniq, 8 candidates; gallery val split"
+    )
 
 
 def test_fashioniq_weighs_categories_alike_and_averages_both_means():
@@ -841,3 +843,112 @@ def test_circo_s_example_submission_gives_the_published_numbers():
                 total = sum(sum(hits[: i + 1]) / (i + 1) for i in range(10) if hits[i])
                 mine.append(total / min(len(r["gt_img_ids"]), 10))
         assert found[f"semantic_map@10/{aspect}"] == pytest.approx(np.mean(mine))
+
+
+class Constant:
+    """One score for every image of the row's own gallery, made row by row."""
+
+    dtype = np.dtype("float32")
+
+    def __init__(self, members: list[np.ndarray], width: int) -> None:
+        self.members, self.shape = members, (len(members), width)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        rows = np.full((part.stop - part.start, self.shape[1]), -np.inf, np.float32)
+        for row, mine in zip(rows, self.members[part], strict=True):
+            row[mine] = 0.5
+        return rows
+
+
+def official(folder: str, where: str):
+    return pytest.mark.skipif(
+        not (OFFICIAL / folder).is_dir(),
+        reason=f"HEADSTART_OFFICIAL_DATA must name a folder with {folder}/ of github.com/{where}",
+    )
+
+
+def read(name: str) -> Any:
+    return json.loads((OFFICIAL / name).read_text())
+
+
+@official(
+    "cirr", "Cuberick-Orion/CIRR, branch cirr_dataset (commit 2276fba: captions/, image_splits/)"
+)
+def test_constant_scores_on_cirr_val_get_nothing_and_chance_is_the_documented_line():
+    rows, images = (
+        read("cirr/captions/cap.rc2.val.json"),
+        list(read("cirr/image_splits/split.rc2.val.json")),
+    )
+    asked = ComposedQueries(
+        [str(r["pairid"]) for r in rows], [r["reference"] for r in rows],
+        [[r["target_hard"], *(t for t in r["target_soft"] if t != r["target_hard"])] for r in rows],
+        "cirr", "val", "val", subset=[r["img_set"]["members"] for r in rows],
+    )  # fmt: skip
+    t = ComposedScores(Constant([np.arange(2297)] * len(rows), 2297), images, asked, "cosine")
+    assert t.scores.shape == (4181, 2297)
+    assert set(evaluate(t).values()) == {0.0}
+    lines = composed.chance(t)
+    assert [lines[f"recall@{k}"] for k in (1, 5, 10, 50)] == pytest.approx(
+        [k / 2296 for k in (1, 5, 10, 50)]
+    )
+    assert [lines[f"recall_subset@{k}"] for k in (1, 2, 3)] == pytest.approx([0.2, 0.4, 0.6])
+
+
+@official("fashioniq", "XiaoxiaoGuo/fashion-iq (commit f71b16c: captions/, image_splits/)")
+@pytest.mark.parametrize("kind", ["split", "union"])
+def test_constant_scores_on_fashioniq_val_get_nothing_and_chance_is_the_documented_line(kind):
+    sizes = {"split": (3817, 6346, 5373), "union": (2628, 3089, 2902)}[kind]
+    rows = {c: read(f"fashioniq/captions/cap.{c}.val.json") for c in CATEGORIES["fashioniq"]}
+    galleries = {
+        c: read(f"fashioniq/image_splits/split.{c}.val.json")
+        if kind == "split"
+        else list(dict.fromkeys(x for r in rows[c] for x in (r["candidate"], r["target"])))
+        for c in rows
+    }
+    names = list(dict.fromkeys(image for gallery in galleries.values() for image in gallery))
+    place = {name: i for i, name in enumerate(names)}
+    members = {c: np.array([place[image] for image in gallery]) for c, gallery in galleries.items()}
+    every = [(c, i, r) for c, mine in rows.items() for i, r in enumerate(mine)]
+    asked = ComposedQueries(
+        [f"{c}/{i}" for c, i, _ in every], [r["candidate"] for *_, r in every], [[r["target"]] for *_, r in every],
+        "fashioniq", "val", [f"{c} {kind}" for c, *_ in every], [[c] for c, *_ in every],
+    )  # fmt: skip
+    t = ComposedScores(
+        Constant([members[c] for c, *_ in every], len(names)), names, asked, "cosine"
+    )
+    assert tuple(map(len, members.values())) == sizes
+    assert (len(t.ids), t.queries.gallery_names) == (6016, (kind,))
+    assert set(evaluate(t).values()) == {0.0}
+    lines = composed.chance(t)
+    assert [lines[f"recall@10/{c}"] for c in rows] == pytest.approx([10 / n for n in sizes])
+    if kind == "split":
+        assert [f"{100 * lines[f'recall@10/{c}']:.2f}" for c in rows] == ["0.26", "0.16", "0.19"]
+
+
+@official("genecis", "facebookresearch/genecis (commit 0c5c968: the object tasks)")
+def test_constant_scores_on_genecis_get_nothing_though_the_target_comes_first():
+    kinds = ("focus_object", "change_object")
+    every = [(kind, r) for kind in kinds for r in read(f"genecis/{kind}.json")]
+    number = "val_image_id"
+    own = [
+        list(dict.fromkeys(str(x[number]) for x in (r["target"], *r["gallery"]))) for _, r in every
+    ]
+    asked = ComposedQueries(
+        [f"{kind}/{i}" for i, (kind, _) in enumerate(every)], [str(r["reference"][number]) for _, r in every],
+        [row[:1] for row in own], "genecis", "test", "own candidates", [[kind] for kind, _ in every],
+    )  # fmt: skip
+    padded = np.array([row + [""] * (15 - len(row)) for row in own])
+    assert sorted({len(row) for row in own}) == [
+        14,
+        15,
+    ]  # one row names its target among the distractors
+    t = ComposedScores(np.full((len(own), 15), 0.5), padded, asked, "cosine")
+    assert len(t.ids) == 3920
+    assert set(evaluate(t).values()) == {0.0}
+    lines = composed.chance(t)
+    assert [f"{100 * lines[f'recall@{k}/focus_object']:.1f}" for k in (1, 2, 3)] == [
+        "6.7",
+        "13.3",
+        "20.0",
+    ]
+    assert not any("macro" in name for name in lines)
