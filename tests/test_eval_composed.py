@@ -13,7 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import comparison, composed, score_io
+from eval import cli, comparison, composed, score_io
 from eval.composed import evaluate
 from eval.composed_lists import evaluate_lists, ranked, ranked_subset
 from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
@@ -674,6 +674,19 @@ def test_what_goes_in_comes_out_and_rows_stay_on_disk(tmp_path, monkeypatch):
     again = score_io.load(score_io.save(back, path, overwrite=True))
     assert isinstance(again, ComposedScores)
     assert evaluate(again) == evaluate(t)
+
+
+def test_the_shell_gives_the_numbers_and_says_which_images_were_trained_on(tmp_path, capsys):
+    overlap = {"count": 3, "says": "3 of its 9 images were trained on"}
+    t = replace(stored(), meta={"train_overlap": overlap})
+    path = score_io.save(t, tmp_path / "scores.zarr")
+    assert cli.main(["metrics", "--json", str(path)]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["metrics"] == evaluate(t)
+    assert entry["chance"] == composed.chance(t)
+    assert entry["warnings"] == [overlap["says"]]
+    assert cli.main(["metrics", str(path)]) == 0
+    assert overlap["says"] in capsys.readouterr().out
 
 
 def test_own_candidates_go_through_the_file_too(tmp_path):
