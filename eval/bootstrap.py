@@ -225,7 +225,7 @@ def strata(table: Resampled) -> Int[np.ndarray, " n"]:
     if isinstance(table, ComposedScores) and table.queries.protocol in ("fashioniq", "genecis"):
         kinds = table.queries.kinds
         return np.array([kinds.index(row[0]) for row in table.queries.categories], dtype=np.int64)
-    return np.zeros(len(table.scores), dtype=np.int64)
+    return np.zeros(int(table.scores.shape[0]), dtype=np.int64)
 
 
 def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
@@ -245,7 +245,7 @@ def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
         query = np.array([i for i, _ in links], dtype=np.int64)
         answer = np.array([number[a] for _, a in links], dtype=np.int64)
         return _connected(query, answer, (len(groups), len(number)))[0]
-    return np.arange(len(table.scores))
+    return np.arange(int(table.scores.shape[0]))
 
 
 def _connected(

@@ -88,7 +88,7 @@ def _metrics(args: argparse.Namespace) -> None:
 
 def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) -> dict[str, Any]:
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
-    from eval import composed, comparison, czsl, matching, retrieval, score_io
+    from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
     from eval.czsl import CompositionScores
     from eval.retrieval import RetrievalScores
