@@ -257,14 +257,14 @@ def _check_texts(backbone: Any) -> dict[str, float]:
     _must(backbone.truncated(CAPTIONS) == 0, "truncated: counts a short caption")
     long = " ".join(["word"] * 500)
     _must(backbone.truncated(["a", long]) == 1, "truncated: misses a 500-word caption")
-    full, most = int(backbone.lengths(backbone.tokenize([long]))[0]), backbone.spec.dims["context"]
-    _must(full == most, f"lengths: a caption cut to {most} tokens has {full}")
     out = backbone.encode_texts(ids)
     _check_streams(backbone, "text", out, len(ids))
     lengths = out["length"].tolist()
     _must(all(0 < n <= ids.shape[1] for n in lengths), f"text/length {lengths} leaves the tokens")
     known = backbone.lengths(ids).tolist()
     _must(known == lengths, f"lengths: says {known} before the pass, which then gives {lengths}")
+    full, most = int(backbone.lengths(backbone.tokenize([long]))[0]), backbone.spec.dims["context"]
+    _must(full == most, f"lengths: a caption cut to {most} tokens has {full}")
     found: dict[str, float] = {}
     again = backbone.encode_texts(ids)
     alone = [backbone.encode_texts(backbone.tokenize([text])) for text in CAPTIONS]
