@@ -37,6 +37,7 @@ from cache_builder.datasets.triplets import (
     compare_counts,
     harmless,
     image_record,
+    not_looked_for,
     read_rows,
     require_files,
     require_some_image,
@@ -143,7 +144,7 @@ def load(
         ),
         tasks=Tasks(composed=tuple(examples), galleries=galleries),
         decode=decode_rule(upright=False),
-        counts=told,
+        counts=told | not_looked_for(require_images),
         root=str(folder),
     )
 

@@ -39,6 +39,7 @@ from cache_builder.datasets.triplets import (
     compare_counts,
     harmless,
     image_record,
+    not_looked_for,
     read_rows,
     require_files,
     require_root,
@@ -46,7 +47,7 @@ from cache_builder.datasets.triplets import (
     some_of,
 )
 from cache_builder.images import decode_rule
-from cache_builder.records import DatasetError, read_json
+from cache_builder.records import DatasetError, DatasetNotFound, read_json
 
 FILES = {"train": "train", "val": "val", "test": "test1"}
 FOLDERS = {"train": "train", "val": "dev", "test": "test1"}
@@ -137,6 +138,7 @@ def load(
             TextRecord(e.id, r.text("caption", empty=True))
             for e, r in zip(found, rows, strict=True)
         ]
+        check_unique("cirr", "image names", (*places, *listed))
         places |= listed
         examples += found
         galleries[split] = Gallery(tuple(listed), with_reference=False)
@@ -160,7 +162,9 @@ def load(
         texts=tuple(texts),
         tasks=Tasks(composed=tuple(examples), galleries=galleries),
         decode=decode_rule(upright=False),
-        counts=told | {"blank captions": f"{blank:,}", "layout": layout},
+        counts=told
+        | {"blank captions": f"{blank:,}", "layout": layout}
+        | not_looked_for(require_images),
         root=str(folder),
     )
 
@@ -202,12 +206,17 @@ def miniature(root: str | Path, *, layout: str = "official") -> Path:
 def _layout(root: Path) -> str:
     """The layout whose captions folder is there."""
     there = [name for name, (part, _) in LAYOUTS.items() if (root / part / "captions").is_dir()]
+    if not there:
+        raise DatasetNotFound(
+            f"cirr looked in {root} for captions/ (layout official) and cirr/captions/ (layout common), and found "
+            f"neither; {SOURCE}"
+        )
     if len(there) == 2:
         raise DatasetError(
             f"{root} holds both captions/ (layout official) and cirr/captions/ (layout common); say which one counts with "
             "layout=official or layout=common"
         )
-    return there[0] if there else "official"
+    return there[0]
 
 
 def _read_images(annotations: Path, split: str, pictures: Path) -> dict[str, tuple[Place, ...]]:

@@ -18,6 +18,7 @@ Source: Wu et al., CVPR 2021; XiaoxiaoGuo/fashion-iq at f71b16c, whose README na
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -36,6 +37,7 @@ from cache_builder.datasets.triplets import (
     compare_counts,
     harmless,
     image_record,
+    not_looked_for,
     read_list,
     read_rows,
     require_files,
@@ -143,32 +145,25 @@ def load(
     galleries: dict[str, Gallery] = {}
     counts: dict[str, Count] = {}
     empty = 0
-    for split in chosen:
-        for category in CATEGORIES:
-            name = f"{split}/{category}/{gallery}"
-            listed = _read_gallery(folder / f"image_splits/split.{category}.{split}.json")
-            for number, row in enumerate(
-                read_rows(folder / f"captions/cap.{category}.{split}.json")
-            ):
-                said = _captions(row)
-                empty += not all(said)
-                wordings = _wordings(f"{category}/{split}/{number}", said, orders)
-                texts += wordings
-                examples.append(
-                    _example(row, f"{category}/{split}/{number}", wordings, category, split, name)
-                )
-            mine = [e for e in examples if e.gallery == name]
+    for split, category in product(chosen, CATEGORIES):
+        name = f"{split}/{category}/{gallery}"
+        listed = _read_gallery(folder / f"image_splits/split.{category}.{split}.json")
+        mine: list[ComposedExample] = []
+        for number, row in enumerate(read_rows(folder / f"captions/cap.{category}.{split}.json")):
+            said = _captions(row)
+            empty += not all(said)
+            query = f"{category}/{split}/{number}"
+            wordings = _wordings(query, said, orders)
+            texts += wordings
+            mine.append(_example(row, query, wordings, category, split, name))
+        if gallery == "union":
             named = {image for e in mine for image in (e.reference, *e.targets)}
-            if gallery == "union":
-                named_only = tuple(image for image in listed if image in named)
-            galleries[name] = Gallery(
-                listed if gallery == "split" else named_only, with_reference=True
-            )
-            counts[f"{split} {category} queries"] = Count(len(mine), QUERIES[category][split])
-            of_val = GALLERIES[gallery][category] if split == "val" else None
-            counts[f"{split} {category} gallery {gallery}"] = Count(
-                len(galleries[name].images), of_val
-            )
+            listed = tuple(image for image in listed if image in named)
+        examples += mine
+        galleries[name] = Gallery(listed, with_reference=True)
+        counts[f"{split} {category} queries"] = Count(len(mine), QUERIES[category][split])
+        of_val = GALLERIES[gallery][category] if split == "val" else None
+        counts[f"{split} {category} gallery {gallery}"] = Count(len(listed), of_val)
     check_examples("fashioniq", examples, galleries)
     told = compare_counts(
         "fashioniq",
@@ -190,7 +185,9 @@ def load(
         texts=tuple(texts),
         tasks=Tasks(composed=tuple(examples), galleries=galleries),
         decode=decode_rule(upright=False),
-        counts=told | {"queries with an empty caption": f"{empty:,}"},
+        counts=told
+        | {"queries with an empty caption": f"{empty:,}"}
+        | not_looked_for(require_images),
         root=str(folder),
     )
 

@@ -18,7 +18,6 @@ and Visual Genome.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,13 @@ from cache_builder.datasets.triplets import (
     compare_counts,
     first_path,
     image_record,
+    not_looked_for,
     read_rows,
     require_files,
     require_some_image,
     some_of,
 )
-from cache_builder.images import MAX_PIXELS, BadImage, decode_rule, image_size, open_image
+from cache_builder.images import MAX_PIXELS, MAX_SIDE, BadImage, decode_rule, image_size, open_image
 from cache_builder.records import DatasetError
 
 TASKS = ("focus_attribute", "change_attribute", "focus_object", "change_object")
@@ -173,7 +173,9 @@ def load(
         texts=tuple(TextRecord(condition, condition) for condition in conditions),
         tasks=Tasks(composed=tuple(examples)),
         decode=decode_rule(upright=False) + cropped,
-        counts=told | {"rows that list an image twice": f"{repeated:,}"},
+        counts=told
+        | {"rows that list an image twice": f"{repeated:,}"}
+        | not_looked_for(require_images),
         root=str(folder),
     )
 
@@ -265,7 +267,7 @@ def _box(entry: Row) -> Box:
     if (
         len(values) != 4
         or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        or not all(math.isfinite(v) and abs(v) < 1e6 for v in values)
+        or not all(abs(v) < MAX_SIDE for v in values)
         or min(values[2:]) <= 0
     ):
         raise DatasetError(

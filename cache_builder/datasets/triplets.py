@@ -182,6 +182,11 @@ def require_some_image(
         )
 
 
+def not_looked_for(require_images: bool) -> dict[str, str]:
+    """What the counts say where a set is read without its images."""
+    return {} if require_images else {"images on disk": "images not looked for"}
+
+
 def image_record(image: str, places: Sequence[Place], *, follow_links: bool) -> ImageRecord:
     """An image that lies at the first of the places where there is a file."""
     first = partial(first_path, tuple(places), follow_links)
@@ -224,7 +229,7 @@ def check_examples(
     outside = [
         f"{image!r} of query {e.id!r}"
         for e in examples
-        for image in ((e.reference, *e.targets) if e.gallery else e.targets)
+        for image in ((e.reference, *e.targets, *e.subset) if e.gallery else e.targets)
         if image not in (members[e.gallery] if e.gallery else e.subset)
     ]
     _refuse(name, outside, "images that queries name are not in their gallery")
@@ -282,7 +287,9 @@ def compare_counts(
             'check="none" if this is a subset or a set of your own'
         )
     if official:
-        identity = "the published one, its counts asserted" if certain else "has no certain counts"
+        identity = (
+            "the published one, its counts asserted" if certain else "no count of it is certain"
+        )
     else:
         identity = (
             "published names, counts not asserted" if published else "another set in this layout"
