@@ -15,7 +15,8 @@ Counts, A asserted on the published set, P from papers:
     gallery 123,403 P
 Traps: the published loader pads ground truths to 23, the files do not, and padding here would be a wrong answer that
 counts as right. The shared concept is no part of the modification.
-Source: Baldrati et al., arXiv 2303.15247; miccunifi/CIRCO at 267b5c9. Annotations CC BY-NC 4.0; images under COCO's terms.
+Source: Baldrati et al., arXiv 2303.15247; miccunifi/CIRCO at 267b5c9. Annotations CC BY-NC 4.0; images under the terms
+of COCO.
 """
 
 import json

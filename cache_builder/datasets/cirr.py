@@ -213,8 +213,8 @@ def _layout(root: Path) -> str:
         )
     if len(there) == 2:
         raise DatasetError(
-            f"{root} holds both captions/ (layout official) and cirr/captions/ (layout common); say which one counts with "
-            "layout=official or layout=common"
+            f"{root} holds both captions/ (layout official) and cirr/captions/ (layout common); say which one counts "
+            "with layout=official or layout=common"
         )
     return there[0]
 
@@ -242,8 +242,9 @@ def _example(row: Row, split: str) -> ComposedExample:
             f"{row.place}: members {members!r:.200} are not six different images with the reference {reference!r}"
         )
     targets = () if split == "test" else (row.text("target_hard"),)
-    if not set(targets) <= set(members):
-        raise DatasetError(f"{row.place}: target_hard {targets[0]!r} is not among the members")
+    for target in targets:
+        if target not in members:
+            raise DatasetError(f"{row.place}: target_hard {target!r} is not among the members")
     return ComposedExample(
         id=str(row.number("pairid")),
         reference=reference,

@@ -202,7 +202,7 @@ def clean(caption: str) -> str:
 
 
 def miniature(root: str | Path) -> Path:
-    """Three categories and splits of four images each; one image is a shirt and a top, one gallery is wider than its triplets."""
+    """Four images for each category and split, three of them in its triplets; one image is a shirt and a top."""
     root = Path(root)
     for part in ("captions", "image_splits", "images"):
         (root / part).mkdir(parents=True)

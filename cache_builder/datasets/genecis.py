@@ -10,11 +10,11 @@ Counts, A asserted on the published set, P from papers:
                    focus_attribute   change_attribute   focus_object   change_object
     rows           1,998 P           2,112 P            1,960 A        1,960 A
     distractors    9 P               14 P               14 A           14 A
-Traps: the target comes first, so ties must count against it. An attribute image is a crop, lop-sided on purpose:
-see `crop_box`. One row of change_object lists its target among the distractors too; it competes once. A condition is one
+Traps: the target comes first, so ties must count against it. An attribute image is a crop, lop-sided on purpose: see
+`crop_box`. One row of change_object lists its target among the distractors too; it competes once. A condition is one
 word or two, and no prompt is made of it here.
-Source: Vaze, Carion, Misra, CVPR 2023; facebookresearch/genecis at 0c5c968, CC BY-NC 4.0; images under the terms of COCO
-and Visual Genome.
+Source: Vaze, Carion, Misra, CVPR 2023; facebookresearch/genecis at 0c5c968, CC BY-NC 4.0; images under the terms of
+COCO and Visual Genome.
 """
 
 import json
