@@ -107,7 +107,10 @@ def load(
     check_options(OPTIONS, check=check, require_images=require_images, follow_links=follow_links)
     chosen = some_of("splits", splits, tuple(QUERIES))
     wanted = [f"annotations/{split}.json" for split in chosen] + [LIST] * require_images
-    remedy = "Or name the splits that are there, e.g. splits=val; require_images=false reads without images and their list"
+    remedy = (
+        "Or name the splits that are there, e.g. splits=val; "
+        "require_images=false does without images and their list"
+    )
     folder = require_files("circo", root, wanted, SOURCE, remedy)
     rows = {split: read_rows(folder / f"annotations/{split}.json") for split in chosen}
     whole = (folder / LIST).is_file()
