@@ -18,6 +18,11 @@ OFFICIAL = pytest.mark.skipif(
     "(miccunifi/CIRCO) and genecis/{focus,change}_object.json (facebookresearch/genecis)",
 )
 
+NO_NUMBERS = pytest.mark.parametrize(
+    "number", [True, False, -1, 10**12, 1.0, "7", None, [7]], ids=repr
+)
+"""What is no number of an image."""
+
 
 def official(name: str) -> Path:
     """The root of a published set; genecis has a folder of its name below it."""
@@ -78,3 +83,7 @@ def encoded(dataset: Dataset) -> set[str]:
     named |= {i for e in dataset.tasks.composed for i in (e.reference, *e.targets, *e.subset)}
     assert named <= held, f"not encoded: {sorted(named - held)[:3]}"
     return held
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
