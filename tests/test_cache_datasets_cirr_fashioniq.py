@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cache_builder import FeatureCache
+from cache_builder.backbones import clip
 from cache_builder.datasets import cirr, fashioniq
 from cache_builder.errors import UnknownName
 from cache_builder.records import DatasetError, DatasetNotFound
@@ -160,6 +163,15 @@ def test_a_blank_caption_stays_a_query_of_cirr_and_is_counted(photos: Path) -> N
     dataset = cirr.load(photos)
     assert words(dataset, asked(dataset, "test")[0]) == [""]
     assert dataset.counts["blank captions"] == "1"
+
+
+def test_a_blank_caption_can_be_built(
+    photos: Path, make_cache: Callable[..., FeatureCache]
+) -> None:
+    change_row(photos / "captions/cap.rc2.test1.json", 0, caption=" ")
+    cache = make_cache(dataset=cirr.load(photos), backbone=clip.tiny())
+    assert cache.tasks == cirr.load(photos).tasks
+    assert not cache.quarantined
 
 
 def test_both_layouts_of_cirr_say_the_same(photos: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from composed_sets import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stand_in import StandIn
 
 from cache_builder import FeatureCache
 from cache_builder.datasets import circo, genecis
@@ -117,7 +118,8 @@ def test_a_crop_s_id_is_no_number_of_coco(looks: Path) -> None:
 def test_a_picture_of_visual_genome_lies_in_the_first_folder_that_has_it(looks: Path) -> None:
     def shown() -> Any:
         image = {i.id: i for i in genecis.load(looks).images}["2400001@0,0,30.5,20"]
-        return image.open().getpixel((4, 4))
+        picture = image.open()
+        return picture.getpixel((picture.width // 2, picture.height // 2))
 
     assert sorted(p.name for p in looks.iterdir()) == ["VG_100K", "VG_100K_2", "genecis", "val2017"]
     grey = shown()
@@ -221,14 +223,13 @@ def test_crops_of_one_file_are_all_encoded(
     looks: Path, make_cache: Callable[..., FeatureCache]
 ) -> None:
     """Files of the same bytes are encoded once, so a crop may not give its file as its own."""
-    dataset = genecis.load(looks)
-    cache = make_cache(dataset=dataset)
+    dataset, backbone = genecis.load(looks), StandIn()
+    cache = make_cache(dataset=dataset, backbone=backbone)
     assert not cache.quarantined
-    rows = cache.numpy("image/pooled", "test")
+    assert sum(backbone.encoded) == len(dataset.images) + len(dataset.texts) == 9 + 2
     crops = [i for i in dataset.images if "@" in i.id]
     assert {i.path for i in crops} == {None}
     assert len({i.open().tobytes() for i in crops}) == len(crops) == 6
-    assert len(np.unique(rows, axis=0)) > 1
 
 
 def test_a_box_outside_its_picture_is_left_to_the_build(looks: Path) -> None:
@@ -253,6 +254,8 @@ def slow_crop(picture: Image.Image, box: tuple[float, float, float, float]) -> n
     right, bottom = min(width, left + 1.7 * w), min(height, top + 1.7 * h)
     columns = [c for c in range(width) if round(left) <= c < round(right)]
     rows = [r for r in range(height) if round(top) <= r < round(bottom)]
+    if columns and rows:  # as Pillow rounds
+        assert picture.crop((left, top, right, bottom)).size == (len(columns), len(rows))
     side = max(len(columns), len(rows))
     square = np.zeros((side, side, 3), np.uint8)
     down, across = (side - len(rows)) // 2, (side - len(columns)) // 2

@@ -231,7 +231,7 @@ def miniature(root: str | Path) -> Path:
     for i, number in enumerate((5, 70, 4321)):
         Image.new("RGB", (40, 30 + i), (80 * i, 120, 60)).save(root / COCO / f"{number:012d}.jpg")
     for i, (part, number) in enumerate(zip(GENOME[1:], (61, 2400001), strict=True)):
-        picture = Image.linear_gradient("L").resize((64 + i, 48)).convert("RGB")
+        picture = Image.linear_gradient("L").rotate(90 * i).resize((64 + i, 48)).convert("RGB")
         picture.save(root / part / f"{number}.jpg")
     coco = [{"val_image_id": n} for n in (5, 70, 4321)]
     boxes = [[20, 10, 12, 8], [0, 0, 30.5, 20], [50, 30, 14, 18]]
