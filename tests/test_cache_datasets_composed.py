@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from composed_sets import (
     OFFICIAL,
@@ -23,6 +24,8 @@ from cache_builder.errors import CacheError, UnknownName
 from cache_builder.images import BadImage
 from cache_builder.records import DatasetError, DatasetNotFound
 from cache_builder.testing import check_dataset
+from eval.composed import evaluate
+from eval.composed_table import ComposedScores
 
 ALL = pytest.mark.parametrize(
     "module", [cirr, fashioniq, circo, genecis], ids=["cirr", "fashioniq", "circo", "genecis"]
@@ -84,6 +87,27 @@ def test_the_evaluator_takes_the_examples_as_they_are(module, tmp_path: Path) ->
         published = split == "val" or module is genecis
         assert queries.answered == published
         assert [bool(t) for t in queries.targets] == [published] * len(queries.ids)
+
+
+@ALL
+def test_right_answers_on_top_give_full_marks_and_equal_scores_none(module, tmp_path: Path) -> None:
+    """Equal scores count against the target although it comes first in a row of genecis."""
+    dataset = module.load(made(module, tmp_path))
+    split = "test" if module is genecis else "val"
+    queries = as_queries(dataset, split)
+    candidates = [image.id for image in dataset.images]
+    flat = np.full((len(queries.ids), len(candidates)), -np.inf, np.float32)
+    best = flat.copy()
+    for i, e in enumerate(asked(dataset, split)):
+        competing = dataset.tasks.galleries[e.gallery].images if e.gallery else e.subset
+        for score, some in ((0, competing), (1, e.targets), (2, e.targets[:1])):
+            best[i, [candidates.index(one) for one in some]] = score
+        flat[i, [candidates.index(one) for one in competing]] = 0
+    full = evaluate(ComposedScores(best, candidates, queries, space="cosine"), ks=[1])
+    none = evaluate(ComposedScores(flat, candidates, queries, space="cosine"), ks=[1])
+    assert any(name.startswith("recall@1") for name in full)
+    assert set(full.values()) == {1}
+    assert {value for name, value in none.items() if "@1" in name} == {0}
 
 
 def test_the_shared_file_is_no_data_set() -> None:
