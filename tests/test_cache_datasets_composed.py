@@ -12,6 +12,7 @@ import pytest
 from composed_sets import (
     OFFICIAL,
     as_queries,
+    asked,
     official,
     rewrite,
 )
