@@ -73,8 +73,8 @@ def test_the_open_world_lists_the_objects_once(mit: Path, monkeypatch: pytest.Mo
     assert task
     expected = [(attr, obj) for attr in task.attrs for obj in task.objs]
     asked: list[CompositionTask] = []
-    objs = CompositionTask.objs.fget
-    monkeypatch.setattr(CompositionTask, "objs", property(lambda t: asked.append(t) or objs(t)))
+    objs = task.objs
+    monkeypatch.setattr(CompositionTask, "objs", property(lambda t: asked.append(t) or objs))
     assert task.candidates("test", "open") == tuple(expected)
     assert len(asked) == 1
 
