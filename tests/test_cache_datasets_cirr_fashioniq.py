@@ -122,9 +122,7 @@ def test_every_member_must_be_an_image_of_the_split(photos: Path) -> None:
     row = cirr_rows(photos, "test1")[0]
     members = [*row["img_set"]["members"][:5], "test1-gone"]
     change_row(photos / "captions/cap.rc2.test1.json", 0, img_set={"members": members})
-    with pytest.raises(
-        DatasetError, match=r"'test1-gone' of query .* not in their gallery|are not in"
-    ):
+    with pytest.raises(DatasetError, match=r"not in their gallery, e\.g\. 'test1-gone' of query"):
         cirr.load(photos)
 
 
