@@ -403,12 +403,14 @@ def _check_tasks(dataset: Dataset) -> None:
         task = tasks.czsl
         _must(bool(task.pairs.get("train")), "czsl: no train pairs, so nothing is seen")
         uses += [(f"czsl {e.image!r}", (e.image,), (), e.split) for e in task.examples]
+        listed = {split: task.candidates(split) for split in task.pairs}
+        among = {split: set(pairs) for split, pairs in listed.items()}
         for example in task.examples:
-            pair = (example.attr, example.obj)
-            listed = pair in task.candidates(example.split)
-            _must(listed, f"czsl {example.image!r}: {pair} is no candidate of {example.split}")
-        for split in task.pairs:
-            for pair in task.candidates(split):
+            pair, split = (example.attr, example.obj), example.split
+            known = pair in among.get(split, ())
+            _must(known, f"czsl {example.image!r}: {pair} is no candidate of {split}")
+        for pairs in listed.values():
+            for pair in pairs:
                 _must(task.prompts.get(pair) in texts, f"czsl: no text for the prompt of {pair}")
         unknown = set(task.prompts.values()) - texts
         _must(not unknown, f"czsl: prompt id {next(iter(unknown), None)!r} is no text")

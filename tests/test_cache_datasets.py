@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cache_builder.datasets import folder, mit_states
-from cache_builder.datasets.base import CompositionExample, Dataset
+from cache_builder.datasets.base import CompositionExample, CompositionTask, Dataset, Pair
 from cache_builder.datasets.compositions import METADATA, PAIR_FOLDER, pair_id, prompt
 from cache_builder.errors import CacheError, UnknownName
 from cache_builder.records import DatasetError, DatasetNotFound
@@ -51,6 +51,32 @@ def test_a_record_measures_what_it_opens(module, tmp_path: Path) -> None:
     for record in module.load(module.miniature(tmp_path / "m")).images:
         assert record.measure is not None
         assert record.size() == record.open().size
+
+
+def test_checking_a_set_lists_the_candidates_of_a_split_once(
+    mit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    whole = CompositionTask.candidates
+
+    def counted(task: CompositionTask, split: str, world: str = "closed") -> tuple[Pair, ...]:
+        asked.append(split)
+        return whole(task, split, world)
+
+    monkeypatch.setattr(CompositionTask, "candidates", counted)
+    check_dataset(mit_states.load(mit))
+    assert sorted(asked) == ["test", "train", "val"]
+
+
+def test_the_open_world_lists_the_objects_once(mit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = mit_states.load(mit).tasks.czsl
+    assert task
+    expected = [(attr, obj) for attr in task.attrs for obj in task.objs]
+    asked: list[CompositionTask] = []
+    objs = task.objs
+    monkeypatch.setattr(CompositionTask, "objs", property(lambda t: asked.append(t) or objs))
+    assert task.candidates("test", "open") == tuple(expected)
+    assert len(asked) == 1
 
 
 def test_captions_conform_too(tmp_path: Path) -> None:

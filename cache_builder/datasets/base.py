@@ -90,7 +90,8 @@ class CompositionTask:
     def candidates(self, split: str, world: str = "closed") -> tuple[Pair, ...]:
         """Candidate pairs: train ∪ the split's pairs (closed) or all attr × obj, attribute-major (open)."""
         if world == "open":
-            return tuple((attr, obj) for attr in self.attrs for obj in self.objs)
+            objs = self.objs
+            return tuple((attr, obj) for attr in self.attrs for obj in objs)
         return tuple(dict.fromkeys((*self.pairs["train"], *self.pairs[split])))
 
 
