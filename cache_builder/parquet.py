@@ -60,7 +60,9 @@ class ParquetTable:
         self.n_rows: int = self._metadata.num_rows
         if self.n_rows > MAX_ROWS:
             raise DatasetError(f"{path} has {self.n_rows:,} rows, more than {MAX_ROWS:,}")
-        groups = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        groups = [
+            self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)
+        ]
         self._starts = [0, *accumulate(groups)]
         self._file = self._guarded(lambda: self._open([]))
         types = self._guarded(lambda: [(f.name, f.type) for f in self._file.schema_arrow])
@@ -69,7 +71,10 @@ class ParquetTable:
         if len(self.kinds) < len(types):
             raise DatasetError(f"{path} has two columns of one name")
         self._plain = {name: _is_binary(kind) for name, kind in types}
-        self._lock, self._kept = Lock(), OrderedDict[tuple[str, int], tuple[list[bytes | None], int]]()
+        self._lock, self._kept = (
+            Lock(),
+            OrderedDict[tuple[str, int], tuple[list[bytes | None], int]](),
+        )
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, str | int | None]]:
         """Texts and whole numbers of the named columns, row by row.
@@ -89,7 +94,9 @@ class ParquetTable:
             batches = file.iter_batches(TEXTS, row_groups=[group], columns=list(columns))
             while (batch := self._guarded(lambda it=batches: next(it, None))) is not None:
                 cells = [self._guarded(lambda c=c: _values(batch.column(c))) for c in columns]
-                yield from (dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True))
+                yield from (
+                    dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)
+                )
 
     def cell(self, column: str, row: int) -> bytes:
         """The encoded picture in an image column.

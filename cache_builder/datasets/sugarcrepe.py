@@ -8,7 +8,7 @@ Counts, all A (asserted on the published set, RAIVNLab/sugar-crepe at 0047054):
     add_att  add_obj  replace_att  replace_obj  replace_rel  swap_att  swap_obj | items  images
         692    2,062          788        1,652        1,406       666       245 | 7,511   1,560
 Key "108" of swap_obj is missing: a caption of COCO image 310622 was removed. Older copies have it (246, 7,512, 1,561).
-Of the 7,511 true captions 1,074 have outer whitespace (A), which is stripped; of the negatives none.
+Of the 7,511 true captions 1,074 have outer whitespace, which is stripped; of the negatives none (both counted).
 Source: Hsieh et al., arXiv 2306.14610, MIT licence; pictures are those of COCO val2017. No prompt template.
 """
 
@@ -67,7 +67,7 @@ OFFICIAL = Official(
 def load(
     root: str | Path | None,
     *,
-    images: str | Path | None = None,
+    images: str | None = None,
     check: str = "auto",
     require_images: bool = True,
     follow_links: bool = False,
@@ -195,7 +195,7 @@ def _folder_of(root: Path) -> Path:
     return begun[0]
 
 
-def _pictures_of(root: Path, images: str | Path | None, required: bool) -> Path:
+def _pictures_of(root: Path, images: str | None, required: bool) -> Path:
     """The folder val2017."""
     if images is None:
         tried = [root / "val2017", root / "images/val2017"]
@@ -226,5 +226,7 @@ def _of_copy(older: bool) -> Official:
     """What to expect: the release, or the older copy with one item and one picture more."""
     if not older:
         return OFFICIAL
-    more = {what: n + (what in ("swap_obj", "items", "images")) for what, n in OFFICIAL.counts.items()}
+    more = {
+        what: n + (what in ("swap_obj", "items", "images")) for what, n in OFFICIAL.counts.items()
+    }
     return replace(OFFICIAL, counts=more)
