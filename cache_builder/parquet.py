@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar
@@ -64,6 +64,8 @@ class ParquetTable:
             self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)
         ]
         self._starts = [0, *accumulate(groups)]
+        if min(groups, default=0) < 0 or self._starts[-1] != self.n_rows:
+            raise DatasetError(f"{path} has a footer that contradicts itself; download it again")
         self._file = self._guarded(lambda: self._open([]))
         types = self._guarded(lambda: [(f.name, f.type) for f in self._file.schema_arrow])
         self.kinds: dict[str, Kind] = {name: _kind(kind) for name, kind in types}
@@ -71,10 +73,8 @@ class ParquetTable:
         if len(self.kinds) < len(types):
             raise DatasetError(f"{path} has two columns of one name")
         self._plain = {name: _is_binary(kind) for name, kind in types}
-        self._lock, self._kept = (
-            Lock(),
-            OrderedDict[tuple[str, int], tuple[list[bytes | None], int]](),
-        )
+        self._lock = Lock()
+        self._kept: OrderedDict[tuple[str, int], tuple[list[bytes | None], int]] = OrderedDict()
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, str | int | None]]:
         """Texts and whole numbers of the named columns, row by row.
@@ -87,16 +87,21 @@ class ParquetTable:
                 raise DatasetError(
                     f"{self.path}: column {name!r} holds neither texts nor whole numbers"
                 )
+        if not columns:
+            yield from ({} for _ in range(self.n_rows))
+            return
         # As dictionaries: one long value that many rows share stays one value.
         file = self._guarded(lambda: self._open([c for c in columns if self.kinds[c] == "text"]))
-        for group in range(len(self._starts) - 1):
+        for group, (start, stop) in enumerate(pairwise(self._starts)):
             self._check_chunk(group, columns)
             batches = file.iter_batches(TEXTS, row_groups=[group], columns=list(columns))
-            while (batch := self._guarded(lambda it=batches: next(it, None))) is not None:
-                cells = [self._guarded(lambda c=c: _values(batch.column(c))) for c in columns]
+            found = 0
+            while cells := self._guarded(lambda it=batches: _next_values(it, columns)):
+                found += len(cells[0])
                 yield from (
                     dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)
                 )
+            self._check_rows(group, found, stop - start)
 
     def cell(self, column: str, row: int) -> bytes:
         """The encoded picture in an image column.
@@ -135,6 +140,7 @@ class ParquetTable:
             size += batch.nbytes
             if size > self.max_chunk:
                 raise self._too_large(group, column, f"more than {self.max_chunk:,}")
+        self._check_rows(group, len(values), self._starts[group + 1] - self._starts[group])
         self._kept[column, group] = values, size
         while len(self._kept) > 2 and sum(s for _, s in self._kept.values()) > KEPT:
             self._kept.popitem(last=False)
@@ -148,6 +154,12 @@ class ParquetTable:
             name = part.path_in_schema.split(".")[0]
             if name in columns and part.total_uncompressed_size > self.max_chunk:
                 raise self._too_large(group, name, f"{part.total_uncompressed_size:,}")
+
+    def _check_rows(self, group: int, found: int, stated: int) -> None:
+        if found != stated:
+            raise DatasetError(
+                f"{self.path}: row group {group} has {found:,} rows, its footer says {stated:,}; download it again"
+            )
 
     def _too_large(self, group: int, column: str, size: str) -> DatasetError:
         return DatasetError(
@@ -237,6 +249,12 @@ def _is_binary(kind: Any) -> bool:
     import pyarrow as pa
 
     return pa.types.is_binary(kind)
+
+
+def _next_values(batches: Iterator[Any], columns: Sequence[str]) -> list[list[Any]]:
+    """Cells of the next batch, by column; none behind the last."""
+    batch = next(batches, None)
+    return [] if batch is None else [_values(batch.column(column)) for column in columns]
 
 
 def _values(column: Any) -> list[Any]:

@@ -195,7 +195,7 @@ def _tables(root: Path) -> list[Path]:
             f"{root} holds several tables, {', '.join(str(p.relative_to(root)) for p in [*parts, *lines])}; "
             "keep the one that counts"
         )
-    if lines or len(parts) == 1 and not PART.fullmatch(parts[0].name):
+    if lines or (len(parts) == 1 and not PART.fullmatch(parts[0].name)):
         return lines or parts
     return _whole(parts)
 

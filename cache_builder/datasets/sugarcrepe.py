@@ -141,7 +141,7 @@ def load(
 
 
 def miniature(root: str | Path) -> Path:
-    """Fourteen items on five pictures: two a file, a gap in the keys, outer whitespace, one picture in several files."""
+    """Fourteen items on five pictures, two a file: a gap in the keys, outer whitespace, pictures in several files."""
     root = Path(root)
     colours = [(200, 60, 50), (60, 90, 200), (70, 160, 80), (230, 200, 60), (120, 120, 130)]
     edits = {
@@ -197,9 +197,8 @@ def _folder_of(root: Path) -> Path:
 
 def _pictures_of(root: Path, images: str | None, required: bool) -> Path:
     """The folder val2017."""
-    if images is None:
-        tried = [root / "val2017", root / "images/val2017"]
-    else:
+    tried = [root / "val2017", root / "images/val2017"]
+    if images is not None:
         tried = [Path(images) / "val2017", Path(images)]
     found = next((folder for folder in tried if folder.is_dir()), None)
     if found is None and required:

@@ -55,8 +55,8 @@ PRESETS = {
         suffixes=("",),
         rows=None,
         source=(
-            "put the table at ROOT/data.jsonl, .csv or .parquet (columns image_0, image_1, caption_0, caption_1, and if "
-            "you like id and category; columns={…} for other names) and the pictures below ROOT/images"
+            "put the table at ROOT/data.jsonl, .csv or .parquet (columns image_0, image_1, caption_0, caption_1, and "
+            "if you like id and category; columns={…} for other names) and the pictures below ROOT/images"
         ),
     ),
     "winoground": Preset(
@@ -65,8 +65,8 @@ PRESETS = {
         suffixes=("", ".png"),  # the released table has bare stems
         rows=400,
         source=(
-            "ask for access at huggingface.co/datasets/facebook/winoground; put its examples.jsonl into ROOT, and unpack "
-            "images.zip as ROOT/images"
+            "ask for access at huggingface.co/datasets/facebook/winoground; put its examples.jsonl into ROOT, and "
+            "unpack images.zip as ROOT/images"
         ),
     ),
     "bivlc": Preset(
