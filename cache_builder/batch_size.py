@@ -2,12 +2,16 @@
 
 import logging
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
 from cache_builder.backbones.base import Backbone
+from cache_builder.beside import each
+from cache_builder.encoders import PictureEncoder
+from cache_builder.loading import AHEAD
 
 log = logging.getLogger(__name__)
 
@@ -17,40 +21,49 @@ MOST = 1024
 ON_A_CPU = 64
 """A CPU gains nothing from larger batches."""
 
+HELD = AHEAD + 2
+"""Batches of which a build holds inputs and streams at once: those that wait to be stored, the one that is stored, and
+the one that is encoded."""
 
-HELD = 4
-"""Batches whose streams a build holds at once: the one that is encoded, and those that wait to be stored."""
+BROUGHT = AHEAD + 1
+"""Batches whose inputs the loader has brought to the accelerator before they are asked for."""
 
 
-def fitting_batch_size(backbone: Backbone, blocks: Collection[int] = ()) -> int:
-    """The largest power of two whose streams fit the accelerator's memory as often as a build holds them. On a CPU 64.
+def fitting_batch_size(backbone: Backbone, streams: Collection[str]) -> int:
+    """The largest power of two of which an accelerator's memory takes all that a build holds at once. On a CPU 64.
 
     Args:
         backbone: on its device.
-        blocks: the states that are stored besides its own streams.
+        streams: what is stored: views bring inputs of their own, blocks more states.
 
     Raises:
-        torch.OutOfMemoryError: not even two images fit.
+        torch.OutOfMemoryError: not even single images fit.
     """
     if torch.device(backbone.device).type == "cpu":
         return ON_A_CPU
-    one = backbone.preprocess(Image.new("RGB", (640, 480), "gray"))
+    pictures = [s for s in streams if s.startswith("image/")]
+    encoder = PictureEncoder(pictures or ["image/pooled"], backbone)
+    looks = encoder.looks(0, Image.new("RGB", (640, 480), "gray"))
+    one = {home: backbone.preprocess(look) for home, look in looks.items()}
     size = MOST
-    while size >= 1:
-        pixels = default_collate([one] * size)
-        asked = {"blocks": blocks} if blocks else {}
+    while True:
         try:
-            with torch.inference_mode():
-                held = [backbone.encode_images(pixels, **asked) for _ in range(HELD)]
-            del held
+            _hold(encoder, default_collate([one] * size))
+            break
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size //= 2
-            continue
         finally:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        break
     log.info("batches of %d: no more than that fit the memory of %s", size, backbone.device)
     return size
+
+
+def _hold(encoder: PictureEncoder, batch: Any) -> None:
+    """Have as much on the accelerator as a build has."""
+    device = encoder.backbone.device
+    with torch.inference_mode():
+        brought = [each(batch, lambda t: t.to(device, copy=True)) for _ in range(HELD + BROUGHT)]
+        _ = [encoder.encode(inputs) for inputs in brought[:HELD]]

@@ -3,14 +3,17 @@
     stack thread    pinned memory ─▶ device      on a stream of its own; encoding waits for it, not for later copies
     store thread    cast, quantise ─▶ memory     on a stream of its own; waits for its batch, not for the next one
 
+Telling the device to compute takes no time, so whoever wants to know what is waited for waits for a mark (`Told`).
 On a CPU nothing of this is needed, and nothing is done.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Beside:
@@ -45,23 +48,41 @@ class Beside:
         each(inputs.tensors, lambda t: t.record_stream(stream))
         return inputs.tensors
 
-    def after(
-        self, outputs: Mapping[str, Tensor] | None, work: Callable[[], None]
-    ) -> Callable[[], None]:
-        """`work` on outputs that the device has been told to make, for another thread."""
-        if not self.cuda or outputs is None:
-            return work
-        made = torch.cuda.Event()
-        made.record(torch.cuda.current_stream(self.device))
+    def told(self) -> "Told":
+        """A mark behind all that the device has been told to compute; on a CPU that is done by then."""
+        if not self.cuda:
+            return Told(None)
+        event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to others
+        event.record(torch.cuda.current_stream(self.device))
+        return Told(event)
 
-        def later() -> None:
+    def after(
+        self, told: "Told", outputs: Mapping[str, Tensor] | None, work: Callable[[], T]
+    ) -> Callable[[], T]:
+        """`work` on outputs that the device makes before the mark `told`, for another thread."""
+        if told.event is None or outputs is None:
+            return work
+
+        def later() -> T:
+            told.wait()
             with torch.cuda.stream(self._storing):
-                torch.cuda.current_stream(self.device).wait_event(made)
                 for tensor in outputs.values():
                     tensor.record_stream(torch.cuda.current_stream(self.device))
-                work()
+                return work()
 
         return later
+
+
+class Told:
+    """A mark in the device's queue; without an event it is passed already."""
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        """Until the device has come there."""
+        if self.event is not None:
+            self.event.synchronize()
 
 
 class Coming:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_builder.bucket_errors import bucket_is_absent, check_endpoint, first_line, sentence
 from cache_builder.errors import CacheCorrupt, CacheError, CacheLocked, UnknownName
 from cache_builder.place import Place
 
@@ -56,7 +57,7 @@ class Bucket:
         """The place a URL names.
 
         Raises:
-            CacheError: obstore is not installed, or does not understand the URL.
+            CacheError: obstore is not installed, or does not understand the URL or the endpoint.
         """
         try:
             from obstore.store import from_url
@@ -64,10 +65,11 @@ class Bucket:
             raise UnknownName(
                 f"{url} lies on an object store, which needs obstore: pip install 'headstart[s3]'"
             ) from None
+        check_endpoint()
         try:
             return cls(from_url(url, retry_config=RETRY), url)
         except Exception as error:
-            raise CacheError(f"{url} cannot be used: {_first_line(error)}") from error
+            raise CacheError(f"{url} cannot be used: {first_line(error)}") from error
 
     def __str__(self) -> str:
         return self.url
@@ -198,13 +200,10 @@ class Bucket:
 
         try:
             return request()
-        except FileNotFoundError:
-            raise
         except (BaseError, OSError) as error:
-            raise CacheError(
-                f"{self.url}/{name}: the object store failed ({_first_line(error)}); what is finished is kept: repeat "
-                "when it can be reached"
-            ) from error
+            if isinstance(error, FileNotFoundError) and not bucket_is_absent(error):
+                raise
+            raise CacheError(f"{self.url}/{name}: {sentence(self.url, error)}") from error
 
 
 class Object:
@@ -228,7 +227,3 @@ class Object:
 
     def close(self) -> None:
         """There is nothing to let go of."""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

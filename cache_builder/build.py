@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
+import numpy as np
+
 from cache_builder.append import grown_contents, grown_spec, next_place, same_but_for_samples
 from cache_builder.backbones.base import Backbone
-from cache_builder.cache import Contents, FeatureCache, taken_up
+from cache_builder.cache import Contents, FeatureCache
 from cache_builder.contents import contents
 from cache_builder.datasets.base import Dataset
 from cache_builder.durable import exchange
@@ -30,6 +32,7 @@ from cache_builder.request import cache_spec
 from cache_builder.sample import LOSSY, passes, reports, sampled
 from cache_builder.spec import CacheSpec
 from cache_builder.storage import MODES, STATISTICS
+from cache_builder.takeup import taken_up
 from cache_builder.units import Engine, share
 
 log = logging.getLogger(__name__)
@@ -221,11 +224,11 @@ class Build:
         self, place: Place, spec: CacheSpec, fresh: Fresh, previous: FeatureCache | None
     ) -> FeatureCache:
         """A new cache with all that is known before the first forward pass."""
-        self._say_what_is_cut(spec)
         if previous is None:
             known = contents(spec, self.dataset, self.backbone, progress=self.progress)
         else:
             known = grown_contents(previous, spec, self.dataset, self.backbone, self.progress)
+        self._say_what_is_cut(spec, known)
         if self.strict and known.bad:
             raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
         known, report = self._measured(spec, known, previous)
@@ -271,13 +274,18 @@ class Build:
             arrays |= {name + end: v.numpy() for end, v in zip(STATISTICS, both, strict=True)}
         return Contents(known.tasks, arrays, known.bad), report
 
-    def _say_what_is_cut(self, spec: CacheSpec) -> None:
+    def _say_what_is_cut(self, spec: CacheSpec, known: Contents) -> None:
         """A text that does not fit is cut as the library does it; nobody should have to guess how many are."""
-        if self.dataset.texts and any(name.startswith("text/") for name in spec.streams):
-            cut = self.backbone.truncated([t.text for t in self.dataset.texts])
-            if cut:
-                n, most = len(self.dataset.texts), spec.backbone.dims["context"]
-                log.warning("%d of %d texts have more than %d tokens and are cut", cut, n, most)
+        texts, most = [t.text for t in self.dataset.texts], spec.backbone.dims.get("context", 0)
+        if not texts or not any(name.startswith("text/") for name in spec.streams):
+            return
+        n = len(texts)
+        if "text/offsets" in known.arrays:
+            # Tokenised already: who was cut has as many tokens as there may be.
+            strings, lengths = known.arrays["text/string"], np.diff(known.arrays["text/offsets"])
+            texts = [strings[i] for i in np.flatnonzero(lengths >= most).tolist()]
+        if cut := self.backbone.truncated(texts) if texts else 0:
+            log.warning("%d of %d texts have more than %d tokens and are cut", cut, n, most)
 
 
 def _continues(beside: Folder, spec: CacheSpec) -> bool:

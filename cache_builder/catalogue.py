@@ -153,17 +153,31 @@ class Catalogue:
         Args:
             home: `image`, or a view as `image/view_flip`.
         """
-        name = f"{home}/grid"
-        return np.frombuffer(self.chunks.read_whole(name), "<i4").reshape(self.layout(name).shape)
+        return self._measures(f"{home}/grid")
 
     def boxes(self) -> NDArray[np.int32]:
         """Left, upper, right, lower of every crop (crops, 4), in pixels of the resized picture."""
-        return np.frombuffer(self.chunks.read_whole("crop/box"), "<i4").reshape(-1, 4)
+        return self._measures("crop/box")
 
     def crop_owners(self) -> NDArray[np.int64]:
         """The image row of every crop, (crops,)."""
+        return self._crop_owners
+
+    @cached_property
+    def _crop_owners(self) -> NDArray[np.int64]:
         sizes = np.diff(self.offsets("crop/box"))
         return np.repeat(np.arange(len(sizes)), sizes)
+
+    def _measures(self, name: str) -> NDArray[np.int32]:
+        """An array of numbers of every picture or crop; read once, since every unit of a shared build asks for it."""
+        if name not in self._kept_measures:
+            found = np.frombuffer(self.chunks.read_whole(name), "<i4")
+            self._kept_measures[name] = found.reshape(self.layout(name).shape)
+        return self._kept_measures[name]
+
+    @cached_property
+    def _kept_measures(self) -> dict[str, NDArray[np.int32]]:
+        return {}
 
     def n_rows(self, side: Side) -> int:
         """Rows of a side: images, texts, crops, or parts of words."""

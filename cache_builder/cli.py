@@ -10,15 +10,18 @@ from pathlib import Path
 
 from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
 from cache_builder.errors import CacheError, UnknownName
+from cache_builder.pipe import quiet_when_unread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; a user's error is one sentence on stderr and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m cache_builder.cli", description=__doc__)
     add_verbs(parser.add_subparsers(dest="verb", required=True))
-    args = parser.parse_args(argv)
+    with quiet_when_unread():
+        args = parser.parse_args(argv)
     try:
-        args.func(args)
+        with quiet_when_unread():
+            args.func(args)
     except (CacheError, FileNotFoundError) as error:
         print(f"{args.verb}: {error}", file=sys.stderr)
         return 1
@@ -177,7 +180,7 @@ def _writing(path: Path, then: str) -> Iterator[None]:
         print(f"\nstopped while writing {path}; {then}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
-        if isinstance(error, CacheError):
+        if isinstance(error, (CacheError, BrokenPipeError)):
             raise
         raise CacheError(
             f"{path} cannot be written ({error}); make room or choose another place; {then}"

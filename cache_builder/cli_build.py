@@ -13,21 +13,16 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from cache_builder.cli_cost import announce, chosen_storage
+from cache_builder.cli_engines import devices_of, engine_of, share_rank
 from cache_builder.errors import CacheError, UnknownName
 
 if TYPE_CHECKING:
-    from cache_builder.backbones.base import Backbone
     from cache_builder.cache import FeatureCache
-    from cache_builder.datasets.base import Dataset
     from cache_builder.header import Header
-    from cache_builder.spec import CacheSpec
-    from cache_builder.units import Engine
 
 INTERRUPTED = 130
 """Exit status of a command stopped by Ctrl-C, as shells have it."""
-
-SAMPLE = 64
-"""Texts and pictures looked at to estimate how many tokens, patches and crops all of them have."""
 
 
 def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -136,6 +131,7 @@ def number_or_auto(text: str) -> int | None:
 
 def _build(args: argparse.Namespace) -> None:
     from cache_builder import build, load_backbone, load_dataset
+    from cache_builder.batch_size import fitting_batch_size
     from cache_builder.engines import Job, join, torchrun_rank
     from cache_builder.place import at
     from cache_builder.request import cache_spec
@@ -147,7 +143,7 @@ def _build(args: argparse.Namespace) -> None:
         raise UnknownName(
             "--append does not go with torchrun; use --devices, which does the same on one machine"
         )
-    devices = _devices(args, rank, world)
+    devices = devices_of(args, rank, world)
     options = options_of(args.dataset, args.set)
     dataset = load_dataset(args.dataset, args.root, **options)
     backbone = load_backbone(
@@ -161,10 +157,12 @@ def _build(args: argparse.Namespace) -> None:
         plain = cache_spec(dataset, backbone, **{**choice, "storage": "fp16"})
         if begun:
             print(f"{at(out)} was begun with --store {begun.spec.storage} and keeps it")
-        choice["storage"] = begun.spec.storage if begun else _chosen(dataset, backbone, plain)
+        choice["storage"] = (
+            begun.spec.storage if begun else chosen_storage(dataset, backbone, plain)
+        )
     spec = cache_spec(dataset, backbone, **choice)
     if not rank:
-        _announce(dataset, backbone, spec)
+        announce(dataset, backbone, spec, counting=args.dry_run)
     if args.dry_run:
         print(f"would be written to {at(out)}; nothing was")
         return
@@ -180,12 +178,12 @@ def _build(args: argparse.Namespace) -> None:
     )
     if rank:
         if join(at(out), spec):
-            _share(job, str(at(out)), rank, world)
+            share_rank(job, str(at(out)), rank, world)
         return
     finished = is_finished(out)
     batch_size = args.batch_size
     if batch_size is None:
-        batch_size = begun.batch_size if begun else _fitting(backbone, spec)
+        batch_size = begun.batch_size if begun else fitting_batch_size(backbone, spec.streams)
     start = time.perf_counter()
     try:
         cache = build(
@@ -197,7 +195,7 @@ def _build(args: argparse.Namespace) -> None:
             append=args.append,
             strict=args.strict,
             workers=args.workers,
-            engine=_engine(args, job, devices, world),
+            engine=engine_of(args, job, devices, world),
             stop=_stop_at_ctrl_c(),
             backbone_name=args.backbone,
             inner_rows=args.shards,
@@ -209,69 +207,13 @@ def _build(args: argparse.Namespace) -> None:
         )
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
-        if isinstance(error, CacheError):
+        if isinstance(error, (CacheError, BrokenPipeError)):
             raise
         raise CacheError(
             f"{out} cannot be written ({error}); what is finished is kept: make room or choose another --out; repeat"
         ) from error
     same = finished and begun is not None and cache.header.digest == begun.digest
     conclude(cache, None if same else time.perf_counter() - start, fresh=begun is None)
-
-
-def _devices(args: argparse.Namespace, rank: int, world: int) -> list[str]:
-    """Torch's names of the devices to use; the first is this process's own."""
-    import os
-
-    from cache_builder import check_device
-
-    named = [d.strip() for d in (args.devices or args.device).split(",")]
-    found = [f"cuda:{d}" if d.isdigit() else d for d in named]
-    if not all(found):
-        raise UnknownName(f"--devices {args.devices!r} names an empty device; write e.g. 0,1")
-    if world == 1:
-        for device in dict.fromkeys(found):
-            check_device(device)
-        return found
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    if len(found) > 1:
-        return [found[local % len(found)]]
-    return [f"cuda:{local}" if found[0] == "cuda" else found[0]]
-
-
-def _engine(args: argparse.Namespace, job: Any, devices: list[str], world: int) -> "Engine | None":
-    """Who helps."""
-    from dataclasses import replace
-
-    import torch
-
-    from cache_builder.engines import Ranks, Ray, Torchrun
-
-    on_cpu = [d for d in devices if d == "cpu"]
-    if len(on_cpu) > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // len(on_cpu)))
-    job = replace(job, threads=torch.get_num_threads())
-    if args.engine == "ray":
-        return Ray(job, args.address)
-    if args.address:
-        raise UnknownName("--address is of a Ray cluster; add --engine ray")
-    if world > 1:
-        return Torchrun()
-    return Ranks(job, devices) if len(devices) > 1 else None
-
-
-def _share(job: Any, cache: str, rank: int, world: int) -> None:
-    """Help a build that rank 0 of torchrun has laid out."""
-    from dataclasses import replace
-
-    import torch
-
-    from cache_builder.rank import passes_of
-    from cache_builder.units import share
-
-    job = replace(job, cache=cache, threads=torch.get_num_threads())
-    passes = passes_of(job)
-    with passes.cache.place.helping():
-        share(passes, rank, world)
 
 
 def _stop_at_ctrl_c() -> Event:
@@ -289,48 +231,6 @@ def _stop_at_ctrl_c() -> Event:
     return stop
 
 
-def _chosen(dataset: "Dataset", backbone: "Backbone", spec: "CacheSpec") -> str:
-    """The storage that `auto` means, after a table of what each costs."""
-    from cache_builder.sample import (
-        LOSSY,
-        MOST,
-        WHITE_MEAN,
-        WHITE_MIN,
-        passes,
-        reports,
-        sampled,
-        smallest,
-    )
-
-    print(f"measuring storage modes on the tokens of up to {MOST:,} images and texts …", flush=True)
-    sample = sampled(spec, dataset, backbone)
-    found = {mode: reports(sample, mode) for mode in ("fp16", "lossless", *LOSSY)}
-    values = {s: size // 2 for s, size in _bytes(spec, dataset, backbone).items()}
-    heads = f"{'bytes/value':>11} {'whole cache':>12} {'cosine':>8} {'whitened':>9} {'at worst':>9}"
-    print(f"{'storage':14} {heads}  in stream")
-    for mode, streams in found.items():
-        size = sum(
-            n * (streams[s].bytes_per_value if s in streams else 2) for s, n in values.items()
-        )
-        tokens = sum(values[s] for s in streams)
-        each = sum(values[s] * r.bytes_per_value for s, r in streams.items()) / max(tokens, 1)
-        line = f"{mode:14} {each:11.3f} {size / 1e6:9,.1f} MB"
-        if streams:
-            name = min(streams, key=lambda s: streams[s].white_min)
-            r = streams[name]
-            line += f" {r.cosine:8.5f} {r.white_mean:9.5f} {r.white_min:9.5f}  {name}"
-        print(line if passes(streams) else f"{line}: not good enough")
-    chosen = smallest(found)
-    print(
-        "whitened: cosine after every channel is brought to mean 0, deviation 1; what large channels hide shows"
-    )
-    print(
-        f"wanted: {WHITE_MEAN} in the mean and {WHITE_MIN} at worst, in every stream; the smallest such mode is taken"
-    )
-    print(f"chosen: {chosen} (lossless is shown for comparison; it is never chosen)", flush=True)
-    return chosen
-
-
 def _begun(path: "Path") -> "Header | None":
     """What a cache that was begun already claims to be: it keeps its batches and its storage."""
     from cache_builder.header import read_header
@@ -342,14 +242,6 @@ def _begun(path: "Path") -> "Header | None":
         return None
 
 
-def _fitting(backbone: "Backbone", spec: "CacheSpec") -> int:
-    from cache_builder.batch_size import fitting_batch_size
-    from cache_builder.format import stream
-
-    blocks = [b for s in spec.streams if (b := stream(s).block) is not None]
-    return fitting_batch_size(backbone, blocks)
-
-
 def is_finished(path: Path) -> bool:
     """Is there a whole cache already, so that nothing is left to do?"""
     from cache_builder.cache import FeatureCache
@@ -358,37 +250,6 @@ def is_finished(path: Path) -> bool:
         return not FeatureCache.open(path).pending()
     except CacheError:
         return False
-
-
-def _announce(dataset: "Dataset", backbone: "Backbone", spec: "CacheSpec") -> None:
-    """What is about to be built, and what it costs."""
-    from cache_builder.format import is_ragged
-
-    texts = [t.text for t in dataset.texts]
-    for what, count in dataset.counts.items():
-        print(f"{what:24} {count}")
-    if any(stream.startswith("text/") for stream in spec.streams):
-        cut = sum(backbone.truncated(texts[i : i + 4096]) for i in range(0, len(texts), 4096))
-        most = backbone.spec.dims["context"]
-        print(f"{'texts cut to fit':24} {cut} of {len(texts)} (at most {most} tokens)")
-    n = {"image": len(dataset.images), "crop": len(dataset.images), "text": len(texts)}
-    sizes = _bytes(spec, dataset, backbone)
-    for stream, size in sizes.items():
-        about = "about " if is_ragged(stream, spec.backbone.dims) else ""
-        rows = n.get(stream.split("/")[0])
-        each = f"  {about}{size / rows / 1024:,.1f} KiB each" if rows else ""
-        print(f"{stream:24} {about}{size / 1e6:,.1f} MB{each}")
-    total = sum(sizes.values())
-    print(f"{'total':24} {total / 1e6:,.1f} MB", flush=True)
-
-
-def _bytes(spec: "CacheSpec", dataset: "Dataset", backbone: "Backbone") -> dict[str, int]:
-    """Stream → bytes of its values; of ragged ones an estimate from a sample."""
-    from cache_builder.contents import n_entries
-    from cache_builder.format import plan
-
-    layouts = plan(spec, {}, n_entries(spec, dataset, backbone, SAMPLE))
-    return {s: layouts[s].row_bytes * layouts[s].shape[0] for s in spec.streams}
 
 
 def conclude(cache: "FeatureCache", seconds: float | None, *, fresh: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Rows in, whole chunks out: batches are scattered into open chunks, each written when its last row is there."""
 
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,6 +61,7 @@ class Filler:
     Attributes:
         batches: the rows to encode: those batches of the fixed partition that touch a missing chunk.
         stored_bytes: handed over so far.
+        disk_seconds: that `take` has waited for the disk.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Filler:
         self._missing = {la.name: self.missing_of(la) for la in self.layouts}
         self.cuts = self._partition()
         self.batches = [range(*self.cuts[b : b + 2].tolist()) for b in self._needed()]
-        self.stored_bytes = 0
+        self.stored_bytes, self.disk_seconds = 0, 0.0
         self._open: dict[tuple[str, int], tuple[NDArray[Any], int]] = {}
         self._centre: dict[str, tuple[Tensor, Tensor]] = {}
         self._writer = ThreadPoolExecutor(1, "write")
@@ -120,11 +122,12 @@ class Filler:
         Every generation has batches of its own, of `batch_size` inputs each.
         """
         size, n = self.cache.header.batch_size, self.n_rows
-        units = np.arange(n + 1) if self.copies is None else self.copies
-        ends = [*self.cache.generation_ends(self.side), n] if n else [0]
-        edges = np.searchsorted(units, [0, *ends]).tolist()
+        edges = [0, *self.cache.generation_ends(self.side), n] if n else [0, 0]
+        if self.copies is not None:
+            edges = np.searchsorted(self.copies, edges).tolist()
         starts = [np.arange(a, b, size) for a, b in pairwise(edges)]
-        return units[np.concatenate([*starts, edges[-1:]]).astype(np.int64)]
+        cuts = np.concatenate([*starts, edges[-1:]]).astype(np.int64)
+        return cuts if self.copies is None else self.copies[cuts]
 
     def _needed(self) -> list[int]:
         """Batches that touch a missing chunk."""
@@ -228,8 +231,10 @@ class Filler:
         if not left:
             del self._open[key]
             self._queue.append(self._writer.submit(self.cache.write_chunk, *key, buffer))
+            begun = time.monotonic()
             while len(self._queue) > QUEUED:
                 self._queue.popleft().result()
+            self.disk_seconds += time.monotonic() - begun
 
     def _stored(
         self, layout: Layout, batch: Batch, outputs: Mapping[str, Tensor] | None

@@ -7,6 +7,7 @@ memory and any reader of zarr v3 understands it. A shard is the same with an ind
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -213,6 +214,7 @@ class Stream(BaseModel):
         return self.name.removeprefix(f"{self.side}/")
 
 
+@lru_cache(maxsize=256)  # asked for every stream of every batch
 def stream(name: str) -> Stream:
     """Take a stream's name apart.
 

@@ -9,10 +9,11 @@ Every hand-over is bounded, so memory does not grow with the data set.
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache_builder.backbones.base import Backbone
-from cache_builder.beside import Beside
+from cache_builder.beside import Beside, Told
 from cache_builder.cache import FeatureCache
 from cache_builder.contents import ragged_homes
 from cache_builder.datasets.base import Dataset, ImageRecord
@@ -155,7 +156,7 @@ class Passes:
         beside: Beside,
     ) -> None:
         """Encode batch after batch in this thread, while others prepare the next one and store the last."""
-        storing: deque[Future[None]] = deque()
+        storing: deque[tuple[Told, Future[str]]] = deque()
         source = "the pictures" if filler.side in ("image", "crop") else "the tokenizer"
         meter, rows = Meter(), sum(map(len, filler.batches))
         with (
@@ -175,18 +176,27 @@ class Passes:
                     with torch.inference_mode():
                         inputs = beside.ready(batch.inputs)
                         outputs = meter.timed("the backbone", lambda i=inputs: encode(i))
-                work = beside.after(outputs, lambda b=batch, o=outputs: filler.take(b, o))
-                storing.append(store.submit(work))
+                told = beside.told()
+                work = beside.after(told, outputs, partial(_stored, filler, batch, outputs))
+                storing.append((told, store.submit(work)))
                 if len(storing) > AHEAD:
-                    meter.timed("the disk", storing.popleft().result)
+                    meter.until_stored(*storing.popleft())
                 bar.set_postfix_str(meter.told(filler.stored_bytes), refresh=False)
                 bar.update(len(batch.rows))
                 if self.stop is not None and self.stop.is_set() and filler.ends_a_chunk(batch):
                     break
             while storing:
-                storing.popleft().result()
+                meter.until_stored(*storing.popleft())
         if self.stop is not None and self.stop.is_set():
             raise KeyboardInterrupt
+
+
+def _stored(filler: Filler, batch: Batch, outputs: Mapping[str, Tensor] | None) -> str:
+    """Store a batch; what that took longest for."""
+    begun, disk = time.monotonic(), filler.disk_seconds
+    filler.take(batch, outputs)
+    spent, disk = time.monotonic() - begun, filler.disk_seconds - disk
+    return "the disk" if 2 * disk > spent else "the casting"
 
 
 class Meter:
@@ -197,13 +207,23 @@ class Meter:
         self._spent: dict[str, float] = {}
 
     def timed(self, what: str, work: Callable[[], Any]) -> Any:
-        """The result of some work, its seconds counted; older ones count less and less."""
+        """The result of some work, its seconds counted."""
         begun = time.monotonic()
-        try:
-            return work()
-        finally:
-            self._spent = {name: 0.95 * spent for name, spent in self._spent.items()}
-            self._spent[what] = self._spent.get(what, 0.0) + time.monotonic() - begun
+        found = work()
+        self._count(what, time.monotonic() - begun)
+        return found
+
+    def until_stored(self, told: Told, stored: Future[str]) -> None:
+        """Wait until a batch is stored; before that the device must have encoded it."""
+        self.timed("the backbone", told.wait)
+        begun = time.monotonic()
+        what = stored.result()
+        self._count(what, time.monotonic() - begun)
+
+    def _count(self, what: str, seconds: float) -> None:
+        """Older ones count less and less."""
+        self._spent = {name: 0.95 * spent for name, spent in self._spent.items()}
+        self._spent[what] = self._spent.get(what, 0.0) + seconds
 
     def told(self, stored: int) -> str:
         """For a bar: bytes a second, and what is waited for most."""

@@ -11,10 +11,11 @@ from typing import Any
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cache_builder.cache import FeatureCache, taken_up
+from cache_builder.cache import FeatureCache
 from cache_builder.errors import CacheCorrupt
 from cache_builder.lock import locked
 from cache_builder.place import at
+from cache_builder.takeup import taken_up
 
 
 def receive(

@@ -5,7 +5,9 @@ of a comparison, and draws the training seeds again with replacement; a metric i
 images, drawn within the seen- and the unseen-labelled ones, whose numbers the split fixes; the curve is recomputed from
 each image's threshold (`eval.czsl.hit_rates`), since its area is not a mean over images. Queries of retrieval that
 share a right answer (the captions of one image) are drawn together (`clusters`): their hits go together, and as items
-of their own they would make the interval too narrow.
+of their own they would make the interval too narrow. In both directions of retrieval an image is drawn with its
+captions. Composed queries are drawn within FashionIQ's categories and GeneCIS' tasks, those that share a target
+together. Means over types and categories are worked out again from every draw's own shares.
 
 Our choice over `scipy.stats.bootstrap`: shared draws across tables and metrics, counts instead of index arrays (the
 curves of 1,000 resamples are one cumulative sum), and no BCa, whose jackknife needs as many curves as there are images.
@@ -22,13 +24,18 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from eval import czsl, matching, retrieval
+from eval import composed, czsl, matching, retrieval
+from eval.composed_table import ComposedScores
 from eval.czsl import CompositionScores
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores
-from eval.retrieval import RetrievalScores
+from eval.retrieval import BothDirections, RetrievalScores
 
-Table = CompositionScores | MatchingScores | RetrievalScores
+Table = CompositionScores | MatchingScores | RetrievalScores | ComposedScores
+"""What a file holds."""
+
+Resampled = Table | BothDirections
+"""What can be resampled."""
 
 CELLS_PER_DRAW = 1 << 21
 """Item counts drawn in one go (16 MB of float64)."""
@@ -65,7 +72,7 @@ class Distribution:
 
 
 def intervals(
-    tables: Sequence[Table],
+    tables: Sequence[Resampled],
     *,
     k: int = 1,
     ks: Sequence[int] | None = None,
@@ -78,7 +85,7 @@ def intervals(
     Args:
         tables: one table a seed, on identical items.
         k: top-k of CZSL.
-        ks: the K of retrieval; None takes its default.
+        ks: the K of retrieval and composed retrieval; None takes the default.
         level: e.g. 0.95.
         resamples: number of draws.
         seed: of the draws.
@@ -91,10 +98,11 @@ def intervals(
 
 
 def difference(
-    ours: Sequence[Table],
-    theirs: Sequence[Table],
+    ours: Sequence[Resampled],
+    theirs: Sequence[Resampled],
     *,
     k: int = 1,
+    ks: Sequence[int] | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -106,12 +114,12 @@ def difference(
 
     """
     same_items(ours[0], theirs[0])
-    a, b = (distribution(t, k=k, resamples=resamples, seed=seed) for t in (ours, theirs))
+    a, b = (distribution(t, k=k, ks=ks, resamples=resamples, seed=seed) for t in (ours, theirs))
     return percentiles(subtract(a, b), level)
 
 
 def distribution(
-    tables: Sequence[Table],
+    tables: Sequence[Resampled],
     *,
     k: int = 1,
     ks: Sequence[int] | None = None,
@@ -124,7 +132,7 @@ def distribution(
     for table in tables[1:]:
         same_items(tables[0], table)
     estimators = [estimator(table, k, ks) for table in tables]
-    n = len(tables[0].scores)
+    n = len(strata(tables[0]))
     once = [measure(np.ones((1, n))) for measure in estimators]
     parts = [
         [measure(weights) for measure in estimators]
@@ -163,7 +171,7 @@ def subtract(ours: Distribution, theirs: Distribution) -> Distribution:
     )
 
 
-def same_items(a: Table, b: Table) -> None:
+def same_items(a: Resampled, b: Resampled) -> None:
     """Raise unless two tables ask the same questions in the same order.
 
     Raises:
@@ -172,6 +180,15 @@ def same_items(a: Table, b: Table) -> None:
     """
     if type(a) is not type(b):
         raise ScoreTableError(f"{type(a).__name__} and {type(b).__name__} cannot be compared")
+    if isinstance(a, BothDirections) and isinstance(b, BothDirections):
+        same_items(a.i2t, b.i2t)
+        same_items(a.t2i, b.t2i)
+        return
+    assert not isinstance(a, BothDirections)
+    assert not isinstance(b, BothDirections)
+    if isinstance(a, ComposedScores) and isinstance(b, ComposedScores):
+        _same_questions(a, b)
+        return
     for name in ("split", "world", "ids", "target", "pairs", "seen", "category", "positives"):
         mine, other = (np.asarray(getattr(t, name, "")) for t in (a, b))
         if name == "ids" and 0 in (mine.size, other.size):
@@ -185,26 +202,67 @@ def same_items(a: Table, b: Table) -> None:
         raise ScoreTableError(f"the two tables have {a.scores.shape} and {b.scores.shape} scores")
 
 
-def strata(table: Table) -> Int[np.ndarray, " n"]:
-    """Groups whose sizes the split fixes: seen- and unseen-labelled images; one group elsewhere."""
+def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
+    """Raise unless two composed tables ask the same queries of the same candidates."""
+    mine, other = a.queries.facts(), b.queries.facts()
+    differ = [name for name in mine if mine[name] != other[name]]
+    if not np.array_equal(np.asarray(a.candidates), np.asarray(b.candidates)):
+        differ.append("candidates")
+    if differ:
+        shapes = tuple(tuple(t.scores.shape) for t in (a, b))
+        raise ScoreTableError(
+            f"the two tables differ in {', '.join(differ)} ({shapes[0]} and {shapes[1]} scores): paired differences "
+            "need identical queries and candidates in the same order; score both on the same cache split"
+        )
+
+
+def strata(table: Resampled) -> Int[np.ndarray, " n"]:
+    """Groups whose sizes the split fixes: seen- and unseen-labelled images, FashionIQ's categories, GeneCIS' tasks."""
     if isinstance(table, CompositionScores):
         return table.seen_labelled.astype(np.int64)
-    return np.zeros(len(table.scores), dtype=np.int64)
+    if isinstance(table, BothDirections):
+        return np.zeros(sum(table.i2t.positives.shape), dtype=np.int64)
+    if isinstance(table, ComposedScores) and table.queries.protocol in ("fashioniq", "genecis"):
+        kinds = table.queries.kinds
+        return np.array([kinds.index(row[0]) for row in table.queries.categories], dtype=np.int64)
+    return np.zeros(int(table.scores.shape[0]), dtype=np.int64)
 
 
-def clusters(table: Table) -> Int[np.ndarray, " n"]:
+def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
     """Items with one number are drawn together: queries connected by shared right answers; elsewhere each is alone."""
-    mine = np.arange(len(table.scores))
-    if not isinstance(table, RetrievalScores):
-        return mine
-    query, candidate = np.nonzero(table.positives)
-    while True:  # the smallest number spreads over shared answers: one round more than the longest chain of them
-        smallest = np.full(table.positives.shape[1], len(mine))
-        np.minimum.at(smallest, candidate, mine[query])
+    if isinstance(table, RetrievalScores):
+        query, candidate = np.nonzero(table.positives)
+        return _connected(query, candidate, table.positives.shape)[0]
+    if isinstance(table, BothDirections):
+        image, caption = np.nonzero(table.i2t.positives)
+        return np.append(*_connected(image, caption, table.i2t.positives.shape))
+    if isinstance(table, ComposedScores):
+        groups = strata(table).tolist()
+        links = [
+            (i, (group, name)) for i, group in enumerate(groups) for name in table.queries.right(i)
+        ]
+        number = {answer: j for j, answer in enumerate(dict.fromkeys(a for _, a in links))}
+        query = np.array([i for i, _ in links], dtype=np.int64)
+        answer = np.array([number[a] for _, a in links], dtype=np.int64)
+        return _connected(query, answer, (len(groups), len(number)))[0]
+    return np.arange(int(table.scores.shape[0]))
+
+
+def _connected(
+    row: Int[np.ndarray, " l"], column: Int[np.ndarray, " l"], shape: tuple[int, ...]
+) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " c"]]:
+    """The smallest row that every row and every column is linked to, over any number of links.
+
+    A column without a link gets a number of its own, above those of the rows.
+    """
+    mine = np.arange(shape[0])
+    while True:  # the smallest number spreads over shared columns: one round more than the longest chain of them
+        smallest = shape[0] + np.arange(shape[1])
+        np.minimum.at(smallest, column, mine[row])
         spread = mine.copy()
-        np.minimum.at(spread, query, smallest[candidate])
+        np.minimum.at(spread, row, smallest[column])
         if (spread == mine).all():
-            return mine
+            return mine, smallest
         mine = spread
 
 
@@ -240,16 +298,21 @@ def draws(
 
 
 def estimator(
-    table: Table, k: int = 1, ks: Sequence[int] | None = None
+    table: Resampled, k: int = 1, ks: Sequence[int] | None = None
 ) -> Callable[[Float[np.ndarray, "r n"]], dict[str, Float[np.ndarray, " r"]]]:
     """A function from item counts to metrics; with all ones it gives what the task's `evaluate` gives."""
     if isinstance(table, CompositionScores):
         return _czsl_estimator(table, k)
-    parts = (
-        retrieval.outcomes(table, ks=ks)
-        if isinstance(table, RetrievalScores)
-        else matching.outcomes(table)
-    )
+    if isinstance(table, MatchingScores):
+        parts = matching.outcomes(table)
+        return lambda weights: matching.summarise(table, _weighted_means(parts, weights))
+    if isinstance(table, ComposedScores):
+        parts = composed.outcomes(table, ks=ks)
+        return lambda weights: composed.summarise(table.queries, _weighted_means(parts, weights))
+    if isinstance(table, BothDirections):
+        parts = retrieval.outcomes_both(table, ks=ks)
+        return lambda weights: retrieval.summarise_both(_weighted_means(parts, weights))
+    parts = retrieval.outcomes(table, ks=ks)
     return lambda weights: _weighted_means(parts, weights)
 
 

@@ -88,7 +88,8 @@ def _metrics(args: argparse.Namespace) -> None:
 
 def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) -> dict[str, Any]:
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
-    from eval import comparison, czsl, matching, retrieval, score_io
+    from eval import comparison, composed, czsl, matching, retrieval, score_io
+    from eval.composed_table import ComposedScores
     from eval.czsl import CompositionScores
     from eval.retrieval import RetrievalScores
 
@@ -100,7 +101,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     if isinstance(table, CompositionScores):
         entry |= {"world": table.world, "curve": curve}
     entry |= {"space": table.space, "items": comparison.counts(table)}
-    entry |= {"metrics": {}, "chance": {}, "intervals": {}, "warnings": []}
+    entry |= {"metrics": {}, "chance": {}, "intervals": {}, "warnings": _overlap(table)}
     if isinstance(table, CompositionScores):
         for k in ks or [1]:
             with warnings.catch_warnings(record=True) as caught:
@@ -122,6 +123,11 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
             "metrics": retrieval.evaluate(table, ks=ks),
             "chance": retrieval.chance(table, ks=ks),
         }
+    elif isinstance(table, ComposedScores):
+        entry |= {
+            "metrics": composed.evaluate(table, ks=ks),
+            "chance": composed.chance(table, ks=ks),
+        }
     elif ks:
         raise ScoreTableError(
             f"--k was given, but {path} is a matching table, which has no k; leave it out"
@@ -129,6 +135,12 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     else:
         entry |= {"metrics": matching.evaluate(table), "chance": matching.chance(table)}
     return entry | {"intervals": _ranges(table, 1, ks)}
+
+
+def _overlap(table: "Table") -> list[str]:
+    """What a table says of benchmark images that were trained on, where there are some or nobody can tell."""
+    found: dict[str, Any] = table.meta.get("train_overlap") or {}
+    return [str(found["says"])] if found and found["count"] != 0 else []
 
 
 def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str, list[float]]:

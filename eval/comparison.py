@@ -4,6 +4,7 @@ A comparison answers one question (data set, task, split, world, items) at one k
 space is a fact of every row. Seeds are aggregated, with an interval over items and seeds, and kept one by one.
 """
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from eval import bootstrap, czsl, matching, retrieval
+from eval import bootstrap, composed, czsl, matching, retrieval
 from eval.bootstrap import Interval, Table
+from eval.composed_table import ComposedScores
 from eval.czsl import CompositionScores, CurveKind
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
@@ -20,12 +22,16 @@ from eval.runs import Group, Question, Run, questions
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "czsl": ("auc", "best_hm", "best_seen", "best_unseen", "pair_acc", "attr_acc", "obj_acc"),
-    "matching": ("group_score", "i2t", "t2i", "accuracy"),
+    "matching": ("group_score", "i2t", "t2i", "accuracy/mean_of_types", "accuracy"),
     "retrieval": ("recall@1", "recall@5", "recall@10", "map@10"),
 }
 """Metrics of the main table, where they exist; the first of each is the headline."""
 
-HEADLINES = ("auc", "best_seen", "best_unseen", "group_score", "accuracy", "recall@1")
+HEADLINES = (
+    *("auc", "best_seen", "best_unseen", "group_score", "accuracy/mean_of_types", "accuracy"),
+    *("avg", "recall@1/macro_4", "recall@1", "map@5"),
+)
+"""The first that a table has is what differences are taken of; its first metric, where it has none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +103,35 @@ class Comparison:
     @property
     def headline(self) -> str:
         """The metric that differences are taken of."""
-        return next(m for m in HEADLINES if m in self.rows[0].cells)
+        return _headline(self.rows[0].cells)
 
     @property
     def columns(self) -> list[str]:
-        """Metrics of the main table: the task's own, then the headline by category."""
-        names = [m for m in COLUMNS[self.question.kind] if m in self.rows[0].cells]
-        return names + [f"{self.headline}/{category}" for category in self.categories]
+        """Metrics of the main table: the task's own, then the headline by category.
+
+        Of composed retrieval: all, but only the headline by category where the categories are the data's own.
+        """
+        cells = self.rows[0].cells
+        by_category = [f"{self._base}/{category}" for category in self.categories]
+        if self.question.kind == "composed":
+            own = [m for m in cells if "/" not in m or m.partition("/")[0] not in cells]
+            return own + by_category
+        return [m for m in COLUMNS[self.question.kind] if m in cells] + by_category
 
     @property
     def categories(self) -> list[str]:
-        """Categories of matching items, sorted."""
-        start = f"{self.headline}/"
-        found = [m.removeprefix(start) for m in self.rows[0].cells if m.startswith(start)]
-        return sorted(name for name in found if name != matching.CATEGORY_MEAN)
+        """Types and categories that the headline is also given for, sorted; not the means over them."""
+        cells = self.rows[0].cells
+        start = f"{self._base}/"
+        found = [
+            m.removeprefix(start) for m in cells if m.startswith(start) and self._base in cells
+        ]
+        return sorted(name for name in found if not is_mean(name))
+
+    @property
+    def _base(self) -> str:
+        """The headline over all items, whatever mean over them the headline is."""
+        return self.headline.partition("/")[0]
 
     @property
     def title(self) -> str:
@@ -129,6 +150,16 @@ class Comparison:
         return metric in self.chance and row.cells[metric].mean < self.chance[metric]
 
 
+def is_mean(group: str) -> bool:
+    """Is what stands behind a metric's slash a mean over types or categories, and not one of them?"""
+    return group == matching.TYPE_MEAN or re.fullmatch(r"macro_\d+", group) is not None
+
+
+def _headline(cells: Mapping[str, Any]) -> str:
+    """The metric that differences are taken of."""
+    return next((m for m in HEADLINES if m in cells), next(iter(cells)))
+
+
 def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
     """One comparison a question; CZSL twice, on the exact and on the legacy curve."""
     comparisons: list[Comparison] = []
@@ -136,10 +167,21 @@ def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
         first = groups[0].tables[0]
         curve: CurveKind | None = "exact" if asked.kind == "czsl" else None
         rows = _rows(groups, k)
-        comparisons.append(Comparison(asked, k, curve, rows, chance(first, k), counts(first)))
+        lines, notes = chance(first, k), _rerank_notes(groups)
+        comparisons.append(Comparison(asked, k, curve, rows, lines, counts(first), notes))
         if isinstance(first, CompositionScores) and k <= first.seen.sum():
             comparisons.append(_legacy(comparisons[-1], k))
     return comparisons
+
+
+def _rerank_notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Which rows rank only their best anew: never to be read as full rankings."""
+    found = {g.label: g.tables[0].meta.get("rerank") for g in groups}
+    return tuple(
+        f"{label}: reranked, the head scored only the {k} best by cosine"
+        for label, k in found.items()
+        if k
+    )
 
 
 def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
@@ -161,8 +203,7 @@ def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
         theirs = baselines.get(group.backbone)
         gain = None
         if theirs is not None and not group.is_baseline:
-            headline = next(m for m in HEADLINES if m in cells)
-            gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[headline]
+            gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[_headline(cells)]
         rows.append(Row(group, values, cells, gain))
     return tuple(rows)
 
@@ -204,6 +245,8 @@ def evaluate(table: Table, k: int = 1) -> dict[str, float]:
     """The task's own `evaluate`, on the exact curve and with its default K."""
     if isinstance(table, CompositionScores):
         return czsl.evaluate(table, k=k)
+    if isinstance(table, ComposedScores):
+        return composed.evaluate(table)
     return (
         matching.evaluate(table) if isinstance(table, MatchingScores) else retrieval.evaluate(table)
     )
@@ -213,6 +256,8 @@ def chance(table: Table, k: int = 1) -> dict[str, float]:
     """What random scores get."""
     if isinstance(table, CompositionScores):
         return czsl.chance(table, k=k)
+    if isinstance(table, ComposedScores):
+        return composed.chance(table)
     return matching.chance(table) if isinstance(table, MatchingScores) else retrieval.chance(table)
 
 
@@ -225,7 +270,15 @@ def counts(table: Table) -> str:
             f"{int((~table.seen).sum())} unseen candidates"
         )
     if isinstance(table, MatchingScores):
-        return f"{len(table.scores)} items in {len(table.categories)} categories"
+        types = f" of {len(table.types)} types" if table.types else ""
+        return f"{len(table.scores)} items in {len(table.categories)} categories{types}"
+    if isinstance(table, ComposedScores):
+        galleries = ", ".join(name for name in table.queries.gallery_names if name)
+        ranked = f"gallery {galleries}" if galleries else "own candidates"
+        return (
+            f"{len(table.ids)} queries of protocol {table.queries.protocol}, {table.scores.shape[1]} candidates; "
+            f"{ranked}"
+        )
     return f"{len(table.scores)} queries, {table.scores.shape[1]} candidates"
 
 

@@ -13,6 +13,7 @@ Not for: `i2t` alone as a claim about both directions; SugarCrepe alone as a cla
 negatives reach 90 % by the plausibility of captions).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from eval.errors import ScoreTableError
 from eval.table import checked_facts, checked_scores, refuse_nan
 
-CATEGORY_MEAN = "mean_of_categories"
-"""Key behind the slash for the unweighted mean over categories."""
+TYPE_MEAN = "mean_of_types"
+"""Key behind the slash for the unweighted mean over types; SugarCrepe's headline."""
 
 CHANCE = {
     "accuracy": 1 / 2,
@@ -45,7 +46,8 @@ class MatchingScores:
 
     Attributes:
         scores: (n, 2, 2) indexed [image, caption], caption i being of image i; or (n, 2), true caption first.
-        category: (n,) kind of the false caption, e.g. "swap"; one word for each item.
+        category: (n,) kind of the false caption; one word for each item. Where all are `<type>_<subtype>`
+            ("swap_att"), items are pooled by type, too.
         space: "cosine", "logit" or "probability".
         split: train, val or test.
         ids: names of the items, or empty.
@@ -74,10 +76,12 @@ class MatchingScores:
                 f"{len(scores)} items need one category each, but category is {category.shape}"
             )
         category = category.astype(str)
-        if np.isin(category, ["", CATEGORY_MEAN]).any():
-            raise ScoreTableError(
-                f"a category may not be empty or called {CATEGORY_MEAN!r}; rename it"
-            )
+        for c in np.unique(category).tolist():
+            if not c or c == TYPE_MEAN or re.fullmatch(r"macro_\d+", c):
+                raise ScoreTableError(
+                    f"a category may not be called {c!r}: it may neither be empty nor be the name of a mean "
+                    f"({TYPE_MEAN}, macro_7); rename it"
+                )
         ids = checked_facts(self.split, self.space, self.ids, len(scores))
         refuse_nan(scores, ids, ["caption"] * 2)
         for name, value in zip(("scores", "category", "ids"), (scores, category, ids), strict=True):
@@ -88,25 +92,27 @@ class MatchingScores:
         """The categories present, sorted."""
         return tuple(np.unique(np.asarray(self.category)).tolist())
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """What stands before the first underscore of the categories, sorted; none unless every category has one."""
+        parts = [c.partition("_") for c in self.categories]
+        return tuple(sorted({t for t, _, _ in parts})) if all(t and s for t, _, s in parts) else ()
+
 
 def evaluate(scores: MatchingScores) -> dict[str, float]:
     """Shares of items that are right, as fractions.
 
     For (n, 2, 2): `i2t`, `t2i`, `group_score`, and the four comparisons `i2t_0`, `i2t_1` (image 0, 1 chooses its
-    caption), `t2i_0`, `t2i_1` (caption 0, 1 chooses its image). For (n, 2): `accuracy`. Each also as
-    `<metric>/<category>` and, as the unweighted mean over categories, `<metric>/mean_of_categories`.
+    caption), `t2i_0`, `t2i_1` (caption 0, 1 chooses its image). For (n, 2): `accuracy`. All items are pooled; behind a
+    slash each also by type (`accuracy/swap`) and category (`accuracy/swap_att`), and as the unweighted means
+    `accuracy/mean_of_types` and `accuracy/macro_<n>`, over n categories (SugarCrepe: `macro_7`).
     """
-    parts = outcomes(scores)
-    metrics = {name: float(np.nanmean(right)) for name, right in parts.items()}
-    for name in (name for name in parts if "/" not in name):
-        metrics[f"{name}/{CATEGORY_MEAN}"] = float(
-            np.mean([metrics[f"{name}/{c}"] for c in scores.categories])
-        )
-    return metrics
+    shares = {name: float(np.nanmean(right)) for name, right in outcomes(scores).items()}
+    return summarise(scores, shares)
 
 
 def outcomes(scores: MatchingScores) -> dict[str, Float[np.ndarray, " n"]]:
-    """Per metric and item: 1 right, 0 wrong, NaN where the item is not of the metric's category."""
+    """Per metric and item: 1 right, 0 wrong, NaN where the item is not of the metric's type or category."""
     s = scores.scores
     if s.ndim == 2:
         right = {"accuracy": s[:, 0] > s[:, 1]}
@@ -120,11 +126,30 @@ def outcomes(scores: MatchingScores) -> dict[str, Float[np.ndarray, " n"]]:
         i2t, t2i = atoms["i2t_0"] & atoms["i2t_1"], atoms["t2i_0"] & atoms["t2i_1"]
         right = {"i2t": i2t, "t2i": t2i, "group_score": i2t & t2i, **atoms}
     category = np.asarray(scores.category)
+    of_type = np.array([c.partition("_")[0] for c in category.tolist()])
+    groups = {t: of_type == t for t in scores.types} | {c: category == c for c in scores.categories}
     parts = {name: values.astype(np.float64) for name, values in right.items()}
-    for c in scores.categories:
+    for group, members in groups.items():
         for name in right:
-            parts[f"{name}/{c}"] = np.where(category == c, parts[name], np.nan)
+            parts[f"{name}/{group}"] = np.where(members, parts[name], np.nan)
     return parts
+
+
+def summarise(scores: MatchingScores, shares: Mapping[str, Any]) -> dict[str, Any]:
+    """The shares with the unweighted means over types and over categories added.
+
+    Args:
+        scores: the table that says which types and categories there are.
+        shares: the metrics of `outcomes`, each a fraction or (R,) fractions of R resamples.
+
+    """
+    metrics = dict(shares)
+    means = {f"macro_{len(scores.categories)}": scores.categories}
+    means |= {TYPE_MEAN: scores.types} if scores.types else {}
+    for name in [m for m in shares if "/" not in m]:
+        for mean, groups in means.items():
+            metrics[f"{name}/{mean}"] = sum(shares[f"{name}/{g}"] for g in groups) / len(groups)
+    return metrics
 
 
 def chance(scores: MatchingScores) -> dict[str, float]:

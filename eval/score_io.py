@@ -1,15 +1,19 @@
 """Score tables on disk: one self-contained zarr v3 group, readable with zarr alone.
 
-    scores.zarr/            attributes: format, version, kind, split, space, world, ids, category, pairs, meta, run
+    scores.zarr/            attributes: format, version, kind, split, space, world, ids, category, pairs, meta, run;
+                            composed: queries (the fields of `ComposedQueries`) and candidates, in place of ids
       scores                float32 or float64, (Q, C) · (n, 2, 2) · (n, 2)
       target, seen          czsl: column of the true pair (Q,); 1 where a pair is seen (C,)
       positives             retrieval: 1 where a candidate is right (Q, C)
+
+Scores of composed retrieval (CIRCO: 800 × 123,403) are written and checked in blocks of rows, and read when used.
 
 A missing chunk file would be read as the fill value, so every array has one that no valid table holds: it
 is an error when loaded, never a zero. Chunks carry a crc32c.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,6 +27,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from eval.bootstrap import Table
+from eval.composed_table import ComposedQueries, ComposedScores
 from eval.czsl import CompositionScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
 from eval.matching import MatchingScores
@@ -37,11 +42,12 @@ KINDS: dict[str, type[Table]] = {
     "czsl": CompositionScores,
     "matching": MatchingScores,
     "retrieval": RetrievalScores,
+    "composed": ComposedScores,
 }
 
 
 def kind(scores: Table) -> str:
-    """czsl, matching or retrieval."""
+    """czsl, matching, retrieval or composed."""
     return next(name for name, cls in KINDS.items() if isinstance(scores, cls))
 
 
@@ -62,7 +68,7 @@ def save(
 
     Raises:
         ScoreTableExists: there is something at `path`.
-        ScoreTableError: `run` or `meta` is not JSON.
+        ScoreTableError: `run` or `meta` is not JSON; rows of a composed table that are not usable.
 
     """
     path = Path(path)
@@ -77,17 +83,22 @@ def save(
         "kind": kind(scores),
         "split": scores.split,
         "space": scores.space,
-        "ids": list(scores.ids),
+        "ids": [] if isinstance(scores, ComposedScores) else list(scores.ids),
         "run": dict(run) if run is not None else meta.pop("run", {}),
         "meta": meta,
     }
-    arrays: dict[str, tuple[NDArray[Any], Any]] = {"scores": (scores.scores, np.nan)}
+    arrays: dict[str, tuple[Any, Any]] = {"scores": (scores.scores, np.nan)}
     if isinstance(scores, CompositionScores):
         attributes |= {"world": scores.world, "pairs": np.asarray(scores.pairs).tolist()}
         arrays["target"] = (np.asarray(scores.target, dtype=np.int64), -1)
         arrays["seen"] = (scores.seen.astype(np.uint8), 255)
     elif isinstance(scores, MatchingScores):
         attributes["category"] = np.asarray(scores.category).tolist()
+    elif isinstance(scores, ComposedScores):
+        for _ in scores.rows():  # refuses NaN, which the other tables refuse when they are made
+            pass
+        attributes["queries"] = scores.queries.facts()
+        attributes["candidates"] = np.asarray(scores.candidates).tolist()
     else:
         arrays["positives"] = (scores.positives.astype(np.uint8), 255)
     try:
@@ -98,23 +109,25 @@ def save(
     return path
 
 
-def _write(
-    path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[NDArray[Any], Any]]
-) -> None:
+def _write(path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[Any, Any]]) -> None:
     """The group, written aside and renamed into place; an old one goes only when the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         group = zarr.create_group(str(aside / "new"), attributes=attributes)  # pyright: ignore[reportUnknownMemberType]
         for name, (values, fill) in arrays.items():
-            rows = max(1, CHUNK_CELLS // max(1, values[0].size))
-            group.create_array(
+            n, cells = values.shape[0], max(1, math.prod(values.shape[1:]))
+            rows = min(n, max(1, CHUNK_CELLS // cells))
+            array = group.create_array(
                 name,
-                data=values,
-                chunks=(min(rows, len(values)), *values.shape[1:]),
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(rows, *values.shape[1:]),
                 fill_value=fill,
                 compressors=(ZstdCodec(), Crc32cCodec()),
             )
+            for start in range(0, n, rows):
+                array[start : start + rows] = values[start : start + rows]
         if path.exists():
             path.rename(aside / "old")
         (aside / "new").rename(path)
@@ -161,6 +174,8 @@ def load(path: str | os.PathLike[str]) -> Table:
 
 def _table(group: zarr.Group, facts: Mapping[str, Any]) -> Table:
     """The dataclass from arrays and attributes."""
+    if facts["kind"] == "composed":
+        return _composed(group, facts)
     scores = _read(group, "scores")
     common: dict[str, Any] = {
         "space": facts["space"],
@@ -175,6 +190,21 @@ def _table(group: zarr.Group, facts: Mapping[str, Any]) -> Table:
     if facts["kind"] == "matching":
         return MatchingScores(scores, np.asarray(facts["category"]), **common)
     return RetrievalScores(scores, _flags(_read(group, "positives"), "positives"), **common)
+
+
+def _composed(group: zarr.Group, facts: Mapping[str, Any]) -> ComposedScores:
+    """A table whose rows stay on disk, after they were all read once: a missing or damaged part is found here."""
+    array: Any = group["scores"]
+    table = ComposedScores(
+        array,
+        np.asarray(facts["candidates"]),
+        ComposedQueries(**facts["queries"]),
+        space=facts["space"],
+        meta={**facts["meta"], "run": facts["run"]},
+    )
+    for _ in table.rows():
+        pass
+    return table
 
 
 def _read(group: zarr.Group, name: str) -> NDArray[Any]:

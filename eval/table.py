@@ -115,3 +115,9 @@ def largest(values: Float[np.ndarray, "q c"], k: int) -> Float[np.ndarray, "q k"
 def chance_of_hit(k: int, positives: int, n: int) -> float:
     """Chance that one or more of `positives` among `n` land in the top `k` of a random order."""
     return 1 - math.comb(n - positives, k) / math.comb(n, k)
+
+
+def chance_precision(k: int, c: int, n: int) -> float:
+    """Expected sum over ranks i ≤ k of precision(i)·rel(i), with c right among n in random order."""
+    both = (c - 1) / (n - 1) if n > 1 else 0.0
+    return sum(c / n * (1 + (i - 1) * both) / i for i in range(1, k + 1))

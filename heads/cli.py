@@ -14,6 +14,7 @@ from types import ModuleType
 
 from cache_builder import cli as cache_cli
 from cache_builder.errors import CacheError
+from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
 from heads.errors import HeadError
@@ -34,9 +35,11 @@ transformers' names from a config.json on this machine, or else from what the fa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; a user's error is one sentence on stderr and exit status 1, a traceback means a bug."""
-    args = _parser().parse_args(argv)
+    with quiet_when_unread():
+        args = _parser().parse_args(argv)
     try:
-        args.func(args)
+        with quiet_when_unread():
+            args.func(args)
     except (CacheError, ScoreTableError, HeadError) as error:
         print(f"headstart {args.verb}: {error}", file=sys.stderr)
         return 1
@@ -200,10 +203,15 @@ def _score(args: argparse.Namespace) -> None:
         allow_missing=args.allow_missing,
         block=args.block,
     )
+    overlap = None
     for path in paths:
         print(f"wrote {path}; next: headstart metrics {path}")
-        if dropped := score_io.load(path).meta.get("dropped"):
+        meta = score_io.load(path).meta
+        overlap = meta.get("train_overlap")
+        if dropped := meta.get("dropped"):
             print(f"left out {len(dropped)} examples whose image is quarantined; marked partial")
+    if overlap:
+        print(overlap["says"])
     if args.pictures:
         _draw(args)
 

@@ -52,11 +52,13 @@ class FeatureDataset(Dataset[Item]):
             With several caches the name comes first: "clip/image/pooled".
         split: only the images of that split, in the order of its examples; with czsl they bring their labels.
         task: whose split, as in `FeatureCache.labels`.
+        allow_missing: of a split, leave out images that are quarantined, or that a cache lacks, instead of refusing.
         ids: only these, in this order; instead of `split`. Default: all, in the row order of the first cache.
 
     Attributes:
         ids: of the items, in their order.
-        dropped: ids that were left out, because a cache lacks them or their image is quarantined; named ones never are.
+        dropped: ids that were left out, because a cache lacks them or their image is quarantined: of all ids, or of a
+            split with `allow_missing`.
         attrs, objs: vocabularies of the labels, sorted; empty without labels.
 
     An item holds `id`, float32 tensors under the names of `streams` (token ids: int64) and, if its split has them, the
@@ -64,9 +66,10 @@ class FeatureDataset(Dataset[Item]):
 
     Raises:
         UnknownName: a cache has no such stream, task or split.
-        UnknownIds: an id of `ids` is not in every cache, or nothing is in all of them.
-        ConfigError: streams of images and of texts together, or `split` and `ids` together, or a text id whose strings
-            differ between the caches.
+        UnknownIds: an id of `ids` or an image of the split is not in every cache, or is quarantined there; or nothing
+            is in all of them.
+        ConfigError: streams of images and of texts together, or `split` and `ids` together, or `allow_missing` without
+            a split, or a text id whose strings differ between the caches.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class FeatureDataset(Dataset[Item]):
         split: str | None = None,
         task: str | None = None,
         ids: Sequence[str] | None = None,
+        allow_missing: bool = False,
     ) -> None:
         self.caches = {"": caches} if isinstance(caches, FeatureCache) else dict(caches)
         if not isinstance(caches, FeatureCache) and not all(n and "/" not in n for n in caches):
@@ -89,6 +93,10 @@ class FeatureDataset(Dataset[Item]):
         if split is not None and (ids is not None or self.side != "image"):
             what = "streams of texts" if ids is None else "ids"
             raise ConfigError(f"a split names images by itself and does not go with {what}")
+        if allow_missing and split is None:
+            raise ConfigError(
+                "allow_missing is for a split; ids must all be there, and without either `dropped` says what is not"
+            )
         first = next(iter(self.caches.values()))
         self.attrs: tuple[str, ...] = ()
         self.objs: tuple[str, ...] = ()
@@ -115,6 +123,11 @@ class FeatureDataset(Dataset[Item]):
         self.ids = [asked[i] for i in kept]
         there = set(self.ids)
         self.dropped = tuple(dict.fromkeys(i for i in asked if i not in there))
+        if self.dropped and split is not None and not allow_missing:
+            raise UnknownIds(
+                f"{len(self.dropped)} of the {len(set(asked))} images of split {split!r} cannot be read: "
+                f"{_why(self.caches, self.dropped)}; allow_missing=True leaves them out"
+            )
         self.labels = {name: values[kept] for name, values in labels.items()}
         self.rows = {name: cache.rows(self.side, self.ids) for name, cache in self.caches.items()}
         if self.side == "text":
@@ -222,6 +235,15 @@ def _ids(cache: FeatureCache, side: str) -> Sequence[str]:
 
 def _usable(cache: FeatureCache, side: str) -> set[str]:
     return set(_ids(cache, side)) - (set(cache.quarantined) if side == "image" else set())
+
+
+def _why(caches: Mapping[str, FeatureCache], ids: Sequence[str]) -> str:
+    """What is the matter with the first three images."""
+    found = []
+    for one in ids[:3]:
+        cache = next(c for c in caches.values() if one not in _usable(c, "image"))
+        found.append(f"{one!r} ({cache.quarantined.get(one, f'not in {cache.place}')})")
+    return ", ".join([*found, *(["…"] if len(ids) > 3 else [])])
 
 
 def _check_strings(

@@ -11,11 +11,12 @@ A directory that holds anything is never trained into, and a score table never o
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cache_builder import FeatureCache
+from cache_builder.errors import CacheError
 from eval import score_io
 from eval.czsl import CompositionScores
 from eval.czsl import evaluate as evaluate_czsl
@@ -26,8 +27,9 @@ from eval.retrieval import evaluate as evaluate_retrieval
 from heads import checkpoint, load_method
 from heads.base import Head
 from heads.config import describe_cache, git_commit, parse, versions
-from heads.errors import CheckpointMismatch, ConfigError, RunExists
+from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists
 from heads.loader import Loader
+from heads.overlap import TrainOverlap, train_overlap
 from heads.plans import usual_negatives
 from heads.score import Direction, score, source_of
 from heads.source import check_streams, context_of
@@ -167,7 +169,8 @@ def score_run(
     Args:
         run: the run's directory.
         split, world, task: what to score; `task` is the trained one unless given.
-        cache: where from; None opens the one trained on. The tables of another one carry its name.
+        cache: where from; None opens the one trained on. The tables of another one carry its name, and in `meta` and
+            run record as `train_overlap` what of it was trained on (see `heads/overlap.py`).
         rerank: for retrieval: the head scores only the K best by cached cosine.
         allow_missing: drop examples of quarantined images, which marks the table partial.
         block: queries and candidates held at once.
@@ -207,12 +210,30 @@ def score_run(
     head = head or checkpoint.load(run)
     data = load_task(cache, task, split, world, allow_missing=allow_missing)
     source = source_of(head, data)
+    seen = _seen_before(record, scored, cache, data.kind, split)
+    facts = {} if seen is None else {"train_overlap": seen.to_json()}
     for direction, path in paths.items():
         scores = score(
             head, data, block=block, direction=direction or "t2i", rerank=rerank, source=source
         )
-        score_io.save(scores, path, run={"run": run.name, **record, "cache": scored})
+        scores = replace(scores, meta={**scores.meta, **facts})
+        score_io.save(scores, path, run={"run": run.name, **record, "cache": scored, **facts})
     return list(paths.values())
+
+
+def _seen_before(
+    record: Mapping[str, Any], scored: Mapping[str, Any], cache: FeatureCache, task: str, split: str
+) -> TrainOverlap | None:
+    """What of another data set was trained on; None where nothing was trained, or the data set is the same."""
+    if not record.get("examples", {}).get("train"):
+        return None
+    if record["cache"]["dataset"]["digest"] == scored["dataset"]["digest"]:
+        return None
+    try:
+        trained = trained_cache(record)
+        return train_overlap(trained, record["task"], cache, task, split)
+    except (CacheError, HeadError, OSError) as error:
+        return TrainOverlap(None, why=str(error))
 
 
 def read_run(run: str | Path) -> dict[str, Any]:

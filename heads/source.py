@@ -74,8 +74,8 @@ def half_of_free_device_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
 
-class Dense:
-    """One fixed-shape stream; `rows=None` leaves it on disk.
+class Stream:
+    """One stream; `rows=None` leaves it on disk.
 
     Args:
         cache, stream: what is read.
@@ -93,46 +93,31 @@ class Dense:
         device: torch.device,
     ) -> None:
         self.cache, self.stream, self.rows = cache, stream, rows
+        self.ragged = cache.is_ragged(stream)
         self.gather = Gatherer(device)
         if rows is not None:
-            self.values = read_stored(cache, stream, rows).to(held)
             self.positions = Positions(rows)
-
-    def take(self, rows: np.ndarray) -> Tensor:
-        """Values of `rows`, which may repeat: (B, …)."""
-        if self.rows is None:
-            unique, inverse = np.unique(rows, return_inverse=True)
-            values = torch.from_numpy(self.cache.read(self.stream, unique))
-            return self.gather.take(values, torch.from_numpy(inverse))
-        return self.gather.take(self.values, self.positions(rows))
-
-
-class Ragged:
-    """One ragged stream, e.g. `text/tokens` or `text/ids`; arguments as of `Dense`."""
-
-    def __init__(
-        self,
-        cache: FeatureCache,
-        stream: str,
-        rows: np.ndarray | None,
-        held: torch.device,
-        device: torch.device,
-    ) -> None:
-        self.cache, self.stream, self.rows = cache, stream, rows
-        self.gather = Gatherer(device)
-        if rows is not None:
-            places, offsets = cache.places(stream, rows)
+            places, self.offsets = cache.places(stream, rows) if self.ragged else (rows, None)
             self.values = read_stored(cache, stream, places).to(held)
-            self.offsets = torch.from_numpy(offsets)
-            self.positions = Positions(rows)
 
-    def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Values of `rows` padded with 0 to the longest of them, and True where an entry is real."""
-        if self.rows is None:
+    def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Values of `rows`, which may repeat: (B, …), and no mask.
+
+        Of a ragged stream padded with 0 to the longest of them, (B, L, …), and the mask (B, L), True where an entry is
+        real.
+        """
+        if self.rows is not None:
+            values, offsets, at = self.values, self.offsets, self.positions(rows)
+        else:
             unique, inverse = np.unique(rows, return_inverse=True)
-            values, offsets = map(torch.from_numpy, self.cache.read_ragged(self.stream, unique))
-            return padded(self.gather, values, offsets, torch.from_numpy(inverse))
-        return padded(self.gather, self.values, self.offsets, self.positions(rows))
+            if self.ragged:
+                read, offsets = self.cache.read_ragged(self.stream, unique)
+            else:
+                read, offsets = self.cache.read(self.stream, unique), None
+            values, at = torch.from_numpy(read), torch.from_numpy(inverse)
+        if offsets is None:
+            return self.gather.take(values, at), None
+        return padded(self.gather, values, torch.from_numpy(offsets), at)
 
 
 class Source:
@@ -177,17 +162,16 @@ class Source:
             "memory": quarter_of_free_memory() if ram_limit is None else ram_limit,
         }
         sizes = {s: self._bytes(s, rows[s.split("/")[0]]) for s in self.queries + self.candidates}
-        self.streams: dict[str, Dense | Ragged] = {}
+        self.streams: dict[str, Stream] = {}
         found: dict[str, list[str]] = {"device": [], "memory": [], "disk": []}
         for stream, size in sorted(sizes.items(), key=lambda item: item[1]):
             place = next((p for p in left if size <= left[p]), "disk")
             if place != "disk":
                 left[place] -= size
             found[place].append(stream)
-            kind = Ragged if cache.is_ragged(stream) else Dense
             held = torch.device("cpu") if place == "memory" else self.device
             wanted = None if place == "disk" else rows[stream.split("/")[0]]
-            self.streams[stream] = kind(cache, stream, wanted, held, self.device)
+            self.streams[stream] = Stream(cache, stream, wanted, held, self.device)
         self.on_device = tuple(found["device"])
         self.on_disk = tuple(reversed(found["disk"]))
 
@@ -201,24 +185,21 @@ class Source:
 
     def dense(self, stream: str, rows: np.ndarray) -> Tensor:
         """One fixed-shape stream of rows."""
-        found = self.streams[stream]
-        assert isinstance(found, Dense)
-        return found.take(rows)
+        values, mask = self.streams[stream].take(rows)
+        assert mask is None
+        return values
 
     def _features(
         self, streams: Iterable[str], rows: np.ndarray, given: Mapping[str, Tensor]
     ) -> Features:
         out: dict[str, Tensor] = {}
         for stream in streams:
-            found = self.streams[stream]
             if stream in given:
                 out[stream] = given[stream]
-            elif isinstance(found, Ragged):
-                values, mask = found.take(rows)
-                out[stream] = values
+                continue
+            out[stream], mask = self.streams[stream].take(rows)
+            if mask is not None:
                 out[f"{stream.rpartition('/')[0]}/mask"] = mask
-            else:
-                out[stream] = found.take(rows)
         return Features(out)
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:

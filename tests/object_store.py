@@ -38,6 +38,50 @@ def s3_server() -> Iterator[str]:
         server.stop()
 
 
+@contextmanager
+def strict_about_keys(server: str) -> Iterator[None]:
+    """While this lasts, the server refuses access keys that it does not know; it knows none."""
+
+    def without_keys(requests: str) -> None:
+        connection = http.client.HTTPConnection(server)
+        connection.request("POST", "/moto-api/reset-auth", requests)
+        assert connection.getresponse().status == 200
+        connection.close()
+
+    without_keys("0")
+    try:
+        yield
+    finally:
+        without_keys("inf")
+
+
+@contextmanager
+def answering(status: int, body: str) -> Iterator[str]:
+    """`host:port` of a server that has one answer to everything."""
+
+    class Always(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            data = body.encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_HEAD = answer
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            """Silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Always)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 class Proxy(ThreadingHTTPServer):
     """Fails a share of the requests.
 

@@ -1,6 +1,7 @@
 """The verbs build, info, verify and list: what a user reads, and the exit status."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 from cache_builder import FeatureCache
 from cache_builder.cli import main
 from cache_builder.datasets import folder
+from cache_builder.pipe import quiet_when_unread
 
 Make = Callable[..., FeatureCache]
 Captured = pytest.CaptureFixture[str]
@@ -179,3 +181,54 @@ def test_auto_says_what_it_wants_of_a_mode_and_a_begun_cache_keeps_its_own(
     assert f"chosen: {chosen} " in shown
     assert main([*command, "--store", "auto"]) == 0
     assert f"was begun with --store {chosen} and keeps it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("cache_builder.cli", ["info", "CACHE"]),
+        ("heads.cli", ["info", "CACHE"]),
+        ("heads.cli", ["list", "datasets"]),
+        ("heads.cli", ["build", "--help"]),
+    ],
+)
+def test_a_command_that_nobody_reads_ends_quietly(
+    module: str, words: list[str], buffered: bool, make_cache: Make
+) -> None:
+    """As in `headstart info CACHE | head -1`, however early `head` goes."""
+    cache = str(make_cache().path)
+    command = [sys.executable, "-m", module]
+    env = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*command, *(cache if word == "CACHE" else word for word in words)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == (0 if "--help" in words else 141)  # argparse itself forgives it
+
+
+def test_a_build_that_nobody_reads_ends_quietly_and_is_resumed(
+    command: list[str], fast_path: Path
+) -> None:
+    words = [sys.executable, "-m", "cache_builder.cli", *command]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 141)
+    assert main(command) == 0
+
+
+def test_any_other_broken_pipe_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokenPipeError, match="of a helper"), quiet_when_unread():
+        raise BrokenPipeError("of a helper")
+    sys.stdout.write("still here\n")
+    sys.stdout.flush()
+    assert capfd.readouterr().out == "still here\n"

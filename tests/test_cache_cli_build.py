@@ -134,7 +134,8 @@ def test_the_bar_says_rate_bytes_and_what_it_waits_for(
     assert main(command(photos, fast_path / "c.zarr")) == 0
     bars = capsys.readouterr().err
     assert re.search(
-        r"images: 100%.*\d+/\d+ \[.*image/s.* MB/s, waits for the (backbone|pictures|disk)", bars
+        r"images: 100%.*\d+/\d+ \[.*image/s.* MB/s, waits for the (backbone|pictures|casting|disk)",
+        bars,
     )
 
 

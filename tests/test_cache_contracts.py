@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,33 @@ def test_a_build_says_how_many_texts_are_cut(
 ) -> None:
     build(dataset(texts=["short", "x" * 50]), StandIn(), fast_path / "c", progress=False)
     assert "1 of 2 texts have more than 11 tokens and are cut" in caplog.text
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_texts_are_tokenised_to_plan_and_to_encode_and_not_to_count_what_is_cut(
+    append: bool, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only texts as long as the context are looked at again."""
+    texts = [*(f"text {i}" for i in range(20)), "x" * 50, "y" * 9]
+
+    class Counting(StandIn):
+        tokenised, counted = 0, 0
+
+        def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+            self.tokenised += len(texts)
+            return super().tokenize(texts)
+
+        def truncated(self, texts: Sequence[str]) -> int:
+            self.counted += len(texts)
+            return super().truncated(texts)
+
+    if append:
+        build(dataset(texts=texts[:5]), StandIn(), fast_path / "c", progress=False)
+    backbone = Counting()
+    build(dataset(texts=texts), backbone, fast_path / "c", append=append, progress=False)
+    assert backbone.tokenised == 2 * (len(texts) - (5 if append else 0))
+    assert backbone.counted == 2
+    assert "1 of 22 texts have more than 11 tokens and are cut" in caplog.text
 
 
 def test_a_data_set_without_texts_is_built(fast_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from object_store import BUCKET, failing, s3_server
+from object_store import BUCKET, answering, failing, s3_server, strict_about_keys
 from stand_in import StandIn, WordStandIn, dataset
 
 from cache_builder import FeatureCache, build, lock
@@ -129,7 +129,10 @@ def test_a_store_that_is_gone_is_one_sentence_and_loses_nothing(
             return outputs
 
         backbone = StandIn(gone)
-        with pytest.raises(CacheError, match=r"object store failed .* what is finished is kept"):
+        with pytest.raises(
+            CacheError,
+            match=r"(answered 503|cannot be reached).*, tried 2 times.* what is finished is kept",
+        ):
             build(
                 dataset(40, 12, bad=(3, 8)),
                 backbone,
@@ -156,6 +159,86 @@ def test_a_store_that_is_gone_is_one_sentence_and_loses_nothing(
     )
     assert cache.digest() == local.header.digest
     assert sum(again.encoded) < 52, "nothing was kept"
+
+
+BUILD = ["build", "--backbone", "clip:demo", "--dataset", "toy_world", "--set", "scale=0.01"]
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command that fails says: one sentence."""
+    from cache_builder.cli import main
+
+    assert main(list(words)) == 1
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if not line.startswith("127.0.0.1 - - ")]  # moto's own
+    assert len(lines) == 1
+    assert "<" not in lines[0]
+    return lines[0]
+
+
+def test_a_bucket_that_is_not_there_is_named(
+    server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"there is no bucket 'no-such-bucket' at http://{server} (404 Not Found NoSuchBucket): create it"
+    for words in ([*BUILD, "--out", "s3://no-such-bucket/x"], ["info", "s3://no-such-bucket/x"]):
+        assert where in told(capsys, *words)
+
+
+def test_wrong_credentials_are_one_sentence(
+    server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with strict_about_keys(server):
+        said = told(capsys, *BUILD, "--out", f"s3://{BUCKET}/x")
+    assert f"bucket '{BUCKET}' at http://{server} refused the credentials (403 Forbidden" in said
+    assert "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY" in said
+
+
+def test_wrong_endpoints_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache_builder.bucket.RETRY", {"max_retries": 1})
+    nobody = "http://127.0.0.1:9"
+    for endpoint, sentence in {
+        nobody: f"bucket 'b' at {nobody} cannot be reached, tried 2 times: check AWS_ENDPOINT_URL",
+        "moon base": "AWS_ENDPOINT_URL is 'moon base', which is no address of an object store",
+        "ftp://x": "AWS_ENDPOINT_URL is 'ftp://x', which is no address of an object store",
+    }.items():
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        assert sentence in told(capsys, "info", "s3://b/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", nobody)
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    assert "set AWS_ALLOW_HTTP=true" in told(capsys, "info", "s3://b/x")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "sentence"),
+    [
+        (404, "<html>no such page</html>", "is not there, nor any object store (404 Not Found)"),
+        (
+            400,
+            "<Error><Code>AuthorizationHeaderMalformed</Code></Error>",
+            "set AWS_REGION to its own",
+        ),
+        (
+            403,
+            "<Error><Code>AccessDenied</Code></Error>",
+            "(403 Forbidden AccessDenied): check AWS_",
+        ),
+        (418, "<html>tea</html>", "answered 418 I'm a teapot; what is finished is kept"),
+    ],
+)
+def test_whatever_a_server_answers_is_one_sentence(
+    status: int,
+    body: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with answering(status, f'<?xml version="1.0"?>\n{body}') as where:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{where}")
+        said = told(capsys, "info", "s3://b/x")
+    assert f"bucket 'b' at http://{where} " in said
+    assert sentence in said
 
 
 def test_a_killed_build_is_taken_over_when_its_lock_no_longer_beats(

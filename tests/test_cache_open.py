@@ -85,8 +85,8 @@ def test_a_missing_cache_is_not_found_and_says_how_to_make_one(tmp_path: Path) -
 
 def test_a_newer_schema_is_refused_before_anything_else(make_cache: Make) -> None:
     cache = make_cache()
-    edit_header(cache, lambda a: a.update(schema_version=4, wonders=True, state="odd"))
-    with pytest.raises(CacheTooNew, match=r"schema 4, this headstart reads up to 3"):
+    edit_header(cache, lambda a: a.update(schema_version=5, wonders=True, state="odd"))
+    with pytest.raises(CacheTooNew, match=r"schema 5, this headstart reads up to 4"):
         FeatureCache.open(cache.path)
 
 

@@ -1,7 +1,9 @@
 """Streams beyond one vector and one grid a picture: blocks, views, crops, words, patches of pictures of any shape."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cache_builder import FeatureCache, build
 from cache_builder import format as fmt
 from cache_builder.backbones import clip, llava, siglip2
 from cache_builder.backbones.base import Backbone
+from cache_builder.chunks import Chunks
 from cache_builder.datasets.base import CompositionTask, Dataset, ImageRecord, Tasks, TextRecord
 from cache_builder.errors import (
     BadInput,
@@ -29,6 +32,7 @@ from cache_builder.errors import (
 )
 from cache_builder.images import BadImage
 from cache_builder.metadata import metadata_problem
+from cache_builder.passes import Passes
 from cache_builder.views import VIEWS, crop_boxes, resize_for_crops
 from cache_builder.words import words_of
 
@@ -303,6 +307,43 @@ def test_crops_stopped_and_resumed_are_crops_at_once(make_cache: Make) -> None:
     cache = make_cache(dataset=data.dataset(), batch_size=20, backbone=rest, **FAST)
     assert cache.digest() == whole.digest()
     assert 0 < len(rest.encoded) < -(-len(whole.boxes()) // 20)
+
+
+class Alone:
+    """An engine of nobody else: this process builds every unit by itself."""
+
+    def helping(self, passes: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_known_of_all_pictures_is_read_once_and_not_for_every_unit(
+    make_cache: Make, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    data = Pictures(((20, 20), (20, 20), (20, 30)))
+    backbone = KeptStandIn() if kept else StandIn()
+    given: dict[str, Any] = {**FAST, "batch_size": 20, "backbone": backbone}
+    given["streams"] = ["image/patches"] if kept else ["crop/pooled"]
+    given["chunk_bytes"] = 100 if kept else 1000
+    alone = make_cache("alone.zarr", dataset=data.dataset(), **given)
+    read, units = Counter[str](), list[str]()
+    whole, run = Chunks.read_whole, Passes.run
+
+    def counting(chunks: Chunks, array: str) -> bytes:
+        read[array] += 1
+        return whole(chunks, array)
+
+    def noting(passes: Passes, side: Any, only: Any = None) -> None:
+        units.append(side)
+        run(passes, side, only)
+
+    monkeypatch.setattr(Chunks, "read_whole", counting)
+    monkeypatch.setattr(Passes, "run", noting)
+    shared = make_cache(dataset=data.dataset(), engine=Alone(), **given)
+    assert len(units) > 1
+    wanted = ["image/grid"] if kept else ["crop/box", "crop/offsets"]
+    assert {name: read[name] for name in wanted} == dict.fromkeys(wanted, 1)
+    assert shared.digest() == alone.digest()
 
 
 def test_a_lost_chunk_of_crops_is_filled_in_again(make_cache: Make) -> None:

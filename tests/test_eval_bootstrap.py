@@ -1,17 +1,19 @@
 """Intervals against scipy's bootstrap, resampling by hand, and known coverage."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from eval import bootstrap, czsl, matching, retrieval
+from eval import bootstrap, composed, czsl, matching, retrieval
+from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
 from eval.czsl import CompositionScores
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores
-from eval.retrieval import RetrievalScores
+from eval.retrieval import RetrievalScores, both_directions
 
 
 def composition(seed=0, q=60, c=6, strength=1.0, **options) -> CompositionScores:
@@ -28,6 +30,42 @@ def pairs_of_captions(seed=0, n=200, strength=0.5) -> MatchingScores:
     return MatchingScores(scores, np.array(["swap", "add"] * (n // 2)), "logit")
 
 
+def two_by_two(seed=0, n=60) -> MatchingScores:
+    """Types of unequal size and number of subtypes."""
+    scores = np.random.default_rng(seed).normal(size=(n, 2, 2)) + 0.7 * np.eye(2)
+    kinds = ["swap_att", "swap_obj", "add_obj", "replace_rel", "replace_rel", "replace_att"]
+    return MatchingScores(scores, kinds * (n // 6), "logit")
+
+
+def images_and_captions(seed=0, n=12) -> RetrievalScores:
+    own = np.kron(np.eye(n), np.ones((1, 2))).astype(bool)
+    return RetrievalScores(np.random.default_rng(seed).normal(size=own.shape) + own, own, "cosine")
+
+
+def questions(protocol, seed=0, q=48, strength=1.5) -> ComposedScores:
+    """60 images; every third query shares its target with the next."""
+    rng = np.random.default_rng(9)
+    names = [str(i) for i in range(60)]
+    kinds = CATEGORIES.get(protocol, ("x", "y"))
+    target = [str(1 + 2 * (i - (i % 3 == 1))) if i < 20 else str(i) for i in range(q)]
+    asked = ComposedQueries(
+        [f"q{i}" for i in range(q)],
+        ["59"] * q,
+        [
+            [t, "0"] if protocol in ("circo", "own") and i % 5 == 0 else [t]
+            for i, t in enumerate(target)
+        ],
+        protocol,
+        "val",
+        "split",
+        [[kinds[int(rng.integers(len(kinds)))]] for _ in range(q)],
+        [[t, "59", "58", "57", "56"] for t in target] if protocol in ("cirr", "own") else (),
+    )
+    right = np.array([[name in row for name in names] for row in map(asked.right, range(q))])
+    scores = np.random.default_rng(seed).normal(size=(q, 60)) + strength * right
+    return ComposedScores(scores, names, asked, "cosine")
+
+
 def gallery(seed=0, q=12) -> RetrievalScores:
     rng = np.random.default_rng(seed)
     return RetrievalScores(rng.normal(size=(q, q)) + np.eye(q), np.eye(q, dtype=bool), "cosine")
@@ -38,12 +76,15 @@ def gallery(seed=0, q=12) -> RetrievalScores:
     [
         (composition(), czsl.evaluate),
         (pairs_of_captions(), matching.evaluate),
+        (two_by_two(), matching.evaluate),
         (gallery(), retrieval.evaluate),
+        (both_directions(images_and_captions()), retrieval.evaluate_both),
+        *((questions(protocol), composed.evaluate) for protocol in composed.KS),
     ],
 )
 def test_estimates_are_the_metrics_themselves(table, evaluate):
     found, metrics = bootstrap.intervals([table], resamples=20), evaluate(table)
-    assert set(found) == {m for m in metrics if m != "bias_at_best_hm" and "mean_of" not in m}
+    assert set(found) == set(metrics) - {"bias_at_best_hm"}
     for name, interval in found.items():
         assert interval.estimate == pytest.approx(metrics[name], abs=1e-12), name
         assert interval.low <= interval.high
@@ -150,7 +191,10 @@ def test_a_paired_difference_is_narrower_than_an_unpaired_one():
 
 
 def test_a_table_does_not_differ_from_itself():
-    for table in (composition(), pairs_of_captions(), gallery()):
+    tables = [composition(), pairs_of_captions(), two_by_two(), gallery()]
+    tables += [both_directions(images_and_captions()), *map(questions, composed.KS)]
+    for table in tables:
+        assert bootstrap.difference([table], [table], resamples=2)
         for interval in bootstrap.difference([table], [table], resamples=30).values():
             assert (interval.estimate, interval.low, interval.high) == (0, 0, 0)
             assert not interval.excludes_zero
@@ -227,3 +271,153 @@ def test_a_thousand_resamples_of_a_thousand_images_take_seconds_at_most():
     started = time.perf_counter()
     bootstrap.intervals([t])
     assert time.perf_counter() - started < 5  # 0.1 s on an idle machine
+
+
+# ── means over types and categories, both directions, composed retrieval ─────────────────────────────────────────────
+
+
+def drawn_again(table, counts):
+    """The table with item i `counts[i]` times; names are numbered anew."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    if isinstance(table, MatchingScores):
+        return MatchingScores(table.scores[rows], np.asarray(table.category)[rows], table.space)
+    asked = table.queries
+    fields = {
+        name: [getattr(asked, name)[i] for i in rows]
+        for name in ("reference", "targets", "categories", "subset", "gallery")
+    }
+    ids = [str(i) for i in range(len(rows))]
+    again = ComposedQueries(ids=ids, **fields, protocol=asked.protocol, split=asked.split)
+    return ComposedScores(table.scores[rows], table.candidates, again, table.space)
+
+
+@pytest.mark.parametrize(
+    "table", [two_by_two(), *map(questions, composed.KS)], ids=lambda t: type(t).__name__
+)
+def test_resampled_metrics_are_those_of_the_resampled_items(table):
+    """Means over types, categories and tasks, and avg, are worked out again from each draw."""
+    weights = next(bootstrap.draws(bootstrap.strata(table), 7, 3, bootstrap.clusters(table)))
+    fast = bootstrap.estimator(table)(weights)
+    evaluate: Any = matching.evaluate if isinstance(table, MatchingScores) else composed.evaluate
+    for r, counts in enumerate(weights.astype(int)):
+        slow = evaluate(drawn_again(table, counts))
+        for name, values in fast.items():
+            if np.isnan(values[r]):  # a category that was not drawn, or a mean over it
+                assert name not in slow or "macro" in name
+            else:
+                assert values[r] == pytest.approx(slow[name], abs=1e-12), name
+
+
+def test_every_draw_keeps_the_numbers_of_a_category_s_clusters():
+    for protocol in ("fashioniq", "genecis"):
+        t = questions(protocol)
+        groups, together = bootstrap.strata(t), bootstrap.clusters(t)
+        assert len(set(groups.tolist())) == len(CATEGORIES[protocol])
+        for cluster in set(together.tolist()):
+            assert len(set(groups[together == cluster].tolist())) == 1
+        first = np.unique(together, return_index=True)[1]
+        weights = np.concatenate(list(bootstrap.draws(groups, 30, 0, together)))
+        for group in set(groups.tolist()):
+            mine = first[groups[first] == group]
+            assert (weights[:, mine].sum(1) == len(mine)).all()
+    assert set(bootstrap.strata(questions("circo")).tolist()) == {0}
+
+
+def test_composed_queries_of_one_target_are_drawn_together():
+    asked = ComposedQueries(
+        list("abcdef"),
+        ["r"] * 6,
+        [["1"], ["2", "3"], ["1"], ["3"], ["4"], ["1"]],
+        "circo",
+        "val",
+        "all",
+    )
+    t = ComposedScores(np.zeros((6, 5)), ["r", "1", "2", "3", "4"], asked, "cosine")
+    assert bootstrap.clusters(t).tolist() == [0, 1, 0, 1, 4, 0]
+    kinds = [["dress"], ["dress"], ["shirt"], ["toptee"], ["shirt"], ["shirt"]]
+    asked = ComposedQueries(
+        asked.ids, asked.reference, asked.targets, "fashioniq", "val", "s", kinds
+    )
+    t = ComposedScores(t.scores, t.candidates, asked, "cosine")
+    assert bootstrap.clusters(t).tolist() == [0, 1, 2, 3, 4, 2]
+
+
+def test_an_image_is_drawn_with_its_captions_in_both_directions():
+    own = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
+    both = both_directions(RetrievalScores(own * 1.0, own, "cosine"))
+    together = bootstrap.clusters(both)
+    assert together[:7].tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert together[7] > 2  # a caption of no image
+    weights = next(bootstrap.draws(bootstrap.strata(both), 20, 0, together))
+    for image, caption in ((0, 3), (0, 4), (1, 5), (2, 6)):
+        assert (weights[:, image] == weights[:, caption]).all()
+
+
+def test_the_interval_of_rsum_is_found_by_drawing_images_by_hand():
+    both = both_directions(images_and_captions(n=40))
+    ours = bootstrap.intervals([both], resamples=2000)["rsum"]
+    parts = retrieval.outcomes_both(both)
+    rng = np.random.default_rng(5)
+    sums = []
+    for _ in range(2000):
+        images = rng.integers(40, size=40)
+        captions = 40 + np.concatenate([2 * images, 2 * images + 1])
+        sums.append(
+            sum(
+                parts[f"i2t_recall@{k}"][images].mean() + parts[f"t2i_recall@{k}"][captions].mean()
+                for k in (1, 5, 10)
+            )
+        )
+    low, high = np.percentile(sums, [2.5, 97.5])
+    assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.05)
+    assert ours.estimate == pytest.approx(retrieval.evaluate_both(both)["rsum"])
+
+
+@pytest.mark.parametrize("protocol", composed.KS)
+def test_a_better_head_differs_in_every_metric_that_it_improves(protocol):
+    worse, better = questions(protocol, 1, strength=0.5), questions(protocol, 1, strength=9)
+    found = bootstrap.difference([better], [worse], resamples=200)
+    assert set(found) == set(composed.evaluate(better))
+    head = {
+        "cirr": "avg",
+        "fashioniq": "avg",
+        "genecis": "recall@1/macro_4",
+        "circo": "map@5",
+        "own": "recall@1",
+    }
+    assert found[head[protocol]].low > 0
+    for interval in found.values():
+        assert interval.estimate >= 0
+
+
+def test_the_k_asked_for_is_kept_in_differences():
+    a, b = questions("own", 0), questions("own", 1)
+    found = bootstrap.difference([a], [b], ks=(7,), resamples=5)
+    assert {"recall@7", "map@7"} <= set(found)
+    assert "recall@5" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gallery": "union"}, r"differ in gallery \(\(48, 60\)"),
+        ({"reference": ["58"] * 48}, "differ in reference"),
+        ({"split": "test"}, "differ in split"),
+    ],
+)
+def test_composed_tables_of_other_questions_are_not_compared(changes, message):
+    t = questions("circo")
+    other = ComposedScores(t.scores, t.candidates, replace(t.queries, **changes), "cosine")
+    with pytest.raises(ScoreTableError, match=message):
+        bootstrap.difference([t], [other])
+    reordered = ComposedScores(t.scores, t.candidates[::-1], t.queries, "cosine")
+    with pytest.raises(ScoreTableError, match="differ in candidates"):
+        bootstrap.difference([t], [reordered])
+
+
+def test_both_directions_of_other_items_are_not_compared():
+    a = both_directions(images_and_captions(n=12))
+    with pytest.raises(ScoreTableError, match="differ in positives"):
+        bootstrap.difference([a], [both_directions(images_and_captions(n=13))])
+    with pytest.raises(ScoreTableError, match="BothDirections and RetrievalScores"):
+        bootstrap.difference([a], [a.i2t])

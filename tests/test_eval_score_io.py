@@ -136,7 +136,7 @@ def test_a_flipped_byte_is_found(tmp_path):
     [
         ({"format": "headstart cache"}, "'headstart cache', not 'headstart scores'"),
         ({"version": 2}, "version 2.*reads version 1"),
-        ({"kind": "composed"}, "kind 'composed'.*czsl, matching, retrieval"),
+        ({"kind": "triplets"}, "kind 'triplets'.*czsl, matching, retrieval, composed"),
         ({"split": ""}, "valid table: a table needs its split"),
     ],
 )

@@ -203,6 +203,35 @@ def test_a_split_brings_its_labels_in_the_order_of_its_examples(cache: FeatureCa
         assert batch["attr"].dtype == torch.int64
 
 
+def test_a_split_is_whole_or_refused_as_numpy_refuses_it(make_cache: Make) -> None:
+    cache = make_cache(dataset=dataset(13, bad=(2, 5)))
+    with pytest.raises(UnknownIds, match="2 quarantined"):
+        cache.numpy("image/pooled", "train")
+    with pytest.raises(
+        UnknownIds,
+        match=r"^2 of the 13 images of split 'train' cannot be read: 'i2' \(picture 2 is cut off\), 'i5' "
+        r"\(picture 5 is cut off\); allow_missing=True leaves them out$",
+    ):
+        FeatureDataset(cache, ["image/pooled"], split="train")
+    images = FeatureDataset(cache, ["image/pooled"], split="train", allow_missing=True)
+    assert images.ids == cache.labels("train", allow_missing=True)["id"].tolist()
+    assert images.dropped == ("i2", "i5")
+    values = torch.stack([item["image/pooled"] for item in images.__getitems__([*range(11)])])
+    assert torch.equal(
+        values, torch.from_numpy(cache.numpy("image/pooled", "train", allow_missing=True))
+    )
+
+
+def test_a_split_of_several_caches_is_whole_in_all_or_refused(fast_path: Path) -> None:
+    caches = pair(fast_path)
+    with pytest.raises(
+        UnknownIds,
+        match=r"^6 of the 13 images of split 'train' cannot be read: 'i2' \(picture 2 is cut off\), 'i4' "
+        r"\(picture 4 is cut off\), 'i9' \(not in .*pe.zarr\), …; allow_missing=True leaves them out$",
+    ):
+        FeatureDataset(caches, ["clip/image/pooled", "pe/image/patches"], split="train")
+
+
 def test_tasks_without_labels_bring_images_alone(cache: FeatureCache) -> None:
     images = FeatureDataset(cache, ["image/pooled"], split="test", task="retrieval")
     assert images.ids == cache.labels("test", task="retrieval")["id"].tolist()
@@ -255,7 +284,7 @@ def test_several_caches_are_joined_by_id(fast_path: Path) -> None:
         for stream in streams:
             name, _, own = stream.partition("/")
             assert torch.equal(item[stream], value(caches[name], own, item["id"]))
-    train = FeatureDataset(caches, streams, split="train")
+    train = FeatureDataset(caches, streams, split="train", allow_missing=True)
     assert set(train.ids) == set(joined.ids)
     assert set(train.dropped) == set(joined.dropped)
     with pytest.raises(UnknownIds, match=r"'i12'"):
@@ -286,6 +315,7 @@ def test_one_text_id_with_two_strings_is_refused(make_cache: Make) -> None:
         ([], {}, ConfigError, "not none"),
         (["text/pooled"], {"split": "train"}, ConfigError, "does not go with streams of texts"),
         (["image/pooled"], {"split": "train", "ids": ["val3"]}, ConfigError, "with ids"),
+        (["image/pooled"], {"allow_missing": True}, ConfigError, "allow_missing is for a split"),
         (["image/pooled"], {"split": "dev"}, UnknownName, r"'dev'; there are test"),
     ],
 )

@@ -8,26 +8,31 @@ The metadata decides the split of an image, never its folder: seen pairs recur i
 Reader rules: docs/protocols.md, CZSL readers, 1-8. Prompts: "a photo of {attr} {obj}".
 """
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Literal
-
-from PIL.Image import Image
 
 from cache_builder.datasets.base import (
     CompositionExample,
     CompositionTask,
     Dataset,
-    ImageRecord,
     Pair,
     Tasks,
     TextRecord,
 )
+from cache_builder.datasets.composition_counts import Counts, assert_counts, count, describe
+from cache_builder.datasets.composition_files import (
+    METADATA,
+    PAIR_FOLDER,
+    Place,
+    Row,
+    as_written,
+    image_record,
+    require_some_image,
+)
 from cache_builder.errors import UnknownName
-from cache_builder.images import check_name, decode_rule, image_path, image_size, open_image
+from cache_builder.images import check_name, decode_rule
 from cache_builder.records import (
     DatasetError,
     DatasetNotFound,
@@ -39,30 +44,13 @@ from cache_builder.records import (
 )
 
 SPLITS = ("train", "val", "test")
-PAIR_FOLDER = "compositional-split-natural"
-METADATA = "metadata_compositional-split-natural"
 
-NamePreset = Literal["plain", "csp"]
 PRESETS: Mapping[str, Callable[[str], str]] = {
     "plain": lambda name: " ".join(name.lower().replace(".", " ").replace("_", " ").split()),
     "csp": lambda name: name.lower().replace(".", " "),
 }
-"""How a name is written in a prompt. `csp` is the rule of the CSP release; both agree on MIT-States."""
-
-Row = Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Sizes that identify a published set; `None` where the published number is not certain enough to assert."""
-
-    attrs: int | None
-    objs: int | None
-    pairs: int | None
-    train_pairs: int | None
-    unseen_pairs: int | None
-    open_world_pairs: int | None
-    train_images: int | None
+"""How a name is written in a prompt. `csp` is the rule of the CSP release; only VAW-CZSL, which has `_`, tells them
+apart. A set may bring a table of its own, `Layout.short`, that the preset `short` names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +62,12 @@ class Layout:
         official: counted in the public files; asserted under `check`.
         marks: a few (role, word) of the official vocabulary, by which the set is recognised even when damaged.
         source: how to get the set, for the message when it is not there.
-        split_pair: cuts a line of a pair file into its names.
-        places: file names to try, below `images/`, for a row of the metadata.
+        papers: numbers from papers, printed only, by the line of `composition_counts.describe` they stand beside.
+        separator: between the two names of a pair line; None for blanks.
+        places: where to look for the image of a row, in order.
+        folders: image folders that `places` names; one of them has to be there.
+        step: what a missing image of this set usually means, for the message.
+        short: official name → short one, for the preset `short`; empty if the set has none.
 
     """
 
@@ -83,8 +75,12 @@ class Layout:
     official: Counts
     marks: frozenset[tuple[str, str]]
     source: str
-    split_pair: Callable[[str], Sequence[str]]
-    places: Callable[[Row], Iterable[str]]
+    papers: Mapping[str, str] = field(default_factory=dict)
+    separator: str | None = None
+    places: Callable[[Row], tuple[Place, ...]] = as_written
+    folders: tuple[str, ...] = ("images",)
+    step: str = ""
+    short: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_compositions(
@@ -94,6 +90,7 @@ def read_compositions(
     world: str,
     names: str,
     check: str,
+    require_images: bool,
     follow_links: bool,
 ) -> Dataset:
     """A data set of the shared layout.
@@ -105,55 +102,71 @@ def read_compositions(
         names: preset that cleans names for prompts, see `PRESETS`.
         check: "official" asserts the published counts, "none" does not, "auto" asserts them if the vocabulary is the
             published set's (at least half of `layout.marks`), and otherwise says that it is another set.
+        require_images: False looks for no image and needs no image folder, for work with the annotation files alone;
+            an image that is there still opens.
         follow_links: open images through links that leave the image folder.
 
     Raises:
         DatasetNotFound: part of the layout is missing.
-        DatasetError: a line or row is malformed, or the counts are not the published ones.
-        UnknownName: no such world, preset or check.
+        DatasetError: a line or row is malformed, the counts are not the published ones, or a name has no short one.
+        UnknownName: no such world, preset or check, or an option that must be true or false is neither.
+        UnsafeName: an image name leads out of its folder.
     """
     _known("world", world, ("closed", "open"))
-    _known("names", names, tuple(PRESETS))
+    _known("names", names, (*PRESETS, "short") if layout.short else tuple(PRESETS))
     _known("check", check, ("auto", "official", "none"))
+    for option, value in (("require_images", require_images), ("follow_links", follow_links)):
+        if value not in (True, False):
+            raise UnknownName(f"{option}={value!r} is not known; {option} is true or false")
     root = _require_root(root, layout)
-    metadata = _require_layout(root, layout)
+    metadata = _require_layout(root, layout, require_images)
     pairs = {s: _read_pairs(root / PAIR_FOLDER / f"{s}_pairs.txt", layout) for s in SPLITS}
-    union = sorted({pair for listed in pairs.values() for pair in listed})
+    union = {pair for listed in pairs.values() for pair in listed}
     rows = _read_rows(metadata)
-    kept = [r for r in rows if _usable(r, set(union))]
+    kept = [r for r in rows if _usable(r, union)]
     examples = tuple(
         CompositionExample(r["image"], r["attr"], r["obj"], _split(r["set"])) for r in kept
     )
-    task = CompositionTask(examples=examples, pairs=pairs, prompts={})
-    found = count(task)
+    task = CompositionTask(examples, pairs, prompts={})
     published = _is_published(task, layout)
     official = check == "official" or (check == "auto" and published)
+    found = count(task)
     if official:
-        _assert_counts(found, layout, root)
+        assert_counts(found, layout.official, root=root, name=layout.name, source=layout.source)
     first_row: dict[str, Row] = {}
     for row in kept:
         first_row.setdefault(row["image"], row)
-    prompted = union if world == "closed" else task.candidates("test", "open")
-    images = root / "images"
-    places = {i: tuple(layout.places(r)) for i, r in first_row.items()}
-    _require_some_image(images, places, layout)
+    places = {image: layout.places(row) for image, row in first_row.items()}
+    if require_images:
+        require_some_image(root, places, name=layout.name, remedy=layout.step or layout.source)
+    prompted = sorted(union) if world == "closed" else product(task.attrs, task.objs)
+    prompts = {pair: pair_id(*pair) for pair in prompted}
+    written = _written(names, task, layout)
+    counts = (
+        describe(task, found, layout.official, layout.papers)
+        if published
+        else describe(task, found, Counts(), {})
+    )
     return Dataset(
         name=layout.name,
         images=tuple(
-            ImageRecord(
-                image,
-                partial(_open_first, images, places[image], follow_links),
-                partial(_measure_first, images, places[image], follow_links),
-                partial(_first, images, places[image], follow_links),
-            )
-            for image in first_row
+            image_record(image, root, tried, step=layout.step, follow_links=follow_links)
+            for image, tried in places.items()
         ),
-        texts=tuple(TextRecord(pair_id(*pair), prompt(*pair, names=names)) for pair in prompted),
-        tasks=Tasks(
-            czsl=CompositionTask(examples, pairs, {pair: pair_id(*pair) for pair in prompted})
+        texts=tuple(
+            TextRecord(text_id, _sentence(written[attr], written[obj]))
+            for (attr, obj), text_id in prompts.items()
         ),
+        tasks=Tasks(czsl=CompositionTask(examples, pairs, prompts)),
         decode=decode_rule(upright=False),
-        counts=_report(found, layout if published else None, official, rows, kept, metadata),
+        counts={
+            "set": _identity(official=official, published=published),
+            **_with_odd_sets(counts, kept),
+            "rows dropped": f"{len(rows) - len(kept):,} of {len(rows):,} (NA, or pair not in the pair files)",
+            "repeated images": f"{len(kept) - len(first_row):,}",
+            "read from": metadata.name,
+            **({} if require_images else {"image files": "images not looked for"}),
+        },
         root=str(root),
     )
 
@@ -165,7 +178,26 @@ def prompt(attr: str, obj: str, *, names: str = "plain") -> str:
     'a photo of faux leather boots mid-calf'
     """
     clean = PRESETS[names]
-    return f"a photo of {clean(attr)} {clean(obj)}"
+    return _sentence(clean(attr), clean(obj))
+
+
+def _sentence(attr: str, obj: str) -> str:
+    return f"a photo of {attr} {obj}"
+
+
+def _written(names: str, task: CompositionTask, layout: Layout) -> Mapping[str, str]:
+    """Every name as it stands in a prompt; the rule never looks at the role, so homographs need no key of their own."""
+    words = sorted({*task.attrs, *task.objs})
+    if names in PRESETS:
+        return {word: PRESETS[names](word) for word in words}
+    uncovered = [word for word in words if word not in layout.short]
+    if uncovered:
+        shown = ", ".join(map(repr, uncovered[:3]))
+        raise DatasetError(
+            f"names='short' of {layout.name} knows the {len(layout.short)} published names only, and {len(uncovered)} "
+            f"of the {len(words)} names here are others, e.g. {shown}; use names='plain'"
+        )
+    return layout.short
 
 
 def pair_id(attr: str, obj: str) -> str:
@@ -175,30 +207,6 @@ def pair_id(attr: str, obj: str) -> str:
     ('almost_empty+bottle', 'a%2Bb+c')
     """
     return "+".join(name.replace("%", "%25").replace("+", "%2B") for name in (attr, obj))
-
-
-def count(task: CompositionTask) -> Counts:
-    """The sizes of a task, as `Counts`."""
-    union = {pair for listed in task.pairs.values() for pair in listed}
-    seen = set(task.pairs["train"])
-    return Counts(
-        attrs=len(task.attrs),
-        objs=len(task.objs),
-        pairs=len(union),
-        train_pairs=len(seen),
-        unseen_pairs=len(union - seen),
-        open_world_pairs=len(task.attrs) * len(task.objs),
-        train_images=sum(e.split == "train" for e in task.examples),
-    )
-
-
-def space_or_underscore(row: Row) -> tuple[str, ...]:
-    """The image as written, then with its first folder spelled with spaces, then with underscores."""
-    folder, slash, rest = row["image"].partition("/")
-    if not slash:
-        return (row["image"],)
-    spellings = (folder, folder.replace("_", " "), folder.replace(" ", "_"))
-    return tuple(dict.fromkeys(f"{spelling}/{rest}" for spelling in spellings))
 
 
 def _known(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -216,13 +224,14 @@ def _require_root(root: str | Path | None, layout: Layout) -> Path:
     return Path(root)
 
 
-def _require_layout(root: Path, layout: Layout) -> Path:
+def _require_layout(root: Path, layout: Layout, require_images: bool) -> Path:
     """The metadata file, once everything else is known to be there."""
     # A JSON copy wins: somebody made it because the .t7 could not be read.
     candidates = [root / f"{METADATA}{suffix}" for suffix in (".json", ".jsonl", ".t7")]
     metadata = next((path for path in candidates if path.is_file()), None)
+    images_there = any((root / folder).is_dir() for folder in layout.folders)
     wanted = {
-        "images/": (root / "images").is_dir(),
+        " or ".join(f"{f}/" for f in layout.folders): images_there or not require_images,
         **{
             f"{PAIR_FOLDER}/{s}_pairs.txt": (root / PAIR_FOLDER / f"{s}_pairs.txt").is_file()
             for s in SPLITS
@@ -240,9 +249,12 @@ def _require_layout(root: Path, layout: Layout) -> Path:
 def _read_pairs(path: Path, layout: Layout) -> tuple[Pair, ...]:
     found: dict[Pair, None] = {}
     for number, line in read_lines(path):
-        names = layout.split_pair(line.strip())
+        names = [name.strip() for name in line.strip().split(layout.separator)]
         if len(names) != 2 or not all(names):
-            raise DatasetError(f"{path} line {number}: {line.strip()!r} is not a pair of two names")
+            between = "blanks" if layout.separator is None else repr(layout.separator)
+            raise DatasetError(
+                f"{path} line {number}: {line.strip()!r} is not a pair of two names with {between} between them"
+            )
         found[names[0], names[1]] = None
     return tuple(found)
 
@@ -254,26 +266,20 @@ def _read_rows(path: Path) -> list[Row]:
     if not isinstance(raw, list):
         raise DatasetError(f"{path} holds a {type(raw).__name__}, not a list of rows")
     for number, row in enumerate(raw):
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("image", "attr", "obj", "set")
-        ):
+        keys = ("image", "attr", "obj", "set")
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
             raise DatasetError(
                 f"{path} row {number}: {str(row)[:80]!r} lacks a text under image, attr, obj or set"
             )
+        if not isinstance(row.get("_image", ""), str):
+            raise DatasetError(f"{path} row {number}: _image is {row['_image']!r}, not a text")
         check_name(row["image"])
         check_unicode(row, f"{path} row {number}")
     return raw
 
 
 def _usable(row: Row, union: set[Pair]) -> bool:
-    return (
-        "NA" not in (row["attr"], row["set"])
-        and (
-            row["attr"],
-            row["obj"],
-        )
-        in union
-    )
+    return "NA" not in (row["attr"], row["set"]) and (row["attr"], row["obj"]) in union
 
 
 def _split(value: str) -> str:
@@ -286,78 +292,14 @@ def _is_published(task: CompositionTask, layout: Layout) -> bool:
     return 2 * len(layout.marks & words) >= len(layout.marks)
 
 
-def _assert_counts(found: Counts, layout: Layout, root: Path) -> None:
-    wrong = [
-        f"{field.name} {expected:,} expected, {getattr(found, field.name):,} found"
-        for field in fields(Counts)
-        if (expected := getattr(layout.official, field.name))
-        not in (None, getattr(found, field.name))
-    ]
-    if wrong:
-        raise DatasetError(
-            f"{root} is not the published {layout.name}: {'; '.join(wrong)}. Get the whole set "
-            f'({layout.source}), or pass check="none" if this is a subset or a set of your own'
-        )
-
-
-def _require_some_image(
-    images: Path, places: Mapping[str, tuple[str, ...]], layout: Layout
-) -> None:
-    """A folder without a single listed image is a half-downloaded set, not 30,000 bad files."""
-    if not any(os.path.exists(images / name) for tried in places.values() for name in tried):
-        first = next(iter(places.values()), ("…",))
-        raise DatasetNotFound(
-            f"{layout.name} found none of its {len(places):,} images; the first was looked for at "
-            f"{' and '.join(str(images / name) for name in first)}; {layout.source}"
-        )
-
-
-def _open_first(images: Path, names: tuple[str, ...], follow_links: bool) -> Image:
-    return open_image(_first(images, names, follow_links))
-
-
-def _measure_first(images: Path, names: tuple[str, ...], follow_links: bool) -> tuple[int, int]:
-    return image_size(_first(images, names, follow_links))
-
-
-def _first(images: Path, names: tuple[str, ...], follow_links: bool) -> Path:
-    """The first of the places where an image may lie."""
-    tried = [image_path(images, name, follow_links=follow_links) for name in names]
-    for path in tried:
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"no such file: {' nor '.join(str(p) for p in tried)}")
-
-
-def _report(
-    found: Counts,
-    layout: Layout | None,
-    official: bool,
-    rows: Sequence[Row],
-    kept: Sequence[Row],
-    metadata: Path,
-) -> dict[str, str]:
-    """Found numbers, for people; beside them the published ones, if it is that set (`layout` is None otherwise)."""
-    lines = {}
-    for field in fields(Counts):
-        expected = getattr(layout.official, field.name) if layout else None
-        beside = f" (published {expected:,})" if expected else ""
-        lines[field.name.replace("_", " ")] = f"{getattr(found, field.name):,}{beside}"
+def _identity(*, official: bool, published: bool) -> str:
     if official:
-        identity = "the published one, its counts asserted"
-    else:
-        identity = (
-            "published names, counts not asserted" if layout else "another set in this layout"
-        )
-    splits = [_split(r["set"]) for r in kept]
+        return "the published one, its counts asserted"
+    return "published names, counts not asserted" if published else "another set in this layout"
+
+
+def _with_odd_sets(counts: Mapping[str, str], kept: Sequence[Row]) -> dict[str, str]:
+    """The counts, with the values of `set` that were read as test for want of a better rule."""
     odd = sorted({r["set"] for r in kept} - set(SPLITS))
     including = f" (including set = {', '.join(map(repr, odd))})" if odd else ""
-    return {
-        "set": identity,
-        **lines,
-        "val images": f"{splits.count('val'):,}",
-        "test images": f"{splits.count('test'):,}{including}",
-        "rows dropped": f"{len(rows) - len(kept):,} of {len(rows):,} (NA, or pair not in the pair files)",
-        "repeated images": f"{len(kept) - len({r['image'] for r in kept}):,}",
-        "read from": metadata.name,
-    }
+    return {**counts, "test images": counts["test images"] + including}

@@ -111,6 +111,8 @@ def load(
         texts, tasks = _labels(rows, root, world, names, counts)
     else:
         texts, tasks = _captions(rows, counts)
+        if (root / "pairs.csv").is_file():
+            counts["pairs.csv"] = "not read: it adds candidates to labels, and there are none"
     return Dataset(
         name="folder",
         images=tuple(
@@ -204,22 +206,35 @@ def _read_table(root: Path) -> tuple[list[Row], dict[str, str]]:
     records = list(read_csv(path) if path.suffix == ".csv" else read_jsonl(path))
     if not records:
         raise DatasetError(f"{path} has no rows; remove it to embed the images alone")
-    rows = [_row(record, f"{path.name} line {number}") for number, record in records]
+    rows = _rows((f"{path.name} line {number}", record) for number, record in records)
     if len({row.pair is None for row in rows}) == 2:
         first = next(row for row in rows if (row.pair is None) != (rows[0].pair is None))
         raise DatasetError(
             f"{path} mixes captions and labels ({rows[0].place} against {first.place}); one kind a table"
         )
-    unique = list({(r.image, r.split, r.pair, r.captions): r for r in reversed(rows)}.values())[
-        ::-1
-    ]
+    unique: dict[object, Row] = {}
+    for row in rows:
+        unique.setdefault((row.image, row.split, row.pair, row.captions), row)
     ignored = sorted({key for _, record in records for key in record} - set(COLUMNS))
     counts = {
         "table": path.name,
         "duplicate rows dropped": f"{len(rows) - len(unique):,}",
         "columns ignored": ", ".join(map(repr, ignored)) or "none",
     }
-    return unique, counts
+    return list(unique.values()), counts
+
+
+def _rows(records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Row]:
+    """All rows checked; one error for all that are malformed."""
+    rows: list[Row] = []
+    faults: list[str] = []
+    for place, record in records:
+        try:
+            rows.append(_row(record, place))
+        except DatasetError as error:
+            faults.append(str(error))
+    _refuse(faults, "malformed rows", "mend them or take them out")
+    return rows
 
 
 def _row(record: Mapping[str, Any], place: str) -> Row:
@@ -235,9 +250,11 @@ def _row(record: Mapping[str, Any], place: str) -> Row:
         raise DatasetError(
             f"{place}: needs either attr, obj and split, or caption(s); has {', '.join(map(repr, record))}"
         )
-    split = record.get("split") or ""
-    if captioned:
-        split = split or "test"
+    if "caption" in record and "captions" in record:
+        raise DatasetError(f"{place}: has both caption and captions; keep one of them")
+    split = "" if record.get("split") is None else record["split"]
+    if captioned and split == "":
+        split = "test"
     if split not in SPLITS:
         raise DatasetError(f"{place}: split {split!r} is not one of {', '.join(SPLITS)}")
     if labelled:
@@ -290,11 +307,7 @@ def _labels(
             f"{root} has labels but no row with split train; seen pairs are those with a train row"
         )
     if (root / "pairs.csv").is_file():
-        for number, record in read_csv(root / "pairs.csv"):
-            place = f"pairs.csv line {number}"
-            if (split := record.get("split", "")) not in SPLITS:
-                raise DatasetError(f"{place}: split {split!r} is not one of {', '.join(SPLITS)}")
-            pairs[split][_text(record, "attr", place), _text(record, "obj", place)] = None
+        _add_pairs(root / "pairs.csv", pairs, counts)
     listed = {split: tuple(of) for split, of in pairs.items()}
     task = CompositionTask(examples, listed, {})
     union = sorted({pair for of in listed.values() for pair in of})
@@ -308,6 +321,24 @@ def _labels(
     texts = tuple(TextRecord(pair_id(*pair), prompt(*pair, names=names)) for pair in prompted)
     prompts = {pair: pair_id(*pair) for pair in prompted}
     return texts, Tasks(czsl=CompositionTask(examples, listed, prompts))
+
+
+def _add_pairs(path: Path, pairs: Mapping[str, dict[Pair, None]], counts: dict[str, str]) -> None:
+    """Candidates that no image shows; a pair is seen by its images alone."""
+    unseen: list[str] = []
+    ignored: dict[str, None] = {}
+    for number, record in read_csv(path):
+        place = f"{path.name} line {number}"
+        if (split := record.get("split", "")) not in SPLITS:
+            raise DatasetError(f"{place}: split {split!r} is not one of {', '.join(SPLITS)}")
+        pair = (_text(record, "attr", place), _text(record, "obj", place))
+        if split == "train" and pair not in pairs["train"]:
+            unseen.append(f"{' '.join(pair)} in {place}")
+        pairs[split][pair] = None
+        ignored |= dict.fromkeys(key for key in record if key not in ("attr", "obj", "split"))
+    _refuse(unseen, "train pairs without a train image", "list them for val or test")
+    if ignored:
+        counts[f"columns ignored in {path.name}"] = ", ".join(map(repr, sorted(ignored)))
 
 
 def _captions(rows: list[Row], counts: dict[str, str]) -> tuple[tuple[TextRecord, ...], Tasks]:
