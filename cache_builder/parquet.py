@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from cache_builder.images import MAX_BYTES, BadImage
+from cache_builder.parquet_footer import RowGroup, row_groups
 from cache_builder.records import MAX_LINE, DatasetError, check_file
 
 MAX_FILE = 8 * 2**30
@@ -56,15 +57,12 @@ class ParquetTable:
         self.path, self.max_cell, self.max_chunk = path, max_cell, max_chunk
         check_file(path, MAX_FILE)
         _require_pyarrow(path)
-        self._metadata = self._guarded(lambda: _metadata(path))
+        self._metadata, self._groups = self._guarded(lambda: _metadata(path))
         self.n_rows: int = self._metadata.num_rows
         if self.n_rows > MAX_ROWS:
             raise DatasetError(f"{path} has {self.n_rows:,} rows, more than {MAX_ROWS:,}")
-        groups = [
-            self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)
-        ]
-        self._starts = [0, *accumulate(groups)]
-        if min(groups, default=0) < 0 or self._starts[-1] != self.n_rows:
+        self._starts = [0, *accumulate(group.n_rows for group in self._groups)]
+        if self._starts[-1] != self.n_rows or self._metadata.num_row_groups != len(self._groups):
             raise DatasetError(f"{path} has a footer that contradicts itself; download it again")
         self._file = self._guarded(lambda: self._open([]))
         types = self._guarded(lambda: [(f.name, f.type) for f in self._file.schema_arrow])
@@ -148,12 +146,10 @@ class ParquetTable:
 
     def _check_chunk(self, group: int, columns: Sequence[str]) -> None:
         """Refuse a row group by the size that its footer states."""
-        parts = self._metadata.row_group(group)
-        for i in range(parts.num_columns):
-            part = parts.column(i)
-            name = part.path_in_schema.split(".")[0]
-            if name in columns and part.total_uncompressed_size > self.max_chunk:
-                raise self._too_large(group, name, f"{part.total_uncompressed_size:,}")
+        sizes = self._groups[group].sizes
+        for name in columns:
+            if sizes.get(name, 0) > self.max_chunk:
+                raise self._too_large(group, name, f"{sizes[name]:,}")
 
     def _check_rows(self, group: int, found: int, stated: int) -> None:
         if found != stated:
@@ -201,8 +197,8 @@ def _require_pyarrow(path: Path) -> None:
         ) from error
 
 
-def _metadata(path: Path) -> Any:
-    """The footer, with the Arrow schema that it may carry hidden under another key.
+def _metadata(path: Path) -> tuple[Any, list[RowGroup]]:
+    """The footer, with the Arrow schema that it may carry hidden under another key; and what it says of row groups.
 
     Opening a file brings the types of that schema to life, before anybody can look at them: a library that has
     registered a type may unpickle its parameters then.
@@ -228,7 +224,7 @@ def _metadata(path: Path) -> Any:
         raise DatasetError(
             f"{path} declares Arrow extension types; only plain columns are read: write it without them"
         )
-    return metadata
+    return metadata, row_groups(footer)
 
 
 def _kind(kind: Any) -> Kind:

@@ -25,9 +25,6 @@ from cache_builder.images import decode
 from cache_builder.parquet import ParquetTable
 from cache_builder.records import DatasetError, DatasetNotFound, read_csv, read_jsonl
 
-OPTIONAL = ("id", "category")
-"""Columns that are taken where a table has them."""
-
 NO_CATEGORY = "all"
 """Category of every row of a table without one."""
 
@@ -179,8 +176,16 @@ def _rows(path: Path, columns: Columns, named: set[str]) -> Iterator[Row]:
         return
     table = ParquetTable(path)
     named |= set(table.kinds)
-    wanted = {*columns.images, *columns.captions, *columns.category, columns.id, *OPTIONAL}
+    category = columns.category or ("category",)
+    wanted = {*columns.images, *columns.captions, *category, columns.id or "id"}
+    if columns.id == "":
+        wanted.discard("id")
     kinds = {column: kind for column, kind in table.kinds.items() if column in wanted}
+    strange = [column for column, kind in kinds.items() if kind == "other"]
+    if strange:
+        raise DatasetError(
+            f"{path}: column {strange[0]!r} holds neither texts, whole numbers nor encoded pictures"
+        )
     plain = [column for column, kind in kinds.items() if kind in ("text", "number")]
     embedded = [column for column, kind in kinds.items() if kind == "image"]
     for n, cells in enumerate(table.rows(plain)):
@@ -214,7 +219,7 @@ def _present(columns: Columns, rows: Sequence[Row]) -> Columns:
 
 
 def _id(row: Row, column: str | None, number: int) -> str:
-    value = row.cells[column] if column else number
+    value = row.cells.get(column) if column else number
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
