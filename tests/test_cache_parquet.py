@@ -413,6 +413,7 @@ def test_a_bent_footer_is_a_value_error_or_row_groups(
         (b"\x18\xff\xff\xff\xff\x07ab", "is damaged"),
         (b"\x49\xfc\xff\xff\xff\xff\x0f", "is damaged"),
         (b"\x49\x15\x02\x00", "is damaged"),
+        (b"\x49\x1c\x19\x0c\x26\x01\x00\x00", "states a negative size"),
     ],
 )
 def test_a_hostile_footer_ends_soon(data: bytes, message: str) -> None:
