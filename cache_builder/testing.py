@@ -259,8 +259,6 @@ def _check_texts(backbone: Any) -> dict[str, float]:
     _must(backbone.truncated(CAPTIONS) == 0, "truncated: counts a short caption")
     long = " ".join(["word"] * 500)
     _must(backbone.truncated(["a", long]) == 1, "truncated: misses a 500-word caption")
-    full, most = int(backbone.lengths(backbone.tokenize([long]))[0]), backbone.spec.dims["context"]
-    _must(full == most, f"lengths: a caption cut to {most} tokens has {full}")
     out = backbone.encode_texts(ids)
     _check_streams(backbone, "text", out, len(ids))
     lengths = out["length"].tolist()
