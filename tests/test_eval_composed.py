@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -740,11 +739,9 @@ def test_a_table_as_large_as_circo_is_read_in_blocks(tmp_path):
         "test",
         "unlabeled2017",
     )
-    started = time.perf_counter()
     found = evaluate(ComposedScores(Rows(), names, asked, "cosine"))
     assert found["recall@50"] < 0.1
     assert Rows.largest <= 33
-    assert time.perf_counter() - started < 10  # 0.1 s on an idle machine
 
 
 def runs_of(tables: dict[str, ComposedScores]) -> list[Run]:
