@@ -91,6 +91,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
     from eval.czsl import CompositionScores
+    from eval.remarks import remarks
     from eval.retrieval import RetrievalScores
 
     entry: dict[str, Any] = {
@@ -99,9 +100,9 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
         "split": table.split,
     }
     if isinstance(table, CompositionScores):
-        entry |= {"world": table.world, "curve": curve}
-    entry |= {"space": table.space, "items": comparison.counts(table)}
-    entry |= {"metrics": {}, "chance": {}, "intervals": {}, "warnings": _overlap(table)}
+        entry |= {"world": table.world, "curve": curve, "k": list(ks or [1])}
+    entry |= {"space": table.space, "seeds": 1, "items": comparison.counts(table)}
+    entry |= {"metrics": {}, "chance": {}, "intervals": {}, "notes": remarks(table), "warnings": []}
     if isinstance(table, CompositionScores):
         for k in ks or [1]:
             with warnings.catch_warnings(record=True) as caught:
@@ -137,12 +138,6 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     return entry | {"intervals": _ranges(table, 1, ks)}
 
 
-def _overlap(table: "Table") -> list[str]:
-    """What a table says of benchmark images that were trained on, where there are some or nobody can tell."""
-    found: dict[str, Any] = table.meta.get("train_overlap") or {}
-    return [str(found["says"])] if found and found["count"] != 0 else []
-
-
 def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str, list[float]]:
     """Metric → low and high."""
     from eval import bootstrap
@@ -153,13 +148,16 @@ def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str
 
 def _shown(entry: dict[str, Any]) -> str:
     """One table for people: facts, then a line a metric."""
-    from eval.formats import BELOW, percent, plain
+    from eval.formats import BELOW, percent
+    from eval.table import plain
 
     facts = [entry["task"], f"split {entry['split']}"]
-    facts += [f"{entry['world']} world", f"{entry['curve']} curve"] if "world" in entry else []
+    if "world" in entry:
+        ks = ", ".join(map(str, entry["k"]))
+        facts += [f"{entry['world']} world", f"k = {ks}", f"{entry['curve']} curve"]
     lines = [
         plain(entry["scores"]),
-        f"  {' · '.join([*facts, 'space ' + entry['space']])}",
+        f"  {' · '.join([*facts, 'space ' + entry['space'], '1 seed'])}",
         f"  {entry['items']}",
     ]
     width = max(map(len, entry["metrics"]))
@@ -173,6 +171,7 @@ def _shown(entry: dict[str, Any]) -> str:
         lines.append(
             line + (f"  {BELOW} below chance" if chance is not None and value < chance else "")
         )
+    lines += [f"  note: {note}" for note in entry["notes"]]
     return "\n".join([*lines, *(f"  warning: {w}" for w in entry["warnings"]), ""])
 
 

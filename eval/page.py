@@ -22,6 +22,7 @@ TITLES = {
     "czsl": "Compositional zero-shot learning",
     "matching": "Compositional matching",
     "retrieval": "Image–text retrieval",
+    "composed": "Composed image retrieval",
 }
 READING = {
     "czsl": "auc is the area under the seen–unseen curve as a bias moves from seen to unseen pairs; best_hm is its "
@@ -31,6 +32,8 @@ READING = {
     "accuracy: one image prefers its true caption. A tie is a miss.",
     "retrieval": "recall@K: a right answer is among the K best; map@K: mean average precision at K. A tie with a wrong "
     "answer counts against.",
+    "composed": "A query is a reference image and an edit in words. recall@K: the right image is among the K best; "
+    "map@K: mean average precision at K; avg: the benchmark's own mean. A tie with a wrong answer counts against.",
 }
 
 
@@ -110,11 +113,7 @@ def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
     facts = [("split", q.split), ("world", q.world), ("form", q.variant)]
     facts += [("k", str(c.k)), ("curve", c.curve)] if c.curve else []
     spaces = ", ".join(dict.fromkeys(row.group.space for row in c.rows))
-    seeds = sorted({len(row.group.runs) for row in c.rows})
-    facts += [
-        ("score space", spaces),
-        ("seeds", "–".join(str(s) for s in dict.fromkeys((seeds[0], seeds[-1])))),
-    ]
+    facts += [("score space", spaces), ("seeds", c.seeds.split(" ")[0])]
     chips = "".join(f"<li>{name} <b>{text(value)}</b></li>" for name, value in facts if value)
     heading = (
         ""
@@ -124,7 +123,7 @@ def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
     parts = [
         heading,
         f'<ul class="facts">{chips}</ul>',
-        f'<p class="soft">{text(c.counts)}.</p>',
+        f'<p class="soft">{text(c.counts)}; {c.seeds}.</p>',
         _table(c, series),
     ]
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]
