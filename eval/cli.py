@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from eval.bootstrap import Interval, Table
 
 
+GIVEN = {
+    "split": "train, val or test, where the scores do not say it",
+    "space": "cosine, logit or probability, where the scores do not say it",
+    "world": "czsl: closed or open, where the scores do not say it",
+    "pairs": "file of the pairs of the columns, 'attr obj' a line",
+    "train_pairs": "file of the pairs seen in training",
+    "split_pairs": "file of the pairs of the split scored; others do not compete",
+    "targets": "file of the true pair of every row",
+    "qrels": "file of right answers of a retrieval run, 'query 0 document relevance' a line",
+}
+"""What may be told beside scores that are no table of ours: the fields of `eval.given.Given`."""
+
+
 def add_verbs(verbs: Any) -> None:
     """Add this room's verbs to what `ArgumentParser.add_subparsers` returns; each sets `func`."""
     metrics = verbs.add_parser(
@@ -25,7 +38,10 @@ def add_verbs(verbs: Any) -> None:
         description="Print the metrics of score tables, in percent, with chance lines and 95 %% bootstrap intervals.",
     )
     metrics.add_argument(
-        "scores", type=Path, nargs="+", help="score tables (.zarr) written by `headstart score`"
+        "scores",
+        type=Path,
+        nargs="+",
+        help="score tables (.zarr) written by `headstart score`, or other people's .npz .npy .csv .trec .run .txt",
     )
     metrics.add_argument(
         "--k",
@@ -38,6 +54,9 @@ def add_verbs(verbs: Any) -> None:
         "--curve", choices=("exact", "legacy"), default="exact",
         help="czsl: the exact seen-unseen curve, or the procedure of published numbers",
     )  # fmt: skip
+    for name, text in GIVEN.items():
+        kind = Path if text.startswith("file") else str
+        metrics.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     metrics.add_argument("--json", action="store_true", help="print JSON instead, as fractions")
     metrics.set_defaults(func=_metrics)
     report = verbs.add_parser(
@@ -77,9 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _metrics(args: argparse.Namespace) -> None:
     """Print every table's numbers."""
-    from eval import score_io
+    from eval import importers
 
-    found = [_measured(path, score_io.load(path), args.k, args.curve) for path in args.scores]
+    given = {name: getattr(args, name) for name in GIVEN}
+    found = [
+        _measured(path, importers.load(path, **given), args.k, args.curve) for path in args.scores
+    ]
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:

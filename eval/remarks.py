@@ -12,7 +12,7 @@ has no remark: that it is whole, held out and unfiltered is then its maker's cla
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from eval.bootstrap import Table
 from eval.table import plain
@@ -83,7 +83,7 @@ def _feasibility(meta: Mapping[str, Any]) -> list[str]:
     found = said(meta, "feasibility")
     if not found:
         return []
-    parts: Mapping[str, Any] = found if isinstance(found, dict) else {"by": found}
+    parts = cast("dict[str, Any]", found) if isinstance(found, dict) else {"by": found}
     words = ", ".join(f"{name} {_number(value)}" for name, value in parts.items())
     return [f"feasibility filter: {words}; not comparable with another filter or with none"]
 
