@@ -75,6 +75,9 @@ def add_verbs(verbs: Any) -> None:
         help="the page (default: report.html)",
     )
     report.add_argument("--k", type=int, default=1, help="czsl: top-k (default: 1)")
+    report.add_argument(
+        "--published", action="store_true", help="published numbers beside ours, where both measure the same"
+    )  # fmt: skip
     report.add_argument("--title", default="headstart", help="heading of the page")
     report.set_defaults(func=_report)
 
@@ -201,7 +204,7 @@ def _report(args: argparse.Namespace) -> None:
     """Write the page and print its tables and where everything lies."""
     from eval.report import report
 
-    files = report(args.runs, args.out, k=args.k, title=args.title)
+    files = report(args.runs, args.out, k=args.k, title=args.title, published=args.published)
     print(files[1].read_text(encoding="utf-8"))
     print(f"wrote {', '.join(str(path) for path in files)}")
 

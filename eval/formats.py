@@ -34,6 +34,7 @@ CSV_HEAD = (
         "minus_high",
         "seed_values",
     ),
+    *("source", "note"),
 )
 
 BELOW = "▼"
@@ -121,7 +122,7 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
                 seeds = " ".join(
                     f"{r.seed}:{v:.6g}" for r, v in zip(row.group.runs, cell.seeds, strict=True)
                 )
-                cells = [*facts, len(cell.seeds), *numbers, seeds]
+                cells = [*facts, len(cell.seeds), *numbers, seeds, "", ""]
                 writer.writerow([csv_cell(value) for value in cells])
     return buffer.getvalue()
 

@@ -37,8 +37,11 @@ READING = {
 }
 
 
-def render(runs: Sequence[Run], comparisons: Sequence[Comparison], title: str) -> str:
-    """The whole page."""
+def render(
+    runs: Sequence[Run], comparisons: Sequence[Comparison], title: str, below: Sequence[str] = ()
+) -> str:
+    """The whole page; `below` holds HTML to stand under each comparison."""
+    under = dict(zip(map(id, comparisons), below, strict=False))
     groups = [row.group for c in comparisons for row in c.rows]
     methods = list(dict.fromkeys(group.method for group in groups))
     series = {group.label: methods.index(group.method) for group in groups}
@@ -48,7 +51,11 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], title: str) -
         heading = f"{TITLES[kind]}, {dataset}"
         body = f'<p class="soft">{text(READING[kind])}</p>'
         sections.append(
-            (f"{kind}-{dataset}", heading, body + "".join(_comparison(c, series) for c in mine))
+            (
+                f"{kind}-{dataset}",
+                heading,
+                body + "".join(_comparison(c, series) + under.get(id(c), "") for c in mine),
+            )
         )
     curves = "".join(training_figure(group, series) for group in trained(runs))
     if curves:
