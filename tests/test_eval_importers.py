@@ -546,6 +546,12 @@ def test_the_shell_without_torch(tmp_path):
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == done.stdout
 
 
+def test_importers_wait_with_zarr_until_a_table_is_one():
+    code = "import sys, eval.importers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert not {"torch", "zarr", "matplotlib", "sklearn"} & set(done.stdout.split())
+
+
 def test_the_bar_against_torch_can_fail():
     code = "import sys; sys.modules['torch'] = None; import heads.score"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
