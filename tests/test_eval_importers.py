@@ -137,6 +137,15 @@ def test_names_of_several_words_are_cut_at_the_plus(lists, tmp_path):
     assert load(tmp_path / "s.npy", **lists, **FACTS).pairs.tolist() == [list(p) for p in pairs]
 
 
+def test_a_plus_inside_some_names_cuts_nothing(lists, tmp_path):
+    pairs = [("red", "c++"), ("18+", "mug"), *PAIRS[2:]]
+    words(lists["pairs"], pairs)
+    words(lists["train_pairs"], pairs[:2])
+    words(lists["targets"], [pairs[i] for i in TARGET])
+    np.save(tmp_path / "s.npy", SCORES)
+    assert load(tmp_path / "s.npy", **lists, **FACTS).pairs.tolist() == [list(p) for p in pairs]
+
+
 def test_pairs_of_another_split_do_not_compete(lists, tmp_path):
     """CSP scores the pairs of all splits; (wet, dog) is of val, and no candidate of test."""
     np.save(tmp_path / "s.npy", SCORES)
