@@ -43,6 +43,11 @@ def checked_scores(values: Any, what: str = "scores") -> NDArray[Any]:
     return scores
 
 
+def plain(text: str) -> str:
+    """Text without control characters, which a name may hold."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 def refuse_nan(scores: NDArray[Any], query: Sequence[str], candidate: Sequence[str]) -> None:
     """Raise for the first NaN or +inf.
 
@@ -57,9 +62,9 @@ def refuse_nan(scores: NDArray[Any], query: Sequence[str], candidate: Sequence[s
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         row, column = where[0], where[1]
         raise ScoreTableError(
-            f"the score of query {row}{f' ({query[row]})' if query else ''} with column {column} ({candidate[column]}) "
-            f"is {scores[where]}, one of {int(bad.sum())} that are NaN or +inf: scores must be finite, or -inf for "
-            "'not a candidate'. Look for a division by a zero norm in the head."
+            f"the score of query {row}{f' ({plain(query[row])})' if query else ''} with column {column} "
+            f"({plain(candidate[column])}) is {scores[where]}, one of {int(bad.sum())} that are NaN or +inf: scores "
+            "must be finite, or -inf for 'not a candidate'. Look for a division by a zero norm in the head."
         )
 
 

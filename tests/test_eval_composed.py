@@ -683,7 +683,7 @@ def test_the_shell_gives_the_numbers_and_says_which_images_were_trained_on(tmp_p
     (entry,) = json.loads(capsys.readouterr().out)
     assert entry["metrics"] == evaluate(t)
     assert entry["chance"] == composed.chance(t)
-    assert entry["warnings"] == [overlap["says"]]
+    assert entry["notes"] == [overlap["says"]]
     assert cli.main(["metrics", str(path)]) == 0
     assert overlap["says"] in capsys.readouterr().out
 
