@@ -90,7 +90,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
     from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
-    from eval.czsl import CompositionScores
+    from eval.czsl import Composition
     from eval.retrieval import RetrievalScores
 
     entry: dict[str, Any] = {
@@ -98,11 +98,11 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
         "task": score_io.kind(table),
         "split": table.split,
     }
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         entry |= {"world": table.world, "curve": curve}
     entry |= {"space": table.space, "items": comparison.counts(table)}
     entry |= {"metrics": {}, "chance": {}, "intervals": {}, "warnings": _overlap(table)}
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         for k in ks or [1]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", EvalWarning)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from eval import score_io
 from eval.bootstrap import Table
+from eval.composition import Composition
 from eval.errors import RunError
 from eval.matching import MatchingScores
 
@@ -244,7 +245,8 @@ def question(run: Run, table: Table) -> Question:
         variant = (
             f"{variant} partial".strip()
         )  # examples were left out: not the split that others measure
-    digest = hashlib.sha256(repr(table.scores.shape).encode())
+    shape = table.shape if isinstance(table, Composition) else table.scores.shape
+    digest = hashlib.sha256(repr(shape).encode())
     for name in ("ids", "target", "pairs", "seen", "category", "positives"):
         values: NDArray[Any] = np.asarray(getattr(table, name, ()))
         digest.update(f"{name} {values.shape}".encode())
