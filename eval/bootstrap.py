@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from eval import composed, curve, czsl, matching, retrieval
 from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
+from eval.czsl_summary import CompositionSummary
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores
 from eval.retrieval import BothDirections, RetrievalScores
 
-Table = CompositionScores | MatchingScores | RetrievalScores | ComposedScores
+Table = CompositionScores | CompositionSummary | MatchingScores | RetrievalScores | ComposedScores
 """What a file holds."""
 
 Resampled = Table | BothDirections

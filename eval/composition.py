@@ -10,7 +10,7 @@ Letters: `Q` images, `C` candidate pairs, `K` top-k.
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from eval.curve import Thresholds
 from eval.errors import ScoreTableError
+from eval.feasibility import Mode, filtered
 from eval.table import blocks, checked_facts, checked_k, checked_scores, largest, refuse_nan
 
 
@@ -84,6 +85,12 @@ class Composition(ABC):
         for name, value in settled.items():
             object.__setattr__(self, name, value)
         return names
+
+    @abstractmethod
+    def pruned(
+        self, threshold: float, rho: Float[np.ndarray, " c"] | None = None, mode: Mode = "neg_inf"
+    ) -> "Composition":
+        """The same images after unseen pairs less feasible than a threshold are dealt with (`eval.feasibility`)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -156,6 +163,23 @@ class CompositionScores(Composition):
         best = self.scores.argmax(1)
         return np.where(self.scores[np.arange(len(best)), best] > -np.inf, best, -1)
 
+    def pruned(
+        self, threshold: float, rho: Float[np.ndarray, " c"] | None = None, mode: Mode = "neg_inf"
+    ) -> "CompositionScores":
+        """A new table; see `eval.feasibility.filtered` for the modes.
+
+        Args:
+            threshold: T.
+            rho: feasibility of the columns; this table keeps none, so it has to be given.
+            mode: what becomes of infeasible scores.
+
+        """
+        if rho is None:
+            raise ScoreTableError(
+                "this table keeps no feasibility; give it (headstart metrics … --feasibility FILE)"
+            )
+        return replace(self, scores=filtered(self.scores, rho, self.seen, threshold, mode))
+
     def competing(self) -> Bool[np.ndarray, " c"]:
         """True where a pair is a candidate of some image."""
         return np.asarray((self.scores > -np.inf).any(0))
@@ -167,28 +191,44 @@ def reduce_rows(
     seen: Bool[np.ndarray, " c"],
     k: int = 1,
 ) -> Thresholds:
-    """Thresholds of a block of rows, which may then be dropped.
-
-    With own = candidates on the true pair's side, other = the opposite side, s = its score and r its rank inside own
-    (ties: lower index first), o is the (k − r + 1)-th largest of other; then t = s − o for a seen-labelled image and
-    t = o − s for an unseen-labelled one.
-    """
+    """Thresholds of a block of rows, which may then be dropped."""
     is_seen = seen[target]
-    t = np.where(is_seen, -np.inf, np.inf)  # never a hit, until shown otherwise
+    s = scores[np.arange(len(scores)), target]
+    r, other = np.ones(len(s), dtype=np.int64), np.empty((len(s), k), dtype=scores.dtype)
     for side in (True, False):
-        rows = np.flatnonzero(is_seen == side)
+        rows, columns = np.flatnonzero(is_seen == side), np.flatnonzero(seen == side)
         if not len(rows):
             continue
-        columns = np.flatnonzero(seen == side)
-        own, other = (
-            scores[np.ix_(rows, columns)],
-            scores[np.ix_(rows, np.flatnonzero(seen != side))],
-        )
-        s = scores[rows, target[rows], None]
-        ahead = (own > s) | ((own == s) & (columns < target[rows, None]))
-        r = 1 + ahead.sum(1)
-        hit = (r <= k) & (s[:, 0] > -np.inf)
-        o = largest(other, k)[hit, k - r[hit]].astype(np.float64)  # -inf: fewer others than needed
-        margin = s[hit, 0].astype(np.float64) - o
-        t[rows[hit]] = margin if side else -margin
+        own = scores[np.ix_(rows, columns)]
+        ahead = (own > s[rows, None]) | ((own == s[rows, None]) & (columns < target[rows, None]))
+        r[rows] += ahead.sum(1)
+        other[rows] = largest(scores[np.ix_(rows, np.flatnonzero(seen != side))], k)
+    return thresholds_of(s, r, other, is_seen, k)
+
+
+def thresholds_of(
+    s: Float[np.ndarray, " q"],
+    r: Int[np.ndarray, " q"],
+    other: Float[np.ndarray, "q k2"],
+    is_seen: Bool[np.ndarray, " q"],
+    k: int,
+) -> Thresholds:
+    """The bias at which each image changes between hit and miss.
+
+    With o the (k − r + 1)-th largest score of the other side, t = s − o for a seen-labelled image and t = o − s for an
+    unseen-labelled one; r > k or s = −inf is never a hit.
+
+    Args:
+        s: score of the true pair.
+        r: its rank among the candidates of its own side, seen or unseen; ties: lower index first. Any
+            value above k means the same.
+        other: k or more largest scores of the other side, descending; -inf where there are fewer.
+        is_seen: is the true pair a seen one?
+        k: a hit is the true pair among the k best.
+
+    """
+    t = np.where(is_seen, -np.inf, np.inf)  # never a hit, until shown otherwise
+    hit = (r <= k) & (s > -np.inf)
+    margin = s[hit].astype(np.float64) - other[hit, k - r[hit]].astype(np.float64)
+    t[hit] = np.where(is_seen[hit], margin, -margin)
     return Thresholds(t, is_seen)

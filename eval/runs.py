@@ -241,6 +241,8 @@ def question(run: Run, table: Table) -> Question:
     variant = str(table.meta.get("direction", ""))
     if isinstance(table, MatchingScores):
         variant = "2×2" if table.scores.ndim == 3 else "1×2"
+    if filtered := table.meta.get("feasibility"):  # pairs were pruned: another set of candidates
+        variant = f"{variant} {filtered['rule']}".strip()
     if table.meta.get("partial"):
         variant = (
             f"{variant} partial".strip()
