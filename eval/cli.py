@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval import cli_open_world
 from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_verbs(verbs: Any) -> None:
         help="czsl: the exact seen-unseen curve, or the procedure of published numbers",
     )  # fmt: skip
     metrics.add_argument("--json", action="store_true", help="print JSON instead, as fractions")
+    cli_open_world.add_options(metrics)
     metrics.set_defaults(func=_metrics)
     report = verbs.add_parser(
         "report",
@@ -79,7 +81,8 @@ def _metrics(args: argparse.Namespace) -> None:
     """Print every table's numbers."""
     from eval import score_io
 
-    found = [_measured(path, score_io.load(path), args.k, args.curve) for path in args.scores]
+    use = cli_open_world.filter_of(args)
+    found = [_measured(path, use(score_io.load(path)), args.k, args.curve) for path in args.scores]
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
@@ -100,6 +103,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     }
     if isinstance(table, Composition):
         entry |= {"world": table.world, "curve": curve}
+        entry |= {"feasibility": f} if (f := table.meta.get("feasibility")) else {}
     entry |= {"space": table.space, "items": comparison.counts(table)}
     entry |= {"metrics": {}, "chance": {}, "intervals": {}, "warnings": _overlap(table)}
     if isinstance(table, Composition):
@@ -162,6 +166,7 @@ def _shown(entry: dict[str, Any]) -> str:
         f"  {' · '.join([*facts, 'space ' + entry['space']])}",
         f"  {entry['items']}",
     ]
+    lines += [cli_open_world.shown(entry["feasibility"])] if "feasibility" in entry else []
     width = max(map(len, entry["metrics"]))
     lines += [f"  {'':{width}}  {'%':>7}  {'95 % interval':>15}  {'chance':>7}"]
     for name, value in entry["metrics"].items():

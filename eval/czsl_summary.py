@@ -314,12 +314,12 @@ def _checked(rows: Iterable[NDArray[Any]], c: int) -> Iterator[NDArray[Any]]:
         yield values
 
 
-def _any_candidate(block: Float[np.ndarray, "b c"]) -> Bool[np.ndarray, " c"]:
+def _any_candidate(block: NDArray[Any]) -> Bool[np.ndarray, " c"]:
     """True where a column is above -inf in some row; where no score is -inf, a look at the smallest is enough."""
+    some = np.asarray(block[:1] > -np.inf)
     if float(block.min()) > -np.inf:
-        return np.ones(block.shape[1], dtype=np.bool_)
-    found: NDArray[np.bool_] = np.asarray((block > -np.inf).any(0))
-    return found
+        return some[0]
+    return np.asarray((block > -np.inf).any(0))
 
 
 def _best(

@@ -4,8 +4,8 @@
                             composed: queries (the fields of `ComposedQueries`) and candidates, in place of ids
       scores                float32 or float64, (Q, C) · (n, 2, 2) · (n, 2)
       target, seen          czsl: column of the true pair (Q,); 1 where a pair is seen (C,)
-      own, best_*, …        czsl_summary, in place of scores: the fields of `CompositionSummary`; pairs (C, 2) are indices
-                            into the attributes attrs and objs; levels, threshold (null: none) are attributes too
+      own, best_*, …        czsl_summary, in place of scores: the fields of `CompositionSummary`; pairs (C, 2) index the
+                            attributes attrs and objs; levels and threshold (null: none) are attributes too
       positives             retrieval: 1 where a candidate is right (Q, C)
 
 Scores of composed retrieval (CIRCO: 800 × 123,403) are written and checked in blocks of rows, and read when used.
