@@ -72,8 +72,9 @@ def select(
 ) -> Callable[[Table], Table]:
     """A function that filters a table at the threshold chosen on another.
 
-    Its tables carry `meta["feasibility"]`: `threshold` (None keeps everything), `rule` in words, `mode`, the numbers
-    `kept` and `unseen`, and how T was chosen: `selected_on`, `selected_by`, `selected_value`.
+    Its tables carry `meta["feasibility"]`: `threshold` (None keeps everything), `mode`, the numbers `kept` and
+    `unseen`, how T was chosen (`selected_on`, `selected_by`, `selected_value`), and as `rule` what
+    tables must share to be compared: each method has a T of its own.
 
     Args:
         val: where the threshold is chosen.
@@ -88,6 +89,7 @@ def select(
     """
     chosen = _open(val)
     found = search_threshold(chosen, _rho(chosen, file), mode=mode, curve=curve, k=k)
+    by = f"{chosen.split} auc{'' if k == 1 else f'@{k}'} ({curve})"
 
     def use(table: Table) -> Table:
         mine = _open(table)
@@ -100,12 +102,12 @@ def select(
         bounded = found.threshold > -np.inf
         facts: dict[str, Any] = {
             "threshold": found.threshold if bounded else None,
-            "rule": f"rho >= {found.threshold:.4f} ({mode})" if bounded else "all pairs kept",
+            "rule": f"feasible, {mode}, T by {by}",
             "mode": mode,
             "kept": int((kept(rho, mine.seen, found.threshold) & ~mine.seen).sum()),
             "unseen": int((~mine.seen).sum()),
             "selected_on": name,
-            "selected_by": f"{chosen.split} auc{'' if k == 1 else f'@{k}'} ({curve})",
+            "selected_by": by,
             "selected_value": found.auc,
         }
         pruned = mine.pruned(found.threshold, rho, mode) if bounded else mine

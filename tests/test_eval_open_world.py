@@ -1,5 +1,6 @@
 """The feasibility threshold: searched on val as the slow loop does, carried to test, written down."""
 
+import dataclasses
 import json
 from typing import Any, get_args
 
@@ -9,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import cli, czsl, score_io
+from eval.comparison import compare
 from eval.composition import Composition, CompositionScores
 from eval.czsl_summary import CompositionSummary, Layout, summarise
 from eval.errors import EvalWarning, ScoreTableError
 from eval.feasibility import Feasibility, Mode, filtered, grid
 from eval.matching import MatchingScores
 from eval.open_world import search_threshold, select
+from eval.report import report
+from eval.runs import read_runs
 
 ATTRS, OBJS = ("blue", "green", "red"), ("bag", "cup", "fan", "hat")
 PAIRS = [(a, o) for a in ATTRS for o in OBJS]
@@ -100,7 +104,7 @@ def test_the_threshold_of_val_is_used_on_test_unchanged_and_stored(brief):
     assert czsl.evaluate(made) == czsl.evaluate(test.pruned(threshold, rho))
     facts = made.meta["feasibility"]
     assert facts["threshold"] == threshold
-    assert facts["rule"] == f"rho >= {threshold:.4f} (neg_inf)"
+    assert facts["rule"] == "feasible, neg_inf, T by val auc (exact)"
     assert (facts["kept"], facts["unseen"]) == (int((rho[~SEEN] >= threshold).sum()), 8)
     assert (facts["selected_on"], facts["selected_by"]) == ("VAL", "val auc (exact)")
     json.dumps(facts, allow_nan=False)
@@ -197,6 +201,28 @@ def test_the_filtered_table_can_be_saved_with_its_record(tables, capsys, tmp_pat
     again = printed(capsys, str(new), "--k", "2")[0]
     assert again["metrics"] == found["metrics"]
     assert again["feasibility"] == found["feasibility"]
+
+
+def test_a_report_puts_filtered_and_unfiltered_tables_apart_and_methods_together(tmp_path):
+    (val, file), (test, _) = world(), world("test", 1)
+    for i, method in enumerate(("zero_shot", "probe")):
+        run = tmp_path / "runs" / method
+        run.mkdir(parents=True)
+        facts = {"method": method, "backbone": "clip:x", "dataset": "toy", "seed": 0}
+        (run / "run.json").write_text(json.dumps(facts))
+        shifted = dataclasses.replace(test, scores=test.scores + i * np.eye(12)[test.target])
+        use = select(dataclasses.replace(val, scores=val.scores + i * (file.of(PAIRS) < 1)), file)
+        whole = reduced(shifted, file)
+        score_io.save(whole, run / "scores-open.zarr")
+        score_io.save(use(whole), run / "scores-feasible.zarr")
+    files = report([tmp_path / "runs"], tmp_path / "r.html")
+    text = files[1].read_text()
+    assert "czsl · toy · test · open world" in text
+    assert "czsl · feasible, neg_inf, T by val auc (exact) · toy · test · open world" in text
+    found = compare(read_runs([tmp_path / "runs"]))
+    assert [(len(c.rows), c.curve) for c in found] == [(2, "exact")] * 2
+    assert "best_unseen" in found[0].rows[1].cells
+    assert all(c.rows[1].gain is not None for c in found)
 
 
 @pytest.mark.parametrize(

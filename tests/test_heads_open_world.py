@@ -1,5 +1,6 @@
 """Open worlds from a cache: reduced as they are scored, filtered by word vectors, selected on val."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from test_heads_core_score import SMALL, Cross
 
 import heads.grid
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
-from eval import czsl
+from eval import czsl, score_io
 from eval.composition import CompositionScores
 from eval.czsl_summary import CompositionSummary
 from eval.errors import ScoreTableError
 from eval.feasibility import Feasibility, grid
 from heads import load_method, score
 from heads.base import Head, HeadConfig
+from heads.cli import main
 from heads.errors import ConfigError, MissingStream, TaskError
 from heads.grid import by_rows
 from heads.loader import Loader
+from heads.runs import train_run
 from heads.score import source_of
 from heads.source import context_of
 from heads.tasks import CompositionData, load_task
@@ -98,6 +101,49 @@ def test_feasibility_and_dense_are_refused_elsewhere(cache: FeatureCache) -> Non
     for task, options in refused.items():
         with pytest.raises(TaskError, match="are for open worlds of czsl"):
             score(head, load_task(cache, task, "test"), **options)
+
+
+def test_from_a_cache_to_filtered_numbers_on_the_command_line(
+    cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rho = tmp_path / "run", tmp_path / "rho.npz"
+    train_run(cache, "zero_shot", run, task="czsl", progress=False)
+    assert main(["feasibility", str(cache.path), "-o", str(rho)]) == 0
+    assert "3 attrs × 5 objs, text/pooled of clip:" in capsys.readouterr().out
+    for split in ("val", "test"):
+        words = ["--split", split, "--world", "open", "--feasibility", str(rho), "--keep", "2"]
+        assert main(["score", str(run), *words]) == 0
+    val, test = (run / f"scores-{split}-open.zarr" for split in ("val", "test"))
+    table = score_io.load(test)
+    assert isinstance(table, CompositionSummary)
+    assert (table.keep, len(table.levels)) == (2, 50)
+    capsys.readouterr()
+    assert main(["metrics", str(test), "--select-on", str(val), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["feasibility"]["unseen"] == 4
+    assert found["feasibility"]["selected_on"] == str(val)
+    test.rename(run / "kept.zarr")
+    assert main(["score", str(run), "--world", "open", "--dense"]) == 0
+    whole = score_io.load(test)
+    assert isinstance(whole, CompositionScores)
+    t = found["feasibility"]["threshold"]
+    pruned = whole.pruned(t, Feasibility.load(rho).of(whole.pairs)) if t is not None else whole
+    assert found["metrics"] == pytest.approx(czsl.evaluate(pruned), rel=1e-4)
+
+
+def test_a_glove_file_is_read_for_the_words_of_a_cache(
+    cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{w} {i + 1} {(i * i) % 7 - 3}" for i, w in enumerate((*ATTRS, *OBJS))]
+    (tmp_path / "glove.txt").write_text("\n".join(lines))
+    out = tmp_path / "g.npz"
+    given = ["feasibility", str(cache.path), "--glove", str(tmp_path / "glove.txt"), "-o", str(out)]
+    assert main(given) == 0
+    assert Feasibility.load(out).source == "GloVe file glove.txt"
+    (tmp_path / "glove.txt").write_text("\n".join(lines[1:]))
+    capsys.readouterr()
+    assert main(given) == 1
+    assert "no vector for 1 of 3 words: blue" in capsys.readouterr().err
 
 
 # ── word vectors ─────────────────────────────────────────────────────────────────────────────────────────────────────
