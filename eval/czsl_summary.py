@@ -377,9 +377,7 @@ def _insert(
         top[entering] = np.take_along_axis(scores, by, 1)
         top_columns[entering] = np.take_along_axis(found, by, 1)
         if taken + 1 < most:
-            if left.base is not None or len(entering) < len(rows) or not taken:
-                left = left[
-                    enters
-                ]  # a copy: what is taken out below must not leave the caller's block
+            if not taken or len(entering) < len(rows):
+                left = left[enters]  # a copy: the caller's block keeps what is taken out below
             left[np.arange(len(left)), at[enters]] = -np.inf
             rows = entering
