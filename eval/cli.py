@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval import cli_open_world
 from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def add_verbs(verbs: Any) -> None:
         kind = Path if text.startswith("file") else str
         metrics.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     metrics.add_argument("--json", action="store_true", help="print JSON instead, as fractions")
+    cli_open_world.add_options(metrics)
     metrics.set_defaults(func=_metrics)
     report = verbs.add_parser(
         "report",
@@ -102,8 +104,10 @@ def _metrics(args: argparse.Namespace) -> None:
     from eval import importers
 
     given = {name: getattr(args, name) for name in GIVEN}
+    use = cli_open_world.filter_of(args)
     found = [
-        _measured(path, importers.load(path, **given), args.k, args.curve) for path in args.scores
+        _measured(path, use(importers.load(path, **given)), args.k, args.curve)
+        for path in args.scores
     ]
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -115,7 +119,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
     from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
-    from eval.czsl import CompositionScores
+    from eval.czsl import Composition
     from eval.remarks import remarks
     from eval.retrieval import RetrievalScores
 
@@ -124,11 +128,12 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
         "task": score_io.kind(table),
         "split": table.split,
     }
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         entry |= {"world": table.world, "curve": curve, "k": list(ks or [1])}
+        entry |= {"feasibility": f} if (f := table.meta.get("feasibility")) else {}
     entry |= {"space": table.space, "seeds": 1, "items": comparison.counts(table)}
     entry |= {"metrics": {}, "chance": {}, "intervals": {}, "notes": remarks(table), "warnings": []}
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         for k in ks or [1]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", EvalWarning)

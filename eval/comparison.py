@@ -15,7 +15,7 @@ import numpy as np
 from eval import bootstrap, composed, czsl, matching, retrieval
 from eval.bootstrap import Interval, Table
 from eval.composed_table import ComposedScores
-from eval.czsl import CompositionScores, CurveKind
+from eval.czsl import Composition, CompositionScores, CurveKind
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
 from eval.remarks import remarks
@@ -250,7 +250,7 @@ def _quietly_legacy(table: CompositionScores, k: int) -> tuple[dict[str, float],
 
 def evaluate(table: Table, k: int = 1) -> dict[str, float]:
     """The task's own `evaluate`, on the exact curve and with its default K."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         return czsl.evaluate(table, k=k)
     if isinstance(table, ComposedScores):
         return composed.evaluate(table)
@@ -261,7 +261,7 @@ def evaluate(table: Table, k: int = 1) -> dict[str, float]:
 
 def chance(table: Table, k: int = 1) -> dict[str, float]:
     """What random scores get."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         return czsl.chance(table, k=k)
     if isinstance(table, ComposedScores):
         return composed.chance(table)
@@ -270,7 +270,7 @@ def chance(table: Table, k: int = 1) -> dict[str, float]:
 
 def counts(table: Table) -> str:
     """How many items of what."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         n_seen, n_unseen = table.counts
         return (
             f"{n_seen} images of seen and {n_unseen} of unseen pairs; {int(table.seen.sum())} seen and "

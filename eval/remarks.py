@@ -20,6 +20,9 @@ from eval.table import plain
 SHOWN = 3
 """Names listed of many."""
 
+SEARCHED = {"threshold", "kept", "unseen", "mode", "selected_by", "selected_value", "selected_on"}
+"""What `eval.open_world` notes of a threshold that it searched."""
+
 
 def remarks(table: Table) -> list[str]:
     """Sentences about a table, without control characters; none where there is nothing to say."""
@@ -83,8 +86,16 @@ def _feasibility(meta: Mapping[str, Any]) -> list[str]:
     found = said(meta, "feasibility")
     if not found:
         return []
-    parts = cast("dict[str, Any]", found) if isinstance(found, dict) else {"by": found}
-    words = ", ".join(f"{name} {_number(value)}" for name, value in parts.items())
+    facts = cast("dict[str, Any]", found) if isinstance(found, dict) else {"by": found}
+    if SEARCHED <= facts.keys():
+        threshold = facts["threshold"]
+        words = (
+            f"{'every pair is kept' if threshold is None else f'T = {threshold:.4f}'}, {facts['kept']:,} of "
+            f"{facts['unseen']:,} unseen pairs, {facts['mode']}; T by {facts['selected_by']} "
+            f"{100 * facts['selected_value']:.1f} % on {facts['selected_on']}"
+        )
+    else:
+        words = ", ".join(f"{name} {_number(value)}" for name, value in facts.items())
     return [f"feasibility filter: {words}; not comparable with another filter or with none"]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from cache_builder import FeatureCache
 from cache_builder.errors import CacheError
 from eval import score_io
-from eval.czsl import CompositionScores
+from eval.czsl import Composition
 from eval.czsl import evaluate as evaluate_czsl
 from eval.matching import MatchingScores
 from eval.matching import evaluate as evaluate_matching
@@ -163,6 +163,7 @@ def score_run(
     allow_missing: bool = False,
     block: int = 1024,
     head: Head | None = None,
+    **open_world: Any,
 ) -> list[Path]:
     """Score a run on a split and write its tables into its directory: one, or one per direction for retrieval.
 
@@ -175,6 +176,7 @@ def score_run(
         allow_missing: drop examples of quarantined images, which marks the table partial.
         block: queries and candidates held at once.
         head: the run's head, if it is already loaded.
+        open_world: `feasibility`, `keep` and `dense` of `score`.
 
     Returns:
         The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`,
@@ -214,7 +216,13 @@ def score_run(
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
     for direction, path in paths.items():
         scores = score(
-            head, data, block=block, direction=direction or "t2i", rerank=rerank, source=source
+            head,
+            data,
+            block=block,
+            direction=direction or "t2i",
+            rerank=rerank,
+            source=source,
+            **open_world,
         )
         scores = replace(scores, meta={**scores.meta, **facts})
         score_io.save(scores, path, run={"run": run.name, **record, "cache": scored, **facts})
@@ -284,7 +292,7 @@ def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
     """
     if data.kind != "retrieval":
         scores = score(head, data, **options)
-        if isinstance(scores, CompositionScores):
+        if isinstance(scores, Composition):
             return evaluate_czsl(scores)
         assert isinstance(scores, MatchingScores)
         return evaluate_matching(scores)
