@@ -87,7 +87,7 @@ def _feasibility(meta: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     facts = cast("dict[str, Any]", found) if isinstance(found, dict) else {"by": found}
-    if SEARCHED <= facts.keys():
+    if facts.keys() >= SEARCHED:
         threshold = facts["threshold"]
         words = (
             f"{'every pair is kept' if threshold is None else f'T = {threshold:.4f}'}, {facts['kept']:,} of "

@@ -168,7 +168,7 @@ def test_metrics_selects_on_val_and_prints_the_threshold_and_what_it_keeps(table
     facts = brief["feasibility"]
     line = f"feasibility filter: T = {facts['threshold']:.4f}, {facts['kept']} of 8 unseen pairs, neg_inf"
     assert f"{line}; T by val auc (exact)" in out
-    assert f"of {tables['val-brief']}" in out
+    assert f"% on {tables['val-brief']}" in out
 
 
 def test_parity_with_csp_takes_its_mode_and_its_curve(tables, capsys):
