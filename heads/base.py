@@ -81,6 +81,10 @@ class Head(nn.Module, ABC):
         """How many numbers training decides."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    def lr_shares(self) -> Mapping[str, float]:
+        """Trained parameters, by their full name, that learn at this share of `train.lr`; all others at 1."""
+        return {}
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar training loss, and parts of it worth logging (detached)."""
         raise TypeError(f"{type(self).__module__} has nothing to train by gradient")
