@@ -82,7 +82,9 @@ def grown_contents(
     fresh = dict(found.arrays)
     if "word/states" in spec.streams:
         held = set(cache.word_ids)
-        fresh |= words_contents([w for w in words_of(dataset.tasks) if w.id not in held], backbone)
+        fresh |= words_contents(
+            [w for w in words_of(dataset.tasks, dataset.words) if w.id not in held], backbone
+        )
     if "image/copies" in cache.header.arrays or "image/copies" in fresh:
         fresh.setdefault("image/copies", np.arange(len(added.images) + 1))
     before = cache.known_arrays()
@@ -117,6 +119,9 @@ def _check_old(cache: FeatureCache, dataset: Dataset) -> None:
     """Everything the cache holds must still be among the samples, unchanged."""
     _refuse_lost(cache, "images", cache.image_ids, (r.id for r in dataset.images))
     _refuse_lost(cache, "texts", cache.text_ids, (t.id for t in dataset.texts))
+    if "word/states" in cache.streams:
+        held = [word for word in cache.word_ids if word.startswith("aux:")]
+        _refuse_lost(cache, "auxiliary words", held, (f"aux:{word}" for word in dataset.words))
     now = {t.id: t.text for t in dataset.texts}
     changed = [
         (i, text) for i, text in zip(cache.text_ids, cache.texts, strict=True) if now[i] != text

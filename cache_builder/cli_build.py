@@ -279,7 +279,7 @@ def options_of(dataset: str, settings: Sequence[str]) -> dict[str, Any]:
 
     load: Callable[..., Any] = find("cache_builder.datasets", dataset).load
     parameters = inspect.signature(load).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    known = [*(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), "words"]
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -33,6 +33,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"target": "pair"},
         {"target": "pair", "unseen": "none"},
     ],
+    "trident": [
+        {},
+        {"train_gates": False, "gate": "relu", "mask": "softplus", "n_local": 1},
+        {"global_stream": "pooled", "mask": "ones", "smoothing": 0.0, "words_lr": 1.0},
+    ],
 }
 """Configurations to check; a method that is not listed is checked under its default."""
 
