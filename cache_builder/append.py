@@ -119,9 +119,6 @@ def _check_old(cache: FeatureCache, dataset: Dataset) -> None:
     """Everything the cache holds must still be among the samples, unchanged."""
     _refuse_lost(cache, "images", cache.image_ids, (r.id for r in dataset.images))
     _refuse_lost(cache, "texts", cache.text_ids, (t.id for t in dataset.texts))
-    if "word/states" in cache.streams:
-        held = [word for word in cache.word_ids if word.startswith("aux:")]
-        _refuse_lost(cache, "auxiliary words", held, (f"aux:{word}" for word in dataset.words))
     now = {t.id: t.text for t in dataset.texts}
     changed = [
         (i, text) for i, text in zip(cache.text_ids, cache.texts, strict=True) if now[i] != text
