@@ -208,6 +208,8 @@ def _every_parameter_gets_a_gradient(head: Head) -> None:
     saved = head.state_dict()
     trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
     _require(len(trained) > 0, head, "a head trained by gradient needs a trainable parameter")
+    strangers = sorted(set(head.lr_shares()) - set(trained))
+    _require(not strangers, head, f"lr_shares names {strangers}, which are not trained")
     for name, p in trained.items():
         _require(p.grad is not None and bool((p.grad != 0).any()), head, f"{name} gets no gradient")
         _require(name in saved, head, f"{name} is trained but not in state_dict")

@@ -23,7 +23,7 @@ from cache_builder.datasets.base import CompositionExample, CompositionTask, Dat
 from cache_builder.errors import CacheError, UnknownName
 from cache_builder.records import DatasetError
 from cache_builder.words import with_words
-from heads import checkpoint, cli, load_method
+from heads import checkpoint, cli
 from heads.errors import ConfigError, MissingStream
 from heads.runs import score_run, train_run
 from heads.source import context_of
@@ -389,7 +389,8 @@ def test_a_run_on_another_family_takes_bare_words_and_its_pooled_embedding(
         named, "trident", tmp_path / "run", task="czsl", settings=settings, progress=False
     )
     assert run.head.get_buffer("auxiliary").shape == (2, 5)
-    assert not hasattr(load_method("trident").Config(), "unknown")
+    assert run.head.get_parameter("words.table").shape == (3 + 5 + 2, 24)
+    assert run.head.get_parameter("image.weight").shape == (24, 48)  # as wide as what is pooled
 
 
 def test_the_word_vectors_of_a_run_move_less_than_all_else(

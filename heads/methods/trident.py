@@ -13,7 +13,7 @@ Differs:    gates are trained (the release never registers them; `train_gates=fa
             go through the backbone's final norm, and the convolution reads them as they are; `global_stream="pooled"`
             where there is no class token (SigLIP2, PE). Widths follow the global vector: 1024 for LLaVA-1.5.
 Mode, cost: cache-only; for LLaVA-1.5-7B 25.2 M parameters + 4096 a word; 8.4 M multiply-adds a patch (see blocks/
-            aggregation.py), 14.5 GFLOP an image of 576 patches forward.
+            aggregation.py), 9.7 GFLOP an image of 576 patches forward.
 """
 
 from dataclasses import replace
