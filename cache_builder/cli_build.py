@@ -116,7 +116,8 @@ def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the data set, e.g. world=open; may be repeated",
+        help="an option of the data set, e.g. world=open, or words=FILE (or words=vocabulary) of any with a czsl task: "
+        "bare words among its texts; may be repeated",
     )
     build.add_argument(
         "--dry-run", action="store_true", help="print what it would cost; write nothing"
