@@ -53,10 +53,17 @@ def load_backbone(
 
 
 def load_dataset(name: str, root: str | Path | None = None, **options: Any) -> "Dataset":
-    """A data set by its file's name, read from `root`, with the options its `load` takes."""
-    from cache_builder.plugins import find
+    """A data set by its file's name, read from `root`, with the options its `load` takes.
 
-    dataset = find("cache_builder.datasets", name).load(root, **options)
+    Besides, `words` of every data set with a czsl task: a file of auxiliary attributes, or "vocabulary" (words.py).
+    """
+    from cache_builder.plugins import find
+    from cache_builder.words import with_words
+
+    own = {key: value for key, value in options.items() if key != "words"}
+    dataset = find("cache_builder.datasets", name).load(root, **own)
+    if "words" in options:
+        dataset = with_words(dataset, str(options["words"]))
     return replace(dataset, options=options)
 
 

@@ -82,7 +82,9 @@ def grown_contents(
     fresh = dict(found.arrays)
     if "word/states" in spec.streams:
         held = set(cache.word_ids)
-        fresh |= words_contents([w for w in words_of(dataset.tasks) if w.id not in held], backbone)
+        fresh |= words_contents(
+            [w for w in words_of(dataset.tasks, dataset.words) if w.id not in held], backbone
+        )
     if "image/copies" in cache.header.arrays or "image/copies" in fresh:
         fresh.setdefault("image/copies", np.arange(len(added.images) + 1))
     before = cache.known_arrays()

@@ -63,7 +63,7 @@ def contents(
         arrays |= _tokens("text", strings, backbone.tokenize, backbone.lengths)
         arrays["text/vocabulary"] = backbone.vocabulary()
     if "word/states" in spec.streams:
-        arrays |= words_contents(words_of(dataset.tasks), backbone)
+        arrays |= words_contents(words_of(dataset.tasks, dataset.words), backbone)
     homes, bad = ragged_homes(spec), list[Bad]()
     if homes:
         sizes = measure(records, progress)
@@ -109,7 +109,7 @@ def n_entries(spec: CacheSpec, dataset: Dataset, backbone: Backbone, most: int) 
         found["text"] = _scaled(lengths.tolist(), len(dataset.texts))
     if "word/states" in spec.streams:
         found["word"] = len(
-            np.asarray(words_contents(words_of(dataset.tasks), backbone)["word/ids"])
+            np.asarray(words_contents(words_of(dataset.tasks, dataset.words), backbone)["word/ids"])
         )
     homes = ragged_homes(spec)
     sizes = measure(_some(dataset.images, most), progress=False) if homes else []

@@ -108,7 +108,7 @@ def _tokens(
             found = backbone.encode_texts(ids.to(backbone.device))
             yield "text/tokens", _real(found["tokens"], found["length"])
     if "word/states" in names:
-        parts = [part for word in words_of(dataset.tasks) for part in word.parts]
+        parts = [part for word in words_of(dataset.tasks, dataset.words) for part in word.parts]
         parts = parts[:: max(1, -(-len(parts) // most))]
         for start in range(0, len(parts), BATCH):
             ids = backbone.tokenize_words(parts[start : start + BATCH])

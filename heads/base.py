@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from cache_builder import FeatureCache
 from heads.features import Batch, Features
 
 ScoreSpace = Literal["cosine", "logit", "probability"]
@@ -27,10 +28,17 @@ class HeadConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Streams a head reads, per role. What is not listed here is not in its `Features`."""
+    """Streams a head reads, per role. What is not listed here is not in its `Features`.
+
+    Attributes:
+        queries, candidates: streams of their rows.
+        partners: kinds of other examples that its loss wants beside every query, with the streams of queries; of
+            `samplers.PARTNERS`, for czsl.
+    """
 
     queries: frozenset[str]
     candidates: frozenset[str]
+    partners: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,8 @@ class Context:
             axis of a ragged stream is its longest possible one.
         readout: the backbone's frozen tensors between raw tokens and joint space.
         attrs, objs: vocabularies of the czsl task, empty for other tasks.
+        tables: first values of what a method trains or keeps beyond these, e.g. word vectors. Saved by shape alone: a
+            saved head holds what they became.
 
     """
 
@@ -49,6 +59,7 @@ class Context:
     readout: Mapping[str, Tensor] = field(default_factory=dict)
     attrs: tuple[str, ...] = ()
     objs: tuple[str, ...] = ()
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Head(nn.Module, ABC):
@@ -69,6 +80,16 @@ class Head(nn.Module, ABC):
     def needs(cls, config: Any) -> Needs:
         """Streams read under `config`."""
 
+    @classmethod
+    def prepare(cls, config: Any, context: Context, cache: FeatureCache) -> Context:
+        """`context` with the tables this method starts from, read from the cache it will be trained on; once."""
+        return context
+
+    @classmethod
+    def miniature(cls, config: Any, context: Context) -> Context:
+        """`context` with small stand-ins for what `prepare` reads, so that `check_head` needs no cache."""
+        return context
+
     @abstractmethod
     def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
         """Score of every query with every candidate."""
@@ -80,6 +101,10 @@ class Head(nn.Module, ABC):
     def n_trained(self) -> int:
         """How many numbers training decides."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def lr_shares(self) -> Mapping[str, float]:
+        """Trained parameters, by their full name, that learn at this share of `train.lr`; all others at 1."""
+        return {}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar training loss, and parts of it worth logging (detached)."""

@@ -1,6 +1,6 @@
 """A trained head on disk, rebuilt without its cache: `config.json` and `model.safetensors`.
 
-    config.json         {"format": 1, "method": "tf_local", "config": {…}, "context": {"shapes", "attrs", "objs"}}
+    config.json         {"format": 1, "method": "tf_local", "config": {…}, "context": {"shapes", "attrs", …}}
     model.safetensors   head/<name> every parameter and buffer · readout/<name> the backbone's frozen readout
 
 The method is stored by its name, never as a Python path, except a user's own dotted module. Nothing is pickled.
@@ -49,6 +49,10 @@ def save(head: Head, directory: str | Path) -> Path:
             "shapes": {stream: list(shape) for stream, shape in sorted(context.shapes.items())},
             "attrs": list(context.attrs),
             "objs": list(context.objs),
+            "tables": {
+                name: [list(table.shape), str(table.dtype).removeprefix("torch.")]
+                for name, table in sorted(context.tables.items())
+            },
         },
     }
     tensors = {f"head/{name}": value for name, value in head.state_dict().items()}
@@ -154,6 +158,10 @@ def _build(description: Mapping[str, Any], readout: dict[str, Tensor]) -> Head:
             readout=readout,
             attrs=tuple(context["attrs"]),
             objs=tuple(context["objs"]),
+            tables={
+                name: torch.zeros(shape, dtype=getattr(torch, dtype))
+                for name, (shape, dtype) in context.get("tables", {}).items()
+            },
         ),
     )
 

@@ -1,4 +1,4 @@
-"""`headstart`: train · score · list · demo, and the verbs of the other rooms.
+"""`headstart`: train · score · words · list · demo, and the verbs of the other rooms.
 
 Nothing heavy is imported here: `headstart --help` answers at once, torch comes with the verb that needs it.
 """
@@ -18,6 +18,7 @@ from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
 from heads import cli_feasibility
+from heads.cli_words import add_words
 from heads.errors import HeadError
 
 SHELVES = {
@@ -114,6 +115,8 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="also draw for N examples where each word looks (tf_local); reads the data set's images again",
     )
     score.set_defaults(func=_score)
+
+    add_words(verbs)
 
     shelf = verbs.add_parser(
         "list",

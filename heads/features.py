@@ -54,6 +54,27 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class Partner:
+    """Another example for every query, e.g. one with the same attr and another obj.
+
+    Attributes:
+        features: B rows of the query side, with their own labels; an arbitrary row stands in where there is no partner.
+        target: column of each partner's own positive, (B,).
+        valid: False where a row only stands in, (B,).
+
+    """
+
+    features: Features
+    target: Int[Tensor, " b"]
+    valid: Bool[Tensor, " b"]
+
+    def to(self, device: torch.device | str) -> "Partner":
+        """The same on a device."""
+        target, valid = (t.to(device, non_blocking=True) for t in (self.target, self.valid))
+        return Partner(self.features.to(device), target, valid)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Queries, candidates, and which cell of the score matrix is right.
 
@@ -64,6 +85,7 @@ class Batch:
         ignore: (B, M), True where a cell other than the target must not count as a negative (another true
             caption, the same pair, the same image).
         negative: columns of each query's own hard negatives, (B, K), -1 where there is none; K may be 0.
+        partners: those that the head's `Needs` names, by name.
 
     """
 
@@ -72,11 +94,14 @@ class Batch:
     target: Int[Tensor, " b"]
     ignore: Bool[Tensor, "b m"]
     negative: Int[Tensor, "b k"]
+    partners: Mapping[str, Partner] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
+        target, ignore, negative = (
+            t.to(device, non_blocking=True) for t in (self.target, self.ignore, self.negative)
+        )
+        partners = {name: partner.to(device) for name, partner in self.partners.items()}
         return Batch(
-            self.queries.to(device),
-            self.candidates.to(device),
-            *(t.to(device, non_blocking=True) for t in (self.target, self.ignore, self.negative)),
+            self.queries.to(device), self.candidates.to(device), target, ignore, negative, partners
         )

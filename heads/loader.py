@@ -15,6 +15,7 @@ Both give every example exactly once an epoch, in an order that depends on (seed
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from heads.base import Needs
 from heads.errors import ConfigError
-from heads.features import Batch, Features
+from heads.features import Batch, Features, Partner
 from heads.plans import Negatives, plan_of, usual_negatives
 from heads.pools import PoolReader
+from heads.samplers import PARTNERS, Drawn, PartnerSampler
 from heads.source import Source, quarter_of_free_memory
 from heads.tasks import TaskData
 
@@ -91,6 +93,12 @@ class Loader:
         first = self.plan.images[:, 0]
         self.pools = PoolReader(data.cache, big[0], first, ram_limit, device) if big else None
         self.shared = self._shared_candidates()
+        self.partners = tuple(kind for kind in PARTNERS if kind in needs.partners)
+        if self.partners and self.plan.target is None:
+            raise ConfigError(
+                f"partners ({', '.join(self.partners)}) share an attr or an obj, which only czsl data have; this is "
+                f"{data.kind}"
+            )
         self.true = None if self.plan.true is None else _TrueMatches(data, self.plan.true)
         self.waited = 0.0
 
@@ -112,11 +120,12 @@ class Loader:
             raise ValueError(f"an epoch has batches 0 … {len(self) - 1}, cannot start at {start}")
         rng = np.random.default_rng([self.seed, epoch])
         captions = self.plan.captions(rng)
-        batches = self._order(rng, start)
+        sampler = self._sampler(epoch)
+        batches = self._order(rng, start, sampler)
         while True:
             started = time.perf_counter()
             found = next(batches, None)
-            batch = found and self._batch(*found, captions)
+            batch = None if found is None else self._batch(found, captions)
             self.waited += time.perf_counter() - started
             if batch is None:
                 return
@@ -126,28 +135,39 @@ class Loader:
     def all(self) -> Batch:
         """The whole set as one batch, in the order of the data: for closed-form fits."""
         captions = self.plan.captions(np.random.default_rng([self.seed, 0]))
-        return self._batch(np.arange(len(self.plan.images)), {}, captions)
+        return self._batch(_Part(np.arange(len(self.plan.images)), {}), captions)
+
+    def _sampler(self, epoch: int) -> PartnerSampler | None:
+        """Who stands beside whom in an epoch, if the head wants partners."""
+        if not self.partners:
+            return None
+        labels = self.plan.labels
+        return PartnerSampler(labels["attr"], labels["obj"], seed=self.seed, epoch=epoch)
 
     def _order(
-        self, rng: np.random.Generator, first: int
-    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-        """Example numbers batch by batch, with the streams already read for their first images."""
+        self, rng: np.random.Generator, first: int, sampler: PartnerSampler | None
+    ) -> Iterator["_Part"]:
+        """Example numbers batch by batch, with their partners, and the streams already read for their first images."""
         size = self.examples_per_batch
         if self.pools is not None:
-            for index, values in self.pools.epoch(size, rng, first):
-                yield index, {self.pools.stream: values}
+            stream = self.pools.stream
+            for read in self.pools.epoch(size, rng, first, sampler):
+                beside = tuple({stream: values} for values in read.partner_values)
+                yield _Part(read.index, {stream: read.values}, read.partners, beside)
             return
         order = rng.permutation(len(self.plan.images))
         for start in range(first * size, len(order), size):
-            yield order[start : start + size], {}
+            index = order[start : start + size]
+            yield _Part(index, {}, sampler and sampler.draw(index), ({}, {}))
 
-    def _batch(self, index: np.ndarray, read: dict[str, Tensor], captions: np.ndarray) -> Batch:
+    def _batch(self, part: "_Part", captions: np.ndarray) -> Batch:
         """Examples → queries, candidates, and which cell of their matrix is what."""
+        index = part.index
         images = self.plan.images[index]
-        given = {s: self._with_second_images(s, v, images) for s, v in read.items()}
+        given = {s: self._with_second_images(s, v, images) for s, v in part.read.items()}
         queries = self.source.images(images.reshape(-1), given)
         if self.shared is not None:
-            return self._labelled(index, queries, self.shared)
+            return self._labelled(index, queries, self.shared, self._beside(part))
         assert self.true is not None
         texts = captions[index]
         rows = texts.reshape(-1) if self.paired_negatives else texts.T.reshape(-1)
@@ -162,22 +182,55 @@ class Loader:
         return Batch(
             queries,
             self.source.texts(rows),
-            *(self._tensor(a) for a in (target, ignore, negative)),
+            self._tensor(target),
+            self._tensor(ignore),
+            self._tensor(negative),
         )
 
-    def _labelled(self, index: np.ndarray, queries: Features, candidates: Features) -> Batch:
-        plan = self.plan
-        assert plan.target is not None
-        assert plan.hard is not None
-        target = plan.target[index]
-        labels = {name: self._tensor(values[index]) for name, values in plan.labels.items()}
+    def _labelled(
+        self,
+        index: np.ndarray,
+        queries: Features,
+        candidates: Features,
+        partners: dict[str, Partner],
+    ) -> Batch:
+        assert self.plan.target is not None
+        assert self.plan.hard is not None
+        target = self.plan.target[index]
         return Batch(
-            Features(queries.streams, labels),
+            Features(queries.streams, self._labels(index)),
             candidates,
             self._tensor(target),
             self._tensor(np.zeros((len(index), len(candidates)), dtype=bool)),
-            self._tensor(plan.hard[target]),
+            self._tensor(self.plan.hard[target]),
+            partners,
         )
+
+    def _beside(self, part: "_Part") -> dict[str, Partner]:
+        """The partners that the head wants, with the streams of queries."""
+        if part.drawn is None:
+            return {}
+        assert self.plan.target is not None
+        out: dict[str, Partner] = {}
+        for kind in self.partners:
+            k = PARTNERS.index(kind)
+            index, far = part.drawn.example[:, k], np.flatnonzero(part.drawn.elsewhere[:, k])
+            rows = self.plan.images[index, 0]
+            for stream, values in part.beside[k].items():
+                if len(far):
+                    values[torch.from_numpy(far).to(values.device)] = self.source.dense(
+                        stream, rows[far]
+                    )
+            streams = self.source.images(rows, part.beside[k]).streams
+            out[kind] = Partner(
+                Features(streams, self._labels(index)),
+                self._tensor(self.plan.target[index]),
+                self._tensor(part.drawn.valid[:, k]),
+            )
+        return out
+
+    def _labels(self, index: np.ndarray) -> dict[str, Tensor]:
+        return {name: self._tensor(values[index]) for name, values in self.plan.labels.items()}
 
     def _shared_candidates(self) -> Features | None:
         """Prompts of all candidate pairs, read once."""
@@ -200,6 +253,16 @@ class Loader:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a batch is made of: its examples, what was read of them, and the same of their partners."""
+
+    index: np.ndarray
+    read: dict[str, Tensor]
+    drawn: Drawn | None = None
+    beside: tuple[dict[str, Tensor], ...] = ()
 
 
 class _TrueMatches:

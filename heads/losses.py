@@ -124,6 +124,38 @@ def scatter(cells: Float[Tensor, "b k"], drawn: Drawn, width: int) -> Float[Tens
     return out.scatter(1, columns, cells)[:, :width]
 
 
+def orthogonality(slots: Float[Tensor, "b s w"]) -> Tensor:
+    """Mean squared difference between the cosines of an item's slots and the unit matrix."""
+    unit = F.normalize(slots.float(), dim=-1)
+    gram = unit @ unit.mT
+    return (gram - torch.eye(slots.shape[1], device=slots.device)).square().mean()
+
+
+def smoothed(
+    target: Int[Tensor, " b"], others: Int[Tensor, "b k"], share: float, n: int
+) -> Float[Tensor, "b n"]:
+    """Target distributions over n classes: `share`/K on each of the others, the rest on the target.
+
+    Args:
+        target: true class.
+        others: K classes that are also right, -1 where there are fewer; what those would have had stays on the target.
+        share: all that K others take together, 0 to 1.
+        n: number of classes.
+    """
+    given = (share / max(1, others.shape[1])) * (others >= 0).float()
+    out = given.new_zeros(len(target), n)
+    out.scatter_add_(1, others.clamp(min=0), given)
+    return out.scatter_add(1, target[:, None], 1 - given.sum(1, keepdim=True))
+
+
+def masked_cross_entropy(
+    logits: Float[Tensor, "b n"], target: Float[Tensor, "b n"], valid: Bool[Tensor, " b"]
+) -> Tensor:
+    """Cross-entropy with target distributions, mean over valid rows; 0 where no row is valid."""
+    each = F.cross_entropy(logits.float(), target, reduction="none")
+    return torch.where(valid, each, 0.0).sum() / valid.sum().clamp(min=1)
+
+
 def _cosines(queries: Features, candidates: Features) -> Float[Tensor, "b m"]:
     with torch.no_grad(), torch.autocast(queries["image/pooled"].device.type, enabled=False):
         q = F.normalize(queries["image/pooled"].float(), dim=-1)

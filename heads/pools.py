@@ -10,6 +10,7 @@ buffers are pinned, and a pool is transferred whole, as stored: its rows are gat
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,12 +22,31 @@ from cache_builder.reader import ChunkReader
 from heads.buffers import Buffers
 from heads.coded import Coded, as_stored
 from heads.gather import Gatherer
+from heads.samplers import Drawn, PartnerSampler
 
 READERS = 2
 """Threads that read; two keep a local disk busy."""
 
 POOL_CHUNKS = 16
 """Chunks shuffled together, memory allowing: 16 of 24 MB mix a few thousand images of 200 patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One batch of a pooled stream.
+
+    Attributes:
+        index: numbers of its examples.
+        values: of them, float32.
+        partners: who they were given, if that was asked for.
+        partner_values: one tensor a kind of partner; a row of who is `elsewhere` is still to be read.
+
+    """
+
+    index: Int[np.ndarray, " b"]
+    values: Tensor
+    partners: Drawn | None
+    partner_values: tuple[Tensor, ...]
 
 
 class PoolReader:
@@ -67,45 +87,65 @@ class PoolReader:
         self.transferred = {0: torch.cuda.Event(), 1: torch.cuda.Event()} if cuda else {}
 
     def epoch(
-        self, batch: int, rng: np.random.Generator, start: int = 0
-    ) -> Iterator[tuple[Int[np.ndarray, " b"], Tensor]]:
+        self,
+        batch: int,
+        rng: np.random.Generator,
+        start: int = 0,
+        partners: PartnerSampler | None = None,
+    ) -> Iterator[Read]:
         """Example numbers and their values in float32, `batch` at a time, from batch number `start` on.
 
         Pools that lie wholly before `start` are not read. A failed read is raised here, at the batch that needs it.
+        With `partners`, those of every example come too, drawn among the examples of its pool.
         """
         left = len(self.keys) - start * batch
         index: list[np.ndarray] = []
-        out, filled = None, 0
-        for members, place, pool in self._pools(rng, start * batch):
+        drawn: list[Drawn] = []
+        out: list[Tensor] = []
+        filled = 0
+        for chunks, members, everyone, pool in self._pools(rng, start * batch):
+            near = partners.among(everyone) if partners else None
             while len(members):
-                if out is None:
-                    out = self.gather.empty(min(batch, left), pool)
-                n = min(len(out) - filled, len(members))
-                self.gather.fill(out[filled : filled + n], pool, torch.from_numpy(place[:n]))
+                size = min(batch, left + filled)
+                out = out or [self.gather.empty(size, pool) for _ in range(3 if partners else 1)]
+                n = min(size - filled, len(members))
+                sets = [members[:n]]
+                if partners:
+                    drawn.append(partners.draw(members[:n], near))
+                    # Who is elsewhere is read by itself, and overwrites the row that stands here for it.
+                    at_hand = np.where(drawn[-1].elsewhere, members[:n, None], drawn[-1].example)
+                    sets += list(at_hand.T)
+                for values, some in zip(out, sets, strict=True):
+                    place = torch.from_numpy(self._places(chunks, some))
+                    self.gather.fill(values[filled : filled + n], pool, place)
                 index.append(members[:n])
-                members, place = members[n:], place[n:]
+                members = members[n:]
                 filled, left = filled + n, left - n
-                if filled == len(out):
-                    yield np.concatenate(index), out
-                    index, out, filled = [], None, 0
+                if filled == size:
+                    together = (
+                        Drawn(*map(np.concatenate, zip(*drawn, strict=True))) if drawn else None
+                    )
+                    yield Read(np.concatenate(index), out[0], together, tuple(out[1:]))
+                    index, drawn, out, filled = [], [], [], 0
 
     def _planned(
         self, rng: np.random.Generator, skip: int
-    ) -> Iterator[tuple[Int[np.ndarray, " k"], Int[np.ndarray, " m"]]]:
-        """Pool by pool, which of `chunks` it has and its examples, permuted; without the first `skip` examples."""
+    ) -> Iterator[tuple[Int[np.ndarray, " k"], Int[np.ndarray, " m"], Int[np.ndarray, " a"]]]:
+        """Pool by pool, which of `chunks` it has and its examples: permuted, without the first `skip`; and all."""
         order = rng.permutation(len(self.chunks))
         for i in range(0, len(order), self.pool_chunks):
             pool = order[i : i + self.pool_chunks]
             spans = [self.examples[self.bounds[c] : self.bounds[c + 1]] for c in pool.tolist()]
-            members = rng.permutation(np.concatenate(spans))
+            everyone = np.concatenate(spans)
+            members = rng.permutation(everyone)
             if skip < len(members):
-                yield pool, members[skip:]
+                yield pool, members[skip:], everyone
             skip = max(0, skip - len(members))
 
     def _pools(
         self, rng: np.random.Generator, skip: int
-    ) -> Iterator[tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"], Tensor | Coded]]:
-        """Examples, where each lies in its pool, and the pool's rows: valid until the next pool."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, Tensor | Coded]]:
+        """What `_planned` says of a pool, and the pool's rows: valid until the next pool."""
         planned = self._planned(rng, skip)
         for event in self.transferred.values():
             event.synchronize()  # the epoch before may have used these buffers in another turn
@@ -135,7 +175,7 @@ class PoolReader:
                     following = next(planned, None)
                     if following is not None:
                         coming = read(following[0], 1 - turn)
-                    yield current[1], self._places(*current), rows
+                    yield *current, rows
                     current, turn = following, 1 - turn
             finally:
                 for future in coming:

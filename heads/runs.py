@@ -94,6 +94,7 @@ def train_run(
     _check_task(module.Head, method, task)
     check_streams(cache, module.Head.needs(head_config), method)
     trains = module.Head.training_kind != "none"
+    context = module.Head.prepare(head_config, context_of(cache), cache)
     data = load_task(cache, task, "train", allow_missing=True) if trains else None
     validation = (
         load_task(cache, task, "val", allow_missing=True)
@@ -105,7 +106,7 @@ def train_run(
     # Made only now that nothing is wrong with the request, but before training: an unwritable place shows at once.
     out.mkdir(parents=True, exist_ok=True)
     seed_everything(train_config.seed)
-    head: Head = module.Head(head_config, context_of(cache)).to(train_config.torch_device())
+    head: Head = module.Head(head_config, context).to(train_config.torch_device())
     batches = None
     if data is not None:
         batches = Loader(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from heads.base import Context, Head, HeadConfig
-from heads.features import Batch, Features
+from heads.features import Batch, Features, Partner
 
 A, O = 3, 2
 B, M = 5, 6
@@ -83,7 +83,11 @@ def small_batch(head: Head) -> Batch:
     target = torch.arange(B)
     ignore = torch.zeros(B, M, dtype=torch.bool)
     ignore[0, 3] = True
-    return Batch(queries, candidates, target, ignore, ((target + 1) % M)[:, None])
+    partners = {
+        kind: Partner(small_features(B, 6 + k, needs.queries, head.context), target, target != k)
+        for k, kind in enumerate(sorted(needs.partners))
+    }
+    return Batch(queries, candidates, target, ignore, ((target + 1) % M)[:, None], partners)
 
 
 def check_head(
@@ -100,11 +104,11 @@ def check_head(
         NotConforming: names the promise and the numbers.
     """
     config = method.Config() if config is None else config
-    context = small_context() if context is None else context
+    facts = method.Head.miniature(config, small_context() if context is None else context)
 
     def build(seed: int = 0) -> Head:
         torch.manual_seed(seed)
-        return method.Head(config, context)
+        return method.Head(config, facts)
 
     _same_seed_same_start(build)
     head = build()
@@ -119,7 +123,7 @@ def check_head(
         _one_query_and_one_candidate_work(head)
         _rows_do_not_see_each_other(head)
         _padding_is_invisible(head)
-        _state_round_trips(head, method, context)
+        _state_round_trips(head, method, facts)
         _bf16_stays_finite(head)
 
 
@@ -204,6 +208,8 @@ def _every_parameter_gets_a_gradient(head: Head) -> None:
     saved = head.state_dict()
     trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
     _require(len(trained) > 0, head, "a head trained by gradient needs a trainable parameter")
+    strangers = sorted(set(head.lr_shares()) - set(trained))
+    _require(not strangers, head, f"lr_shares names {strangers}, which are not trained")
     for name, p in trained.items():
         _require(p.grad is not None and bool((p.grad != 0).any()), head, f"{name} gets no gradient")
         _require(name in saved, head, f"{name} is trained but not in state_dict")

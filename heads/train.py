@@ -9,13 +9,13 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,20 +49,43 @@ class TrainConfig(BaseModel):
         description="hard negatives in a batch; auto: image_text for two_by_two, text for matching, else none (our "
         "choice)",
     )
-    lr: float = Field(default=1e-4, gt=0, description="peak learning rate of AdamW (our choice)")
+    optimizer: Literal["adamw", "adam"] = Field(
+        default="adamw",
+        description="adamw: weight decay apart from the gradient; adam: as L2 penalty within it, as released CZSL code "
+        "has it (released code of BiVLC)",
+    )
+    lr: float = Field(
+        default=1e-4,
+        gt=0,
+        description="peak learning rate; a method may train some parameters at a share of it (our choice)",
+    )
     weight_decay: float = Field(
         default=0.1,
         ge=0,
-        description="decoupled, not on biases, norms and scalars (released code of BiVLC)",
+        description="adamw: not on biases, norms and scalars; adam: on all parameters (released code of BiVLC)",
     )
     betas: tuple[float, float] = Field(
-        default=(0.9, 0.98), description="AdamW moment decays (released code of BiVLC)"
+        default=(0.9, 0.98), description="moment decays of Adam (released code of BiVLC)"
     )
-    eps: float = Field(default=1e-6, gt=0, description="AdamW epsilon (released code of BiVLC)")
+    eps: float = Field(default=1e-6, gt=0, description="epsilon of Adam (released code of BiVLC)")
+    schedule: Literal["cosine", "step"] = Field(
+        default="cosine",
+        description="learning rate after warm-up: cosine to 0, or times `gamma` at each of `milestones` (released code "
+        "of BiVLC)",
+    )
+    milestones: tuple[int, ...] = Field(
+        default=(),
+        description="schedule step: epochs, counted from 0, that begin with the next rate (our choice: none)",
+    )
+    gamma: float = Field(
+        default=0.1,
+        gt=0,
+        description="schedule step: factor at a milestone (our choice: torch's default)",
+    )
     warmup_steps: int = Field(
         default=500,
         ge=0,
-        description="linear warm-up, then cosine to 0; at most a tenth of all steps is used (our choice)",
+        description="linear warm-up, before `schedule`; at most a tenth of all steps is used (our choice)",
     )
     clip: float = Field(
         default=1.0, gt=0, description="largest gradient norm; larger ones are scaled (our choice)"
@@ -90,6 +113,22 @@ class TrainConfig(BaseModel):
         ge=1,
         description="validations without a new best before stopping early (our choice: none)",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones belong to schedule 'step', and it needs some; schedule is {self.schedule!r} and "
+                f"milestones {list(self.milestones)}"
+            )
+        if (
+            list(self.milestones) != sorted({*self.milestones})
+            or min(self.milestones, default=1) < 1
+        ):
+            raise ValueError(
+                f"milestones rise from 1 on, without repeats, not {list(self.milestones)}"
+            )
+        return self
 
     def torch_device(self) -> torch.device:
         """The device meant by `device`."""
@@ -169,15 +208,9 @@ def fit(
             "split, or leave patience out"
         )
 
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(head, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-    )
+    optimizer = _optimizer(head, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = config.steps or config.epochs * len(batches)
-    warmup = min(config.warmup_steps, total // 10)
     history: list[dict[str, Any]] = []
     best = _Best(config.select)
     step, epoch = 0, 0
@@ -186,9 +219,9 @@ def fit(
     while step < total:
         head.train()
         for batch in islice(batches.epoch(epoch), total - step):
-            lr = config.lr * _schedule(step, warmup, total)
+            lr = _rate(config, step, total, epoch)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, parts = head.loss(batch.to(device))
             if not torch.isfinite(loss):
@@ -296,20 +329,52 @@ class _Best:
             head.load_state_dict(self.state)
 
 
-def _parameter_groups(head: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and scalars, all below two axes, do not."""
-    trained = [p for p in head.parameters() if p.requires_grad]
+def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam in the form asked for; every group knows its share of the learning rate."""
+    adam = config.optimizer == "adam"
+    form = torch.optim.Adam if adam else torch.optim.AdamW
+    groups = _parameter_groups(head, config.weight_decay, head.lr_shares(), everywhere=adam)
+    return form(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _parameter_groups(
+    head: nn.Module,
+    weight_decay: float,
+    shares: Mapping[str, float] | None = None,
+    *,
+    everywhere: bool = False,
+) -> list[dict[str, Any]]:
+    """Trained parameters by their share of the rate and by decay: matrices, or `everywhere` also what has fewer axes.
+
+    Biases, norms and scalars, all below two axes, otherwise do not decay.
+    """
+    trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError(
             f"{type(head).__module__} has no trainable parameter under this configuration"
         )
-    decayed = [p for p in trained if p.ndim >= 2]
-    kept = [p for p in trained if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+    shares = shares or {}
+    unknown = sorted(set(shares) - set(trained))
+    assert not unknown, f"lr_shares names {unknown}, which are no trained parameters"
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for name, p in trained.items():
+            if decays == (everywhere or p.ndim >= 2):
+                key = shares.get(name, 1.0), weight_decay if decays else 0.0
+                groups.setdefault(key, []).append(p)
+    return [
+        {"params": members, "weight_decay": decay, "share": share}
+        for (share, decay), members in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _rate(config: TrainConfig, step: int, total: int, epoch: int) -> float:
+    """Learning rate of a step and its epoch, both counted from 0."""
+    warmup = min(config.warmup_steps, total // 10)
+    if config.schedule == "cosine":
+        return config.lr * _schedule(step, warmup, total)
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    return config.lr * rise * config.gamma ** sum(epoch >= at for at in config.milestones)
 
 
 def _schedule(step: int, warmup: int, total: int) -> float:

@@ -33,6 +33,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"target": "pair"},
         {"target": "pair", "unseen": "none"},
     ],
+    "trident": [
+        {},
+        {"train_gates": False, "gate": "relu", "mask": "softplus", "n_local": 1},
+        {"global_stream": "pooled", "mask": "ones", "smoothing": 0.0, "words_lr": 1.0},
+    ],
 }
 """Configurations to check; a method that is not listed is checked under its default."""
 
@@ -128,6 +133,11 @@ class TrainsTheReadout(Honest):
         self.proj = nn.Parameter(context.readout["image/proj"])
 
 
+class StrangeRates(Honest):
+    def lr_shares(self) -> dict[str, float]:
+        return {"mapp.weight": 0.1}
+
+
 def as_method(head: type[EmbeddingHead]) -> ModuleType:
     module = ModuleType("method")
     vars(module).update(Head=head, Config=HeadConfig)
@@ -145,6 +155,7 @@ def test_an_honest_head_passes() -> None:
         (RowsMixed, "one query and one candidate|other queries"),
         (CandidatesMixed, "permuting candidates"),
         (Unused, "idle gets no gradient"),
+        (StrangeRates, "lr_shares names .'mapp.weight'., which are not trained"),
         (OtherPairs, "diagonal"),
         (Unsaved, "bit for bit"),
         (Overflowing, "bf16"),

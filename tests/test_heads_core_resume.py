@@ -136,7 +136,7 @@ def _pool_order(loader: Loader, epoch: int) -> list[tuple[list[int], int]]:
     loader.plan.captions(rng)
     return [
         (loader.pools.chunks[pool].tolist(), len(members))
-        for pool, members in loader.pools._planned(rng, 0)
+        for pool, members, _ in loader.pools._planned(rng, 0)
     ]
 
 

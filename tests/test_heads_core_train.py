@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from cache_builder import FeatureCache
 from heads import fit, load_method
 from heads.base import Context, EmbeddingHead, Head, HeadConfig, Needs
+from heads.config import parse
 from heads.errors import ConfigError, TrainingDiverged
 from heads.features import Batch, Features
 from heads.loader import Loader
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.train import TrainConfig, _parameter_groups, _schedule, seed_everything
+from heads.train import TrainConfig, _optimizer, _parameter_groups, _schedule, seed_everything
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12}
 TOY = TrainConfig(epochs=3, batch_size=4, lr=1e-2, device="cpu", seed=7)
@@ -176,6 +177,65 @@ def test_biases_and_norms_do_not_decay() -> None:
     assert [tuple(p.shape) for p in decayed["params"]] == [(5, 3)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert len(kept["params"]) == 3
+
+
+def test_adam_decays_every_parameter_and_a_named_one_learns_at_its_share() -> None:
+    head = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+    slow, rest = _parameter_groups(head, 0.2, {"0.weight": 0.25}, everywhere=True)
+    assert [tuple(p.shape) for p in slow["params"]] == [(5, 3)]
+    assert (slow["share"], slow["weight_decay"]) == (0.25, 0.2)
+    assert (rest["share"], rest["weight_decay"], len(rest["params"])) == (1.0, 0.2, 3)
+
+
+def test_a_share_reaches_the_optimiser(cache: FeatureCache) -> None:
+    """One step of Adam moves every weight by its rate: here a tenth of it for the matrix."""
+    head = linear(cache)
+    head.lr_shares = lambda: {"matrix.weight": 0.1}
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    config = TOY.model_copy(update={"steps": 1, "weight_decay": 0.0, "eps": 1e-12, "clip": 1e9})
+    fit(head, loader(cache, head, config), config, progress=False)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in head.named_parameters()}
+    assert moved["matrix.weight"] == pytest.approx(0.1 * config.lr, rel=1e-3)
+    assert moved["matrix.bias"] == pytest.approx(config.lr, rel=1e-3)
+
+
+def test_the_step_schedule_is_torch_s_multi_step_lr(cache: FeatureCache) -> None:
+    head = linear(cache)
+    config = TrainConfig(
+        **TOY.model_dump(exclude={"epochs", "schedule", "milestones", "gamma", "warmup_steps"}),
+        epochs=5,
+        schedule="step",
+        milestones=(1, 3),
+        gamma=0.5,
+        warmup_steps=0,
+    )
+    result = fit(head, loader(cache, head, config), config, progress=False)
+    optimizer = torch.optim.SGD(head.parameters(), lr=config.lr)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.5)
+    expected = []
+    for _ in range(5):
+        expected += 4 * [theirs.get_last_lr()[0]]
+        optimizer.step()
+        theirs.step()
+    assert [record["lr"] for record in result.history] == pytest.approx(expected)
+
+
+def test_adam_and_adamw_are_torch_s(cache: FeatureCache) -> None:
+    for name, form in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        config = TrainConfig(**{**TOY.model_dump(), "optimizer": name, "steps": 1})
+        optimizer = _optimizer(linear(cache), config)
+        assert type(optimizer) is form
+        assert optimizer.defaults["betas"] == config.betas
+        assert optimizer.defaults["eps"] == config.eps
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"schedule": "step"}, {"milestones": (3,)}, {"schedule": "step", "milestones": (3, 2)}],
+)
+def test_milestones_and_the_step_schedule_need_each_other(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="milestones"):
+        parse(TrainConfig, values, "train")
 
 
 def test_the_learning_rate_rises_linearly_and_falls_to_zero() -> None:

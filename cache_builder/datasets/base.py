@@ -243,6 +243,7 @@ class Dataset:
         images, texts: what to encode, in file order; ids unique per side.
         tasks: what can be asked of them.
         decode: how pixels were obtained, as canonical text (part of the cache's fingerprint).
+        words: auxiliary attributes, which the option `words` of any czsl data set adds (words.py).
         counts: what was found, for people: `{"train images": "348", ...}`, printed at the start of a build.
         root, options: where it was read from and how; `load_dataset` fills in the options. Recorded for finding the
             pictures again, not part of any fingerprint.
@@ -257,14 +258,19 @@ class Dataset:
     counts: Mapping[str, str] = field(default_factory=dict)
     root: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """sha256 over image ids, text ids with their strings, and tasks: equal digests mean identical samples."""
+        """sha256 over image ids, text ids with their strings, tasks, and auxiliary attributes where there are some.
+
+        Equal digests mean identical samples.
+        """
         body = json.dumps(
             [
                 [i.id for i in self.images],
                 [[t.id, t.text] for t in self.texts],
                 self.tasks.to_json(),
+                *([list(self.words)] if self.words else []),
             ],
             ensure_ascii=False,
             separators=(",", ":"),

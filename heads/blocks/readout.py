@@ -39,6 +39,10 @@ class Readout(nn.Module):
             )
         return self.get_buffer(self._names[name])
 
+    def has(self, name: str) -> bool:
+        """Is there a tensor of that name?"""
+        return name in self._names
+
     def scale(self) -> Tensor:
         """The factor s on cosines: exp of the stored log, 100 for trained CLIPs; 1 where the backbone has none."""
         return (

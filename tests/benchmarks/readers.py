@@ -96,8 +96,8 @@ def pooled(cache: FeatureCache, reader: ChunkReader, args: argparse.Namespace) -
     pools = PoolReader(cache, STREAM, np.arange(args.images), args.pool_mb << 20)
     pools.reader = reader
     while True:
-        for _, values in pools.epoch(args.batch_size, np.random.default_rng(0)):
-            yield values
+        for read in pools.epoch(args.batch_size, np.random.default_rng(0)):
+            yield read.values
         yield torch.empty(0)  # the epoch is over; buffers stay
 
 
