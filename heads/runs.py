@@ -20,6 +20,8 @@ from cache_builder.errors import CacheError
 from eval import score_io
 from eval.czsl import Composition
 from eval.czsl import evaluate as evaluate_czsl
+from eval.czsl_summary import KEEP
+from eval.feasibility import Feasibility
 from eval.matching import MatchingScores
 from eval.matching import evaluate as evaluate_matching
 from eval.retrieval import RetrievalScores
@@ -27,11 +29,11 @@ from eval.retrieval import evaluate as evaluate_retrieval
 from heads import checkpoint, load_method
 from heads.base import Head
 from heads.config import describe_cache, git_commit, parse, versions
-from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists
+from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists, TaskError
 from heads.loader import Loader
 from heads.overlap import TrainOverlap, train_overlap
 from heads.plans import usual_negatives
-from heads.score import Direction, score, source_of
+from heads.score import Direction, score, score_open, source_of
 from heads.source import check_streams, context_of
 from heads.tasks import CompositionData, MatchingData, TaskData, load_task, splits_of, task_of
 from heads.train import FitResult, TrainConfig, fit, seed_everything
@@ -164,7 +166,9 @@ def score_run(
     allow_missing: bool = False,
     block: int = 1024,
     head: Head | None = None,
-    **open_world: Any,
+    feasibility: Feasibility | None = None,
+    keep: int = KEEP,
+    dense: bool = False,
 ) -> list[Path]:
     """Score a run on a split and write its tables into its directory: one, or one per direction for retrieval.
 
@@ -177,7 +181,9 @@ def score_run(
         allow_missing: drop examples of quarantined images, which marks the table partial.
         block: queries and candidates held at once.
         head: the run's head, if it is already loaded.
-        open_world: `feasibility`, `keep` and `dense` of `score`.
+        feasibility, keep: for an open world: as for `score_open`.
+        dense: for an open world: keep every score instead, images × pairs in memory, as the legacy curve and the
+            compatibility modes of feasibility need.
 
     Returns:
         The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`,
@@ -192,6 +198,9 @@ def score_run(
     cache = cache or trained_cache(record)
     task = task or record["task"]
     directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
+    is_open = world == "open" and task == "czsl"
+    if (feasibility is not None or dense) and not is_open:
+        raise TaskError("feasibility and dense are for open worlds of czsl; this is another table")
     scored = describe_cache(cache)
     parts = [
         *(
@@ -201,7 +210,7 @@ def score_run(
         ),
         *([task] if task != record["task"] else []),
         split,
-        *(["open"] if world == "open" and task == "czsl" else []),
+        *(["open"] if is_open else []),
     ]
     paths = {}
     for direction in directions:
@@ -216,15 +225,19 @@ def score_run(
     seen = _seen_before(record, scored, cache, data.kind, split)
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
     for direction, path in paths.items():
-        scores = score(
-            head,
-            data,
-            block=block,
-            direction=direction or "t2i",
-            rerank=rerank,
-            source=source,
-            **open_world,
-        )
+        if isinstance(data, CompositionData) and is_open and not dense:
+            scores = score_open(
+                head, data, block=block, source=source, feasibility=feasibility, keep=keep
+            )
+        else:
+            scores = score(
+                head,
+                data,
+                block=block,
+                direction=direction or "t2i",
+                rerank=rerank,
+                source=source,
+            )
         scores = replace(scores, meta={**scores.meta, **facts})
         score_io.save(scores, path, run={"run": run.name, **record, "cache": scored, **facts})
     return list(paths.values())

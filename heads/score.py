@@ -8,7 +8,7 @@ An `EmbeddingHead` embeds every row once; a head that must see both sides togeth
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,11 +40,8 @@ def score(
     direction: Direction = "t2i",
     rerank: int | None = None,
     source: Source | None = None,
-    feasibility: Feasibility | None = None,
-    keep: int = KEEP,
-    dense: bool = False,
-) -> CompositionScores | CompositionSummary | MatchingScores | RetrievalScores:
-    """Score a split with a trained head, in float32.
+) -> CompositionScores | MatchingScores | RetrievalScores:
+    """Score a split with a trained head, in float32, and keep every score (`score_open` keeps the best).
 
     Args:
         head: trained, on any device; left in the mode it was in.
@@ -54,51 +51,22 @@ def score(
         rerank: retrieval only. The K best of every query by cached cosine get the head's score, the others stay below
             them in cosine order (also those tied with the first left out); None scores every cell.
         source: the rows of `data`, if they are already in memory (see `source_of`).
-        feasibility: open world only. How plausible the pairs are; the table then answers for every threshold of its
-            grid (`eval.feasibility.grid`).
-        keep: open world only. How many of the best of each image are kept: the largest k that can be asked for.
-        dense: keep every score of an open world instead, for the legacy curve and the compatibility modes of
-            feasibility: images × pairs, in memory.
 
     Returns:
-        CompositionScores (images × candidate pairs) or, for an open world, CompositionSummary; MatchingScores (n, 2) or
-        (n, 2, 2) as [image, caption]; or RetrievalScores with queries and gallery according to `direction`.
+        CompositionScores (images × candidate pairs), MatchingScores (n, 2) or (n, 2, 2) as [image, caption], or
+        RetrievalScores with queries and gallery according to `direction`.
 
     Raises:
         MissingStream, CheckpointMismatch: the data's cache is not one this head can be scored on.
         TaskError: the head does not score this task, or `rerank` is asked of another task.
     """
     _check(head, data, rerank)
-    if (feasibility or dense) and not (isinstance(data, CompositionData) and data.world == "open"):
-        raise TaskError("feasibility and dense are for open worlds of czsl; this is another table")
     source = source or source_of(head, data)
-    facts = {
-        "space": head.score_space,
-        "split": data.split,
-        "meta": {
-            "task": data.kind,
-            "method": method_name(head),
-            "cache": data.cache.fingerprint,
-            "partial": bool(data.dropped),
-            "dropped": list(data.dropped),
-        },
-    }
+    facts = _facts(head, data)
     with _scoring(head):
         if isinstance(data, CompositionData):
-            labels = {
-                "target": data.target,
-                "pairs": np.array(data.pairs),
-                "world": data.world,
-                "ids": _distinct(data.image_ids),
-            }
-            if data.world == "closed" or dense:
-                every = range(len(data.pairs))
-                table = whole(head, *_composition(data, source, every), block)
-                return CompositionScores(scores=table, seen=data.seen, **labels, **facts)
-            layout = _layout(data, feasibility)
-            rows = by_rows(head, *_composition(data, source, layout.order), block)
-            keep = min(keep, len(data.pairs))
-            return summarise(rows, layout, keep=keep, arranged=True, **labels, **facts)
+            table = whole(head, *_composition(data, source, range(len(data.pairs))), block)
+            return CompositionScores(scores=table, seen=data.seen, **_labels(data), **facts)
         if isinstance(data, MatchingData):
             return MatchingScores(
                 scores=_matching(head, data, source, block),
@@ -116,6 +84,63 @@ def score(
             data.caption_ids,
         )
     return RetrievalScores(scores=table, positives=positives, ids=ids, **facts)
+
+
+def score_open(
+    head: Head,
+    data: CompositionData,
+    *,
+    block: int = 1024,
+    source: Source | None = None,
+    feasibility: Feasibility | None = None,
+    keep: int = KEEP,
+) -> CompositionSummary:
+    """Score a split against a world too large to keep: rows are reduced as they come.
+
+    Args:
+        head, data, block, source: as for `score`.
+        feasibility: how plausible the pairs are; the table then answers for every threshold of its grid
+            (`eval.feasibility.grid`).
+        keep: how many of the best of each image are kept: the largest k that can be asked for.
+
+    Raises:
+        MissingStream, CheckpointMismatch, TaskError: as for `score`.
+        ScoreTableError: the feasibility is not of these pairs.
+    """
+    _check(head, data, None)
+    source = source or source_of(head, data)
+    layout = _layout(data, feasibility)
+    with _scoring(head):
+        rows = by_rows(head, *_composition(data, source, layout.order), block)
+        keep = min(keep, len(data.pairs))
+        facts = _labels(data) | _facts(head, data)
+        return summarise(rows, layout, keep=keep, arranged=True, **facts)
+
+
+def _facts(head: Head, data: TaskData) -> dict[str, Any]:
+    """What every table says of itself."""
+    own = data.cache.header.options.get("check") == "none"
+    return {
+        "space": head.score_space,
+        "split": data.split,
+        "meta": {
+            "task": data.kind,
+            "method": method_name(head),
+            "cache": data.cache.fingerprint,
+            "partial": bool(data.dropped) or own,
+            "dropped": list(data.dropped),
+        },
+    }
+
+
+def _labels(data: CompositionData) -> dict[str, Any]:
+    """Of a table of images × candidate pairs."""
+    return {
+        "target": data.target,
+        "pairs": np.array(data.pairs),
+        "world": data.world,
+        "ids": _distinct(data.image_ids),
+    }
 
 
 def source_of(head: Head, data: TaskData, *, ram_limit: int | None = None) -> Source:

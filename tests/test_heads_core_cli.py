@@ -51,7 +51,7 @@ def test_train_and_score_leave_a_complete_run(cache: FeatureCache, tmp_path: Pat
     lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert sum("loss" in line for line in lines) == record["steps"] == 2 * 3
     assert sum("validation" in line for line in lines) == 2
-    table = score_io.load(run / "scores-test.zarr")
+    table: Any = score_io.load(run / "scores-test.zarr")
     assert np.asarray(table.scores).shape == (5, 2, 2)
     assert table.meta["run"]["seed"] == 5
 
@@ -214,8 +214,9 @@ def test_a_head_without_training_needs_no_train_split(tmp_path: Path) -> None:
     run = train_run(cache, "zero_shot", tmp_path / "run")
     assert run.record["examples"] == {"train": 0, "val": 0}
     assert run.record["selected_on"] is None
-    (table,) = score_run(run.path)
-    assert np.asarray(score_io.load(table).scores).shape == (5, 2)
+    (path,) = score_run(run.path)
+    table: Any = score_io.load(path)
+    assert np.asarray(table.scores).shape == (5, 2)
     with pytest.raises(TaskError, match="no matching examples of split 'train'"):
         train_run(cache, "tf_local", tmp_path / "other")
 

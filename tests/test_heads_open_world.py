@@ -23,8 +23,8 @@ from heads.cli import main
 from heads.errors import ConfigError, MissingStream, TaskError
 from heads.grid import by_rows
 from heads.loader import Loader
-from heads.runs import train_run
-from heads.score import source_of
+from heads.runs import score_run, train_run
+from heads.score import score_open, source_of
 from heads.source import context_of
 from heads.tasks import CompositionData, load_task
 from heads.train import seed_everything
@@ -60,11 +60,10 @@ def test_a_reduced_open_world_equals_the_whole_table(
 ) -> None:
     head, data = head_of(cache, method), load_task(cache, "czsl", "test", "open")
     assert isinstance(data, CompositionData)
-    dense = score(head, data, dense=True)
+    dense = score(head, data)
     assert isinstance(dense, CompositionScores)
     monkeypatch.setattr(heads.grid, "CELLS", 45)  # three rows of 15
-    reduced = score(head, data, block=block, feasibility=RHO)
-    assert isinstance(reduced, CompositionSummary)
+    reduced = score_open(head, data, block=block, feasibility=RHO)
     assert (reduced.keep, reduced.world, reduced.ids) == (5, "open", dense.ids)
     rho = RHO.of(data.pairs)
     for t in [-np.inf, *grid(rho, data.seen)[::10]]:
@@ -92,15 +91,16 @@ def test_rows_of_an_open_world_come_in_blocks_of_a_bounded_number_of_scores(
         assert [block.shape for block in rows] == [(3, 15)] * 4 + [(1, 15)]
 
 
-def test_feasibility_and_dense_are_refused_elsewhere(cache: FeatureCache) -> None:
-    head = head_of(cache, "zero_shot")
-    refused: dict[str, dict[str, Any]] = {
-        "czsl": {"dense": True},
-        "matching": {"feasibility": RHO},
-    }
-    for task, options in refused.items():
+def test_feasibility_and_dense_are_refused_elsewhere(cache: FeatureCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(cache, "zero_shot", run, task="czsl", progress=False)
+    refused: list[dict[str, Any]] = [
+        {"dense": True},
+        {"task": "matching", "world": "open", "feasibility": RHO},
+    ]
+    for options in refused:
         with pytest.raises(TaskError, match="are for open worlds of czsl"):
-            score(head, load_task(cache, task, "test"), **options)
+            score_run(run, **options)
 
 
 def test_from_a_cache_to_filtered_numbers_on_the_command_line(

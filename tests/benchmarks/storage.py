@@ -33,7 +33,7 @@ from cache_builder.request import cache_spec
 from cache_builder.sample import sampled
 from cache_builder.storage import MODES, Mode
 from eval import bootstrap, score_io
-from eval.bootstrap import Interval, Table
+from eval.bootstrap import Interval
 from eval.comparison import evaluate
 from heads.compare import Entry, compare
 from heads.demo import entries
@@ -156,7 +156,7 @@ def plain_int8(name: str, dataset: Dataset) -> None:
     table(["stream", "largest ÷ median channel", *heads, *(f"centred: {h}" for h in heads)], rows)
 
 
-def tables_of(runs: Sequence[Path], suffix: str = "") -> list[Table]:
+def tables_of(runs: Sequence[Path], suffix: str = "") -> list[Any]:
     """Score tables of the seeds of one entry."""
     return [score_io.load(next(iter(sorted(run.glob(f"scores-{suffix}*.zarr"))))) for run in runs]
 
@@ -199,7 +199,7 @@ def accuracy(caches: dict[str, FeatureCache], rows: Sequence[Entry], seeds: int,
     table([*heads, "its scores move by"], lines)
 
 
-def moved(ours: Sequence[Table], theirs: Sequence[Table]) -> float:
+def moved(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     """Standard deviation of what changes in scores, as a share of their own; the mean over seeds."""
     pairs = [(a.scores - b.scores, b.scores) for a, b in zip(ours, theirs, strict=True)]
     return float(np.mean([np.std(change) / np.std(scores) for change, scores in pairs]))
