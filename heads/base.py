@@ -5,7 +5,7 @@ below one of the bases here. Hyper-parameters come in through `Config`, facts ab
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from cache_builder.spec import BackboneSpec
 from heads.features import Batch, Features
 
 ScoreSpace = Literal["cosine", "logit", "probability"]
@@ -27,10 +28,17 @@ class HeadConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Streams a head reads, per role. What is not listed here is not in its `Features`."""
+    """Streams a head reads, per role. What is not listed here is not in its `Features`.
+
+    Attributes:
+        queries, candidates: names of streams.
+        live: sides of the backbone that the head runs itself, frozen, through `heads/live.py`: {"text"} for prompts.
+
+    """
 
     queries: frozenset[str]
     candidates: frozenset[str]
+    live: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,8 @@ class Context:
             axis of a ragged stream is its longest possible one.
         readout: the backbone's frozen tensors between raw tokens and joint space.
         attrs, objs: vocabularies of the czsl task, empty for other tasks.
+        backbone: what made the cache, for heads that run a side of it; None where nobody said.
+        backbone_name: where to load it from, `family:checkpoint`.
 
     """
 
@@ -49,6 +59,8 @@ class Context:
     readout: Mapping[str, Tensor] = field(default_factory=dict)
     attrs: tuple[str, ...] = ()
     objs: tuple[str, ...] = ()
+    backbone: BackboneSpec | None = None
+    backbone_name: str = ""
 
 
 class Head(nn.Module, ABC):
@@ -133,3 +145,27 @@ class CrossHead(Head, ABC):
             for i in range(len(queries))
         ]
         return torch.stack(rows)
+
+
+class SetHead(Head, ABC):
+    """A head whose score of a candidate depends on which others there are: probabilities over the candidates.
+
+    Cutting the candidates into blocks would change its scores, so it is scored in two steps: it gathers the whole set
+    once, part by part, and then meets the queries, some at a time. A table is the same for any cut.
+    """
+
+    @abstractmethod
+    def gather(self, parts: Iterable[Features]) -> Any:
+        """All that is to be known of a candidate set, which comes in parts, in order."""
+
+    @abstractmethod
+    def against(self, queries: Features, gathered: Any) -> Float[Tensor, "q c"]:
+        """Scores of queries with every candidate of what `gather` returned."""
+
+    def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
+        """Scores where `candidates` are all there are."""
+        return self.against(queries, self.gather([candidates]))
+
+    def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
+        """Score of query i with candidate i, where the candidates are all there are."""
+        return self(queries, candidates).diagonal()

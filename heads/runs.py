@@ -64,6 +64,7 @@ def train_run(
     task: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     label: str | None = None,
+    backbone: str | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a method on a cache's train split, select on its val split, and keep the result in `out`.
@@ -77,11 +78,13 @@ def train_run(
         task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
         settings: {"head": {…}, "train": {…}} as `read_settings` returns.
         label: its name in tables; None leaves that to the method's name and what differs in its configuration.
+        backbone: where the cache's backbone lies now, `family:checkpoint`, for a method that runs a side of it; None is
+            where it lay when the cache was built.
         progress: show a bar.
 
     Raises:
-        RunExists, ConfigError, TaskError, MissingStream, TrainingDiverged: see their messages. Nothing is written
-            before training has ended.
+        RunExists, ConfigError, TaskError, MissingStream, CheckpointMismatch, TrainingDiverged: see their messages.
+            Nothing is written before training has ended.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
@@ -92,7 +95,10 @@ def train_run(
     train_config = parse(TrainConfig, settings.get("train", {}), "train")
     task = task_of(cache, task)
     _check_task(module.Head, method, task)
-    check_streams(cache, module.Head.needs(head_config), method)
+    needs = module.Head.needs(head_config)
+    check_streams(cache, needs, method)
+    if backbone is not None:
+        checkpoint.refuse_unused(bool(needs.live), method)
     trains = module.Head.training_kind != "none"
     data = load_task(cache, task, "train", allow_missing=True) if trains else None
     validation = (
@@ -102,10 +108,11 @@ def train_run(
     )
     train_config = _settled(train_config, data, validation)
 
+    seed_everything(train_config.seed)
+    head: Head = module.Head(head_config, context_of(cache, backbone))
+    head = head.to(train_config.torch_device())
     # Made only now that nothing is wrong with the request, but before training: an unwritable place shows at once.
     out.mkdir(parents=True, exist_ok=True)
-    seed_everything(train_config.seed)
-    head: Head = module.Head(head_config, context_of(cache)).to(train_config.torch_device())
     batches = None
     if data is not None:
         batches = Loader(
@@ -163,6 +170,7 @@ def score_run(
     allow_missing: bool = False,
     block: int = 1024,
     head: Head | None = None,
+    backbone: str | None = None,
 ) -> list[Path]:
     """Score a run on a split and write its tables into its directory: one, or one per direction for retrieval.
 
@@ -175,6 +183,7 @@ def score_run(
         allow_missing: drop examples of quarantined images, which marks the table partial.
         block: queries and candidates held at once.
         head: the run's head, if it is already loaded.
+        backbone: where the backbone lies that the head runs a side of; None is where it lay in training.
 
     Returns:
         The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`,
@@ -207,7 +216,7 @@ def score_run(
     for path in paths.values():
         if path.exists():
             raise RunExists(f"{path} already exists; remove it to score again")
-    head = head or checkpoint.load(run)
+    head = head or checkpoint.load(run, backbone=backbone)
     data = load_task(cache, task, split, world, allow_missing=allow_missing)
     source = source_of(head, data)
     seen = _seen_before(record, scored, cache, data.kind, split)

@@ -1,8 +1,9 @@
 """SEAM: head × data → the score tables that `eval` reads.
 
 The matrix is filled block by block over queries and candidates, so memory holds one block of features and the scores.
-An `EmbeddingHead` embeds every row once; a head that must see both sides together scores only the cells it has to: the
-2 or 4 of a matching item, or the K best by cached cosine when a ranking is reranked.
+An `EmbeddingHead` embeds every row once; a `SetHead` gathers all candidates before it meets a query; a head that must
+see both sides together scores only the cells it has to: the 2 or 4 of a matching item, or the K best by cached cosine
+when a ranking is reranked.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor
 from eval.czsl import CompositionScores
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores
-from heads.base import CrossHead, EmbeddingHead, Head, Needs
+from heads.base import CrossHead, EmbeddingHead, Head, Needs, SetHead
 from heads.checkpoint import check_cache, method_name
 from heads.errors import CheckpointMismatch, TaskError
 from heads.features import Features
@@ -26,6 +27,9 @@ from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
 
 CROSS_BLOCK = 256
 """Cells that a joint head sees at once, at most: about 0.7 GB of activations at 333 tokens × 2048 (our choice)."""
+
+SET_CELLS = 1 << 23
+"""Cells that a head normalising over all candidates fills at once: 32 MiB a table (our choice)."""
 
 POOLED = Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
 
@@ -117,7 +121,8 @@ def _check(head: Head, data: TaskData, rerank: int | None) -> None:
     if rerank is not None and (not isinstance(data, RetrievalData) or rerank < 1):
         raise TaskError(f"rerank={rerank} is for retrieval and at least 1; this is {data.kind}")
     check_cache(head, data.cache)
-    if isinstance(data, CompositionData) and not head.needs(head.config).candidates:
+    needs = head.needs(head.config)
+    if isinstance(data, CompositionData) and (needs.live or not needs.candidates):
         # Such a head knows pairs by their indices alone, so the vocabularies must be the ones it was trained with.
         mine, theirs = (head.context.attrs, head.context.objs), (data.attrs, data.objs)
         if mine != theirs:
@@ -198,6 +203,11 @@ def _grid(
         for rows in _blocks(shape[0], block):
             query = head.embed_queries(queries(rows)).float()
             out[rows] = (query @ gallery.T + head.offset()).float().cpu().numpy()
+        return out
+    if isinstance(head, SetHead):
+        whole = head.gather(candidates(part) for part in _blocks(shape[1], block))
+        for rows in _blocks(shape[0], max(1, min(block, SET_CELLS // shape[1]))):
+            out[rows] = head.against(queries(rows), whole).float().cpu().numpy()
         return out
     width = min(block, CROSS_BLOCK) if isinstance(head, CrossHead) else block
     for columns in _blocks(shape[1], width):
