@@ -131,11 +131,11 @@ def check_head(
         torch.manual_seed(seed)
         return method.Head(config, context)
 
-    _same_seed_same_start(build)
     head = build()
+    _live_stays_frozen(head)
+    _same_seed_same_start(build)
     _frozen_stays_frozen(head)
     _train(head)
-    _live_stays_frozen(head)
     _every_parameter_gets_a_gradient(head)
     head.eval()
     with torch.no_grad():
