@@ -6,7 +6,8 @@ Reference:  none public; a reconstruction from the paper's description, so no fi
 Symbols:    v, X → `image/pooled`, readout of `image/patches`; t_c → `text/pooled` of the pair's prompt; t_a, t_o → soft
             prompts; D_a, D_o → `branches`; CA → heads/blocks/fusion.py; α, β, γ → `weight_pair`, `_attr`, `_obj`.
 Differs:    all forms but the three kinds of prompts, the two stages and the weighted sum of losses are ours. One norm
-            for q and kv; pair texts meet patches only under `fuse_pairs`; AdamW and a cosine for Adam and steps.
+            for q and kv. With hard pair prompts p(pair) is zero_shot's and not trained; pair texts meet patches only
+            under `fuse_pairs`. AdamW and a cosine for Adam and steps.
 Mode, cost: cached images and pair texts + live text tower on A + O soft prompts; 29.8 M parameters at D 768 and 360
             primitives; texts become (B, A + O, D), so queries are scored `chunk` at a time.
 """
@@ -57,7 +58,11 @@ class Config(HeadConfig):
     heads: int = Field(
         default=8, ge=1, description="attention heads; must divide the joint width (O)"
     )
-    weight_pair: float = Field(default=1.0, ge=0, description="α, of the pairs' loss (O)")
+    weight_pair: float = Field(
+        default=1.0,
+        ge=0,
+        description="α, of the pairs' loss; moves nothing while pair prompts are hard and un-fused, as by default (O)",
+    )
     weight_attr: float = Field(
         default=1.0, ge=0, description="β, of the attrs' loss; 0.1 on C-GQA (O)"
     )
