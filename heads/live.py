@@ -28,8 +28,8 @@ from heads.errors import CheckpointMismatch, ConfigError
 SAME = ("family", "weights", "tokenizer", "architecture", "activation")
 """Fields in which the backbone must be the cache's; versions and compute type only move the last digits."""
 
-_SHARED: "WeakValueDictionary[tuple[str, str], _Loaded]" = WeakValueDictionary()
-"""(weights, device) → the one copy in this process, for as long as a head holds it."""
+_SHARED: "WeakValueDictionary[tuple[str, str, str], _Loaded]" = WeakValueDictionary()
+"""(name, weights, device) → the one copy in this process, for as long as a head holds it."""
 
 
 @dataclass(eq=False)
@@ -62,8 +62,9 @@ class LiveBackbone:
         """
         where = str(torch.device(device))
         if self._held is None or self._held.backbone.device != where:
-            key = (self.spec.weights, where)
+            key = (self.name, self.spec.weights, where)
             found = _SHARED.get(key) or _Loaded(self._load(where))
+            self._check(found.backbone)
             _SHARED[key] = self._held = found
         return self._held.backbone
 
@@ -91,6 +92,9 @@ class LiveBackbone:
                 f"{self.who} runs the text tower of {self.name}, which cannot be loaded: {error}; if the checkpoint "
                 "has moved, say where it is with --backbone FAMILY:CHECKPOINT"
             ) from error
+        return loaded
+
+    def _check(self, loaded: OpenBackbone) -> None:
         for field in SAME:
             wanted, found = getattr(self.spec, field), getattr(loaded.spec, field)
             if wanted != found:
@@ -99,7 +103,6 @@ class LiveBackbone:
                     f"but {self.name} has another {field}: {_short(found)} instead of {_short(wanted)}; point to the "
                     "right one with --backbone FAMILY:CHECKPOINT"
                 )
-        return loaded
 
 
 def tiny(family: str, directory: Path) -> OpenBackbone:

@@ -216,6 +216,8 @@ def score_run(
     for path in paths.values():
         if path.exists():
             raise RunExists(f"{path} already exists; remove it to score again")
+    if head is not None and backbone is not None:
+        raise ConfigError("a head that is loaded already has its backbone; leave `backbone` out")
     head = head or checkpoint.load(run, backbone=backbone)
     data = load_task(cache, task, split, world, allow_missing=allow_missing)
     source = source_of(head, data)

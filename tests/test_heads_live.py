@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -141,6 +143,25 @@ def test_another_activation_is_refused_by_name(clip_cache: FeatureCache, tmp_pat
         head_of(clip_cache, f"clip:{files}")
 
 
+def test_another_claim_is_refused_also_while_a_copy_is_shared(clip_cache: FeatureCache) -> None:
+    context = context_of(clip_cache)
+    held = head_of(clip_cache)
+    assert context.backbone is not None
+    claim = context.backbone.model_copy(update={"tokenizer": "another one"})
+    with pytest.raises(CheckpointMismatch, match=r"another tokenizer: .* instead of another one"):
+        csp.Head(csp.Config(), replace(context, backbone=claim))
+    assert held.prompts.live.on("cpu").device == "cpu"
+
+
+def test_a_method_with_a_live_side_imports_no_library_before_it_runs() -> None:
+    code = (
+        "import sys; from heads import load_method; [load_method(m) for m in ('csp', 'simfp')]\n"
+        "assert not {'open_clip', 'transformers', 'timm', 'torchvision'} & set(sys.modules)"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+
+
 def test_a_moved_checkpoint_can_be_pointed_to(
     clip_cache: FeatureCache, fast_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +188,8 @@ def test_pointing_a_cache_only_method_to_a_backbone_is_refused(
     with pytest.raises(ConfigError, match="zero_shot reads its cache alone"):
         train_run(clip_cache, "zero_shot", fast_path / "run", task="czsl", backbone=name)
     train_run(clip_cache, "zero_shot", fast_path / "run", task="czsl", progress=False)
+    with pytest.raises(ConfigError, match="already has its backbone"):
+        score_run(fast_path / "run", head=head_of(clip_cache), backbone=name)
     with pytest.raises(ConfigError, match="zero_shot reads its cache alone"):
         score_run(fast_path / "run", cache=clip_cache, backbone=name)
 
