@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
-	$(BIN)/coverage run -m pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --sort=cover
 
 # Stamps: installed again only when what is pinned or declared has changed.

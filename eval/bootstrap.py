@@ -3,7 +3,7 @@
 Percentile bootstrap (Efron 1979). One resample draws the items again with replacement, the *same* draw for every table
 of a comparison, and draws the training seeds again with replacement; a metric is recomputed on it. Items of CZSL are
 images, drawn within the seen- and the unseen-labelled ones, whose numbers the split fixes; the curve is recomputed from
-each image's threshold (`eval.czsl.hit_rates`), since its area is not a mean over images. Queries of retrieval that
+each image's threshold (`eval.curve.hit_rates`), since its area is not a mean over images. Queries of retrieval that
 share a right answer (the captions of one image) are drawn together (`clusters`): their hits go together, and as items
 of their own they would make the interval too narrow. In both directions of retrieval an image is drawn with its
 captions. Composed queries are drawn within FashionIQ's categories and GeneCIS' tasks, those that share a target
@@ -24,14 +24,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from eval import composed, czsl, matching, retrieval
+from eval import composed, curve, czsl, matching, retrieval
 from eval.composed_table import ComposedScores
-from eval.czsl import CompositionScores
+from eval.composition import Composition, CompositionScores
+from eval.czsl_summary import CompositionSummary
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores
 from eval.retrieval import BothDirections, RetrievalScores
 
-Table = CompositionScores | MatchingScores | RetrievalScores | ComposedScores
+Table = CompositionScores | CompositionSummary | MatchingScores | RetrievalScores | ComposedScores
 """What a file holds."""
 
 Resampled = Table | BothDirections
@@ -178,7 +179,7 @@ def same_items(a: Resampled, b: Resampled) -> None:
         ScoreTableError: says in what they differ.
 
     """
-    if type(a) is not type(b):
+    if type(a) is not type(b) and not (isinstance(a, Composition) and isinstance(b, Composition)):
         raise ScoreTableError(f"{type(a).__name__} and {type(b).__name__} cannot be compared")
     if isinstance(a, BothDirections) and isinstance(b, BothDirections):
         same_items(a.i2t, b.i2t)
@@ -198,8 +199,9 @@ def same_items(a: Resampled, b: Resampled) -> None:
                 f"the two tables differ in {name} ({mine.shape} and {other.shape} values): paired differences need "
                 "identical items in the same order; score both on the same cache split"
             )
-    if a.scores.shape != b.scores.shape:
-        raise ScoreTableError(f"the two tables have {a.scores.shape} and {b.scores.shape} scores")
+    mine, other = (t.shape if isinstance(t, Composition) else t.scores.shape for t in (a, b))
+    if mine != other:
+        raise ScoreTableError(f"the two tables have {mine} and {other} scores")
 
 
 def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
@@ -218,7 +220,7 @@ def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
 
 def strata(table: Resampled) -> Int[np.ndarray, " n"]:
     """Groups whose sizes the split fixes: seen- and unseen-labelled images, FashionIQ's categories, GeneCIS' tasks."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         return table.seen_labelled.astype(np.int64)
     if isinstance(table, BothDirections):
         return np.zeros(sum(table.i2t.positives.shape), dtype=np.int64)
@@ -245,7 +247,7 @@ def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
         query = np.array([i for i, _ in links], dtype=np.int64)
         answer = np.array([number[a] for _, a in links], dtype=np.int64)
         return _connected(query, answer, (len(groups), len(number)))[0]
-    return np.arange(int(table.scores.shape[0]))
+    return np.arange(len(strata(table)))
 
 
 def _connected(
@@ -301,7 +303,7 @@ def estimator(
     table: Resampled, k: int = 1, ks: Sequence[int] | None = None
 ) -> Callable[[Float[np.ndarray, "r n"]], dict[str, Float[np.ndarray, " r"]]]:
     """A function from item counts to metrics; with all ones it gives what the task's `evaluate` gives."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         return _czsl_estimator(table, k)
     if isinstance(table, MatchingScores):
         parts = matching.outcomes(table)
@@ -317,17 +319,17 @@ def estimator(
 
 
 def _czsl_estimator(
-    table: CompositionScores, k: int
+    table: Composition, k: int
 ) -> Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
     """Curve metrics from thresholds, accuracies as means."""
-    reduced = czsl.thresholds(table, k)
+    reduced = table.thresholds(k)
     hits = {name: hit.astype(np.float64) for name, hit in czsl.unbiased_hits(table).items()}
 
     def measure(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        s, u, _ = czsl.hit_rates(reduced, weights)
+        s, u, _ = curve.hit_rates(reduced, weights)
         n_seen, n_unseen = table.counts
         if n_seen and n_unseen:
-            metrics = czsl.summarise(s, u)
+            metrics = curve.summarise(s, u)
         else:
             metrics = {"best_seen": s.max(1)} if n_seen else {"best_unseen": u.max(1)}
         return metrics | (_weighted_means(hits, weights) if k == 1 else {})

@@ -11,10 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval import cli_open_world
 from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
     from eval.bootstrap import Interval, Table
+
+
+GIVEN = {
+    "split": "train, val or test, where the scores do not say it",
+    "space": "cosine, logit or probability, where the scores do not say it",
+    "world": "czsl: closed or open, where the scores do not say it",
+    "pairs": "file of the pairs of the columns, 'attr obj' a line",
+    "train_pairs": "file of the pairs seen in training",
+    "split_pairs": "file of the pairs of the split scored; others do not compete",
+    "targets": "file of the true pair of every row",
+    "qrels": "file of right answers of a retrieval run, 'query 0 document relevance' a line",
+}
+"""What may be told beside scores that are no table of ours: the fields of `eval.given.Given`."""
 
 
 def add_verbs(verbs: Any) -> None:
@@ -25,7 +39,10 @@ def add_verbs(verbs: Any) -> None:
         description="Print the metrics of score tables, in percent, with chance lines and 95 %% bootstrap intervals.",
     )
     metrics.add_argument(
-        "scores", type=Path, nargs="+", help="score tables (.zarr) written by `headstart score`"
+        "scores",
+        type=Path,
+        nargs="+",
+        help="score tables (.zarr) written by `headstart score`, or other people's .npz .npy .csv .trec .run .txt",
     )
     metrics.add_argument(
         "--k",
@@ -38,7 +55,11 @@ def add_verbs(verbs: Any) -> None:
         "--curve", choices=("exact", "legacy"), default="exact",
         help="czsl: the exact seen-unseen curve, or the procedure of published numbers",
     )  # fmt: skip
+    for name, text in GIVEN.items():
+        kind = Path if text.startswith("file") else str
+        metrics.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     metrics.add_argument("--json", action="store_true", help="print JSON instead, as fractions")
+    cli_open_world.add_options(metrics)
     metrics.set_defaults(func=_metrics)
     report = verbs.add_parser(
         "report",
@@ -56,6 +77,9 @@ def add_verbs(verbs: Any) -> None:
         help="the page (default: report.html)",
     )
     report.add_argument("--k", type=int, default=1, help="czsl: top-k (default: 1)")
+    report.add_argument(
+        "--published", action="store_true", help="published numbers beside ours, where both measure the same"
+    )  # fmt: skip
     report.add_argument("--title", default="headstart", help="heading of the page")
     report.set_defaults(func=_report)
 
@@ -77,9 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _metrics(args: argparse.Namespace) -> None:
     """Print every table's numbers."""
-    from eval import score_io
+    from eval import importers
 
-    found = [_measured(path, score_io.load(path), args.k, args.curve) for path in args.scores]
+    given = {name: getattr(args, name) for name in GIVEN}
+    use = cli_open_world.filter_of(args)
+    found = [
+        _measured(path, use(importers.load(path, **given)), args.k, args.curve)
+        for path in args.scores
+    ]
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
@@ -90,7 +119,8 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
     from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
-    from eval.czsl import CompositionScores
+    from eval.czsl import Composition
+    from eval.remarks import remarks
     from eval.retrieval import RetrievalScores
 
     entry: dict[str, Any] = {
@@ -98,11 +128,12 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
         "task": score_io.kind(table),
         "split": table.split,
     }
-    if isinstance(table, CompositionScores):
-        entry |= {"world": table.world, "curve": curve}
-    entry |= {"space": table.space, "items": comparison.counts(table)}
-    entry |= {"metrics": {}, "chance": {}, "intervals": {}, "warnings": _overlap(table)}
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
+        entry |= {"world": table.world, "curve": curve, "k": list(ks or [1])}
+        entry |= {"feasibility": f} if (f := table.meta.get("feasibility")) else {}
+    entry |= {"space": table.space, "seeds": 1, "items": comparison.counts(table)}
+    entry |= {"metrics": {}, "chance": {}, "intervals": {}, "notes": remarks(table), "warnings": []}
+    if isinstance(table, Composition):
         for k in ks or [1]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", EvalWarning)
@@ -137,12 +168,6 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     return entry | {"intervals": _ranges(table, 1, ks)}
 
 
-def _overlap(table: "Table") -> list[str]:
-    """What a table says of benchmark images that were trained on, where there are some or nobody can tell."""
-    found: dict[str, Any] = table.meta.get("train_overlap") or {}
-    return [str(found["says"])] if found and found["count"] != 0 else []
-
-
 def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str, list[float]]:
     """Metric → low and high."""
     from eval import bootstrap
@@ -153,13 +178,16 @@ def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str
 
 def _shown(entry: dict[str, Any]) -> str:
     """One table for people: facts, then a line a metric."""
-    from eval.formats import BELOW, percent, plain
+    from eval.formats import BELOW, percent
+    from eval.table import plain
 
     facts = [entry["task"], f"split {entry['split']}"]
-    facts += [f"{entry['world']} world", f"{entry['curve']} curve"] if "world" in entry else []
+    if "world" in entry:
+        ks = ", ".join(map(str, entry["k"]))
+        facts += [f"{entry['world']} world", f"k = {ks}", f"{entry['curve']} curve"]
     lines = [
         plain(entry["scores"]),
-        f"  {' · '.join([*facts, 'space ' + entry['space']])}",
+        f"  {' · '.join([*facts, 'space ' + entry['space'], '1 seed'])}",
         f"  {entry['items']}",
     ]
     width = max(map(len, entry["metrics"]))
@@ -173,6 +201,7 @@ def _shown(entry: dict[str, Any]) -> str:
         lines.append(
             line + (f"  {BELOW} below chance" if chance is not None and value < chance else "")
         )
+    lines += [f"  note: {note}" for note in entry["notes"]]
     return "\n".join([*lines, *(f"  warning: {w}" for w in entry["warnings"]), ""])
 
 
@@ -180,7 +209,7 @@ def _report(args: argparse.Namespace) -> None:
     """Write the page and print its tables and where everything lies."""
     from eval.report import report
 
-    files = report(args.runs, args.out, k=args.k, title=args.title)
+    files = report(args.runs, args.out, k=args.k, title=args.title, published=args.published)
     print(files[1].read_text(encoding="utf-8"))
     print(f"wrote {', '.join(str(path) for path in files)}")
 

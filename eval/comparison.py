@@ -15,9 +15,10 @@ import numpy as np
 from eval import bootstrap, composed, czsl, matching, retrieval
 from eval.bootstrap import Interval, Table
 from eval.composed_table import ComposedScores
-from eval.czsl import CompositionScores, CurveKind
+from eval.czsl import Composition, CompositionScores, CurveKind
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
+from eval.remarks import remarks
 from eval.runs import Group, Question, Run, questions
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -134,6 +135,13 @@ class Comparison:
         return self.headline.partition("/")[0]
 
     @property
+    def seeds(self) -> str:
+        """How many seeds the rows have, in words: "1 seed", "1–3 seeds"."""
+        numbers = sorted({len(row.group.runs) for row in self.rows})
+        span = "–".join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))
+        return f"{span} seed{'s' * (span != '1')}"
+
+    @property
     def title(self) -> str:
         """Everything that a number needs beside it."""
         parts = [self.question.words()]
@@ -167,21 +175,20 @@ def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
         first = groups[0].tables[0]
         curve: CurveKind | None = "exact" if asked.kind == "czsl" else None
         rows = _rows(groups, k)
-        lines, notes = chance(first, k), _rerank_notes(groups)
+        lines, notes = chance(first, k), _notes(groups)
         comparisons.append(Comparison(asked, k, curve, rows, lines, counts(first), notes))
         if isinstance(first, CompositionScores) and k <= first.seen.sum():
             comparisons.append(_legacy(comparisons[-1], k))
     return comparisons
 
 
-def _rerank_notes(groups: Sequence[Group]) -> tuple[str, ...]:
-    """Which rows rank only their best anew: never to be read as full rankings."""
-    found = {g.label: g.tables[0].meta.get("rerank") for g in groups}
-    return tuple(
-        f"{label}: reranked, the head scored only the {k} best by cosine"
-        for label, k in found.items()
-        if k
-    )
+def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    """What the tables say about themselves, each sentence once with the rows that it is true of."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        for note in dict.fromkeys(note for table in group.tables for note in remarks(table)):
+            found.setdefault(note, []).append(group.label)
+    return tuple(f"{', '.join(labels)}: {note}" for note, labels in found.items())
 
 
 def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
@@ -229,7 +236,7 @@ def _legacy(exact: Comparison, k: int) -> Comparison:
         tuple(rows),
         chance,
         exact.counts,
-        notes=tuple(f"{', '.join(labels)}: {note}" for note, labels in notes.items()),
+        notes=exact.notes + tuple(f"{', '.join(labels)}: {note}" for note, labels in notes.items()),
     )
 
 
@@ -243,7 +250,7 @@ def _quietly_legacy(table: CompositionScores, k: int) -> tuple[dict[str, float],
 
 def evaluate(table: Table, k: int = 1) -> dict[str, float]:
     """The task's own `evaluate`, on the exact curve and with its default K."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         return czsl.evaluate(table, k=k)
     if isinstance(table, ComposedScores):
         return composed.evaluate(table)
@@ -254,7 +261,7 @@ def evaluate(table: Table, k: int = 1) -> dict[str, float]:
 
 def chance(table: Table, k: int = 1) -> dict[str, float]:
     """What random scores get."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         return czsl.chance(table, k=k)
     if isinstance(table, ComposedScores):
         return composed.chance(table)
@@ -263,7 +270,7 @@ def chance(table: Table, k: int = 1) -> dict[str, float]:
 
 def counts(table: Table) -> str:
     """How many items of what."""
-    if isinstance(table, CompositionScores):
+    if isinstance(table, Composition):
         n_seen, n_unseen = table.counts
         return (
             f"{n_seen} images of seen and {n_unseen} of unseen pairs; {int(table.seen.sum())} seen and "

@@ -9,7 +9,7 @@ import numpy as np
 
 from eval import plots
 from eval.comparison import Comparison, Row
-from eval.czsl import CompositionScores, exact_curve
+from eval.czsl import Composition, exact_curve
 from eval.formats import plain
 from eval.markup import chip, data_link, text
 from eval.runs import Run
@@ -42,7 +42,7 @@ def _curve_figure(c: Comparison, series: Mapping[str, int]) -> str:
     """Seen–unseen curves of all rows and seeds."""
     curves = {
         row.group.label: [
-            exact_curve(t, c.k) for t in row.group.tables if isinstance(t, CompositionScores)
+            exact_curve(t, c.k) for t in row.group.tables if isinstance(t, Composition)
         ]
         for row in c.rows
     }

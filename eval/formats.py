@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from eval.bootstrap import Interval
 from eval.comparison import Comparison, Row
+from eval.table import plain
 
 CSV_HEAD = (
     *(
@@ -33,6 +34,7 @@ CSV_HEAD = (
         "minus_high",
         "seed_values",
     ),
+    *("source", "note"),
 )
 
 BELOW = "▼"
@@ -83,7 +85,7 @@ def _markdown(comparison: Comparison) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = [("-" * w) if i in left else "-" * (w - 1) + ":" for i, w in enumerate(width)]
-    text = [f"### {plain(comparison.title)}", "", comparison.counts, ""]
+    text = [f"### {plain(comparison.title)}", "", f"{comparison.counts}; {comparison.seeds}", ""]
     text += [row_text(head), row_text(rule), *map(row_text, body), ""]
     if any(
         comparison.is_below_chance(row, m) for row in comparison.rows for m in comparison.columns
@@ -103,11 +105,6 @@ def _cell(comparison: Comparison, row: Row, metric: str) -> str:
     return f"{text} {BELOW}" if comparison.is_below_chance(row, metric) else text
 
 
-def plain(text: str) -> str:
-    """Text without control characters, which a name may hold."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
 def to_csv(comparisons: Sequence[Comparison]) -> str:
     """Every metric of every row, one a line, as fractions."""
     buffer = io.StringIO()
@@ -125,7 +122,7 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
                 seeds = " ".join(
                     f"{r.seed}:{v:.6g}" for r, v in zip(row.group.runs, cell.seeds, strict=True)
                 )
-                cells = [*facts, len(cell.seeds), *numbers, seeds]
+                cells = [*facts, len(cell.seeds), *numbers, seeds, "", ""]
                 writer.writerow([csv_cell(value) for value in cells])
     return buffer.getvalue()
 

@@ -4,7 +4,7 @@ import base64
 import html
 
 from eval import plots
-from eval.formats import plain
+from eval.table import plain
 
 
 def text(value: object) -> str:

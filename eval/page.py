@@ -22,6 +22,7 @@ TITLES = {
     "czsl": "Compositional zero-shot learning",
     "matching": "Compositional matching",
     "retrieval": "Image–text retrieval",
+    "composed": "Composed image retrieval",
 }
 READING = {
     "czsl": "auc is the area under the seen–unseen curve as a bias moves from seen to unseen pairs; best_hm is its "
@@ -31,11 +32,16 @@ READING = {
     "accuracy: one image prefers its true caption. A tie is a miss.",
     "retrieval": "recall@K: a right answer is among the K best; map@K: mean average precision at K. A tie with a wrong "
     "answer counts against.",
+    "composed": "A query is a reference image and an edit in words. recall@K: the right image is among the K best; "
+    "map@K: mean average precision at K; avg: the benchmark's own mean. A tie with a wrong answer counts against.",
 }
 
 
-def render(runs: Sequence[Run], comparisons: Sequence[Comparison], title: str) -> str:
-    """The whole page."""
+def render(
+    runs: Sequence[Run], comparisons: Sequence[Comparison], title: str, below: Sequence[str] = ()
+) -> str:
+    """The whole page; `below` holds HTML to stand under each comparison."""
+    under = dict(zip(map(id, comparisons), below, strict=False))
     groups = [row.group for c in comparisons for row in c.rows]
     methods = list(dict.fromkeys(group.method for group in groups))
     series = {group.label: methods.index(group.method) for group in groups}
@@ -45,7 +51,11 @@ def render(runs: Sequence[Run], comparisons: Sequence[Comparison], title: str) -
         heading = f"{TITLES[kind]}, {dataset}"
         body = f'<p class="soft">{text(READING[kind])}</p>'
         sections.append(
-            (f"{kind}-{dataset}", heading, body + "".join(_comparison(c, series) for c in mine))
+            (
+                f"{kind}-{dataset}",
+                heading,
+                body + "".join(_comparison(c, series) + under.get(id(c), "") for c in mine),
+            )
         )
     curves = "".join(training_figure(group, series) for group in trained(runs))
     if curves:
@@ -110,11 +120,7 @@ def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
     facts = [("split", q.split), ("world", q.world), ("form", q.variant)]
     facts += [("k", str(c.k)), ("curve", c.curve)] if c.curve else []
     spaces = ", ".join(dict.fromkeys(row.group.space for row in c.rows))
-    seeds = sorted({len(row.group.runs) for row in c.rows})
-    facts += [
-        ("score space", spaces),
-        ("seeds", "–".join(str(s) for s in dict.fromkeys((seeds[0], seeds[-1])))),
-    ]
+    facts += [("score space", spaces), ("seeds", c.seeds.split(" ")[0])]
     chips = "".join(f"<li>{name} <b>{text(value)}</b></li>" for name, value in facts if value)
     heading = (
         ""
@@ -124,7 +130,7 @@ def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
     parts = [
         heading,
         f'<ul class="facts">{chips}</ul>',
-        f'<p class="soft">{text(c.counts)}.</p>',
+        f'<p class="soft">{text(c.counts)}; {c.seeds}.</p>',
         _table(c, series),
     ]
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]

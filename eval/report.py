@@ -12,6 +12,8 @@ from pathlib import Path
 from eval import page
 from eval.comparison import compare, metrics
 from eval.formats import markdown, to_csv
+from eval.published import Beside, beside
+from eval.published_format import as_html, as_markdown, csv_lines
 from eval.runs import read_runs
 
 
@@ -21,6 +23,7 @@ def report(
     *,
     k: int = 1,
     title: str = "headstart",
+    published: bool = False,
 ) -> list[Path]:
     """Write the page `out`, and beside it the same tables as .md, .csv and, seed by seed, .json.
 
@@ -29,6 +32,8 @@ def report(
         out: the .html file; missing folders are made, old files replaced.
         k: top-k of CZSL.
         title: heading of the page.
+        published: print verified published numbers under the tables that they may be compared with, and under the
+            others why none is shown.
 
     Returns:
         The four files, the page first.
@@ -40,11 +45,15 @@ def report(
     """
     found = read_runs(runs)
     comparisons = compare(found, k=k)
+    theirs: list[Beside | None] = [beside(c) if published else None for c in comparisons]
+    pairs = list(zip(comparisons, theirs, strict=True))
     out = Path(out)
     texts = {
-        out: page.render(found, comparisons, title),
-        out.with_suffix(".md"): markdown(comparisons),
-        out.with_suffix(".csv"): to_csv(comparisons),
+        out: page.render(found, comparisons, title, [as_html(*pair) for pair in pairs]),
+        out.with_suffix(".md"): "\n".join(
+            part for c, b in pairs for part in (markdown([c]), as_markdown(c, b)) if part
+        ),
+        out.with_suffix(".csv"): to_csv(comparisons) + csv_lines(pairs),
         out.with_suffix(".json"): json.dumps(metrics(comparisons), indent=1, ensure_ascii=False),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

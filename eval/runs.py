@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from eval import score_io
 from eval.bootstrap import Table
+from eval.composition import Composition
 from eval.errors import RunError
 from eval.matching import MatchingScores
 
@@ -240,11 +241,14 @@ def question(run: Run, table: Table) -> Question:
     variant = str(table.meta.get("direction", ""))
     if isinstance(table, MatchingScores):
         variant = "2×2" if table.scores.ndim == 3 else "1×2"
+    if filtered := table.meta.get("feasibility"):  # pairs were pruned: another set of candidates
+        variant = f"{variant} {filtered['rule']}".strip()
     if table.meta.get("partial"):
         variant = (
             f"{variant} partial".strip()
         )  # examples were left out: not the split that others measure
-    digest = hashlib.sha256(repr(table.scores.shape).encode())
+    shape = table.shape if isinstance(table, Composition) else table.scores.shape
+    digest = hashlib.sha256(repr(shape).encode())
     for name in ("ids", "target", "pairs", "seen", "category", "positives"):
         values: NDArray[Any] = np.asarray(getattr(table, name, ()))
         digest.update(f"{name} {values.shape}".encode())

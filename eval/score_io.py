@@ -4,6 +4,8 @@
                             composed: queries (the fields of `ComposedQueries`) and candidates, in place of ids
       scores                float32 or float64, (Q, C) · (n, 2, 2) · (n, 2)
       target, seen          czsl: column of the true pair (Q,); 1 where a pair is seen (C,)
+      own, best_*, …        czsl_summary, in place of scores: the fields of `CompositionSummary`; pairs (C, 2) index the
+                            attributes attrs and objs; levels and threshold (null: none) are attributes too
       positives             retrieval: 1 where a candidate is right (Q, C)
 
 Scores of composed retrieval (CIRCO: 800 × 123,403) are written and checked in blocks of rows, and read when used.
@@ -28,7 +30,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from eval.bootstrap import Table
 from eval.composed_table import ComposedQueries, ComposedScores
-from eval.czsl import CompositionScores
+from eval.composition import Composition, CompositionScores
+from eval.czsl_summary import CompositionSummary
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores
@@ -43,11 +46,23 @@ KINDS: dict[str, type[Table]] = {
     "matching": MatchingScores,
     "retrieval": RetrievalScores,
     "composed": ComposedScores,
+    "czsl_summary": CompositionSummary,
 }
 
 
+SUMMARY_ARRAYS: dict[str, Any] = {
+    "own": np.nan, "best_seen": np.nan, "seen_columns": -2, "best_unseen": np.nan, "unseen_columns": -2,
+}  # fmt: skip
+"""The kept scores of a summary and the fill value that none of them holds."""
+
+
 def kind(scores: Table) -> str:
-    """czsl, matching, retrieval or composed."""
+    """The task: czsl, matching, retrieval or composed."""
+    return stored_as(scores).removesuffix("_summary")
+
+
+def stored_as(scores: Table) -> str:
+    """What a file with this table says it holds."""
     return next(name for name, cls in KINDS.items() if isinstance(scores, cls))
 
 
@@ -80,18 +95,26 @@ def save(
     attributes = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": kind(scores),
+        "kind": stored_as(scores),
         "split": scores.split,
         "space": scores.space,
         "ids": [] if isinstance(scores, ComposedScores) else list(scores.ids),
         "run": dict(run) if run is not None else meta.pop("run", {}),
         "meta": meta,
     }
-    arrays: dict[str, tuple[Any, Any]] = {"scores": (scores.scores, np.nan)}
-    if isinstance(scores, CompositionScores):
-        attributes |= {"world": scores.world, "pairs": np.asarray(scores.pairs).tolist()}
+    arrays: dict[str, tuple[Any, Any]] = {}
+    if not isinstance(scores, CompositionSummary):
+        arrays["scores"] = (scores.scores, np.nan)
+    if isinstance(scores, Composition):
+        attributes["world"] = scores.world
         arrays["target"] = (np.asarray(scores.target, dtype=np.int64), -1)
         arrays["seen"] = (scores.seen.astype(np.uint8), 255)
+    if isinstance(scores, CompositionSummary):
+        facts, more = _summarised(scores)
+        attributes |= facts
+        arrays |= more
+    elif isinstance(scores, CompositionScores):
+        attributes["pairs"] = np.asarray(scores.pairs).tolist()
     elif isinstance(scores, MatchingScores):
         attributes["category"] = np.asarray(scores.category).tolist()
     elif isinstance(scores, ComposedScores):
@@ -107,6 +130,29 @@ def save(
         raise ScoreTableError(f"what is stored with a score table must be JSON: {error}") from error
     _write(path, attributes, arrays)
     return path
+
+
+def _summarised(
+    summary: CompositionSummary,
+) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Attributes and arrays of a summary, besides those that every composition table has."""
+    words, index = zip(
+        *(np.unique(column, return_inverse=True) for column in np.asarray(summary.pairs).T),
+        strict=True,
+    )
+    bounded = summary.threshold > -np.inf
+    facts = {
+        "attrs": words[0].tolist(),
+        "objs": words[1].tolist(),
+        "levels": list(summary.levels),
+        "threshold": summary.threshold if bounded else None,
+    }
+    arrays = {name: (getattr(summary, name), fill) for name, fill in SUMMARY_ARRAYS.items()}
+    arrays["pairs"] = (np.stack(index, axis=1).astype(np.int32), -1)
+    arrays["candidates"] = (summary.candidates.astype(np.uint8), 255)
+    if summary.rho is not None:
+        arrays["rho"] = (summary.rho, np.nan)
+    return facts, arrays
 
 
 def _write(path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[Any, Any]]) -> None:
@@ -176,13 +222,15 @@ def _table(group: zarr.Group, facts: Mapping[str, Any]) -> Table:
     """The dataclass from arrays and attributes."""
     if facts["kind"] == "composed":
         return _composed(group, facts)
-    scores = _read(group, "scores")
     common: dict[str, Any] = {
         "space": facts["space"],
         "split": facts["split"],
         "ids": tuple(facts["ids"]),
         "meta": {**facts["meta"], "run": facts["run"]},
     }
+    if facts["kind"] == "czsl_summary":
+        return _summary(group, facts, common)
+    scores = _read(group, "scores")
     if facts["kind"] == "czsl":
         target, seen = _read(group, "target"), _flags(_read(group, "seen"), "seen")
         pairs = np.asarray(facts["pairs"])
@@ -190,6 +238,29 @@ def _table(group: zarr.Group, facts: Mapping[str, Any]) -> Table:
     if facts["kind"] == "matching":
         return MatchingScores(scores, np.asarray(facts["category"]), **common)
     return RetrievalScores(scores, _flags(_read(group, "positives"), "positives"), **common)
+
+
+def _summary(
+    group: zarr.Group, facts: Mapping[str, Any], common: Mapping[str, Any]
+) -> CompositionSummary:
+    """A summary; what it needs no feasibility for, it does not have."""
+    pairs, target = _read(group, "pairs"), _read(group, "target")
+    rho = _read(group, "rho") if "rho" in group else None
+    if pairs.min() < 0 or (rho is not None and not np.isfinite(rho).all()):
+        raise ScoreTableError("a chunk of pairs or rho is missing; score the run again")
+    named = [np.asarray(facts[name])[pairs[:, i]] for i, name in enumerate(("attrs", "objs"))]
+    return CompositionSummary(
+        **{name: _read(group, name) for name in SUMMARY_ARRAYS},
+        candidates=_flags(_read(group, "candidates"), "candidates"),
+        target=target,
+        pairs=np.stack(named, axis=1),
+        seen=_flags(_read(group, "seen"), "seen"),
+        world=facts["world"],
+        rho=rho,
+        levels=tuple(facts["levels"]),
+        threshold=-np.inf if facts["threshold"] is None else facts["threshold"],
+        **common,
+    )
 
 
 def _composed(group: zarr.Group, facts: Mapping[str, Any]) -> ComposedScores:

@@ -43,21 +43,30 @@ def checked_scores(values: Any, what: str = "scores") -> NDArray[Any]:
     return scores
 
 
-def refuse_nan(scores: NDArray[Any], query: Sequence[str], candidate: Sequence[str]) -> None:
+def plain(text: str) -> str:
+    """Text without control characters, which a name may hold."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def refuse_nan(
+    scores: NDArray[Any], query: Sequence[str], candidate: Sequence[str], first: int = 0
+) -> None:
     """Raise for the first NaN or +inf.
 
     Args:
         scores: any shape, queries first, candidates next.
         query: ids of the rows, or nothing.
         candidate: what to call the columns.
+        first: number of the first row, where the scores are a block of a table.
 
     """
     bad = np.isnan(scores) | np.isposinf(scores)
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         row, column = where[0], where[1]
+        name = f" ({plain(query[row])})" if query else ""
         raise ScoreTableError(
-            f"the score of query {row}{f' ({query[row]})' if query else ''} with column {column} ({candidate[column]}) "
+            f"the score of query {first + row}{name} with column {column} ({plain(candidate[column])}) "
             f"is {scores[where]}, one of {int(bad.sum())} that are NaN or +inf: scores must be finite, or -inf for "
             "'not a candidate'. Look for a division by a zero norm in the head."
         )

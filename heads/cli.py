@@ -17,6 +17,7 @@ from cache_builder.errors import CacheError
 from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
+from heads import cli_feasibility
 from heads.errors import HeadError
 
 SHELVES = {
@@ -107,6 +108,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     score.add_argument(
         "--block", type=int, default=1024, help="queries and candidates held at once"
     )
+    cli_feasibility.add_open_world(score)
     score.add_argument(
         "--pictures",
         type=int,
@@ -159,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     cache_cli.add_verbs(verbs)
     add_verbs(verbs)
+    cli_feasibility.add_verbs(verbs)
     eval_cli.add_verbs(verbs)
     return parser
 
@@ -207,6 +210,7 @@ def _score(args: argparse.Namespace) -> None:
         allow_missing=args.allow_missing,
         block=args.block,
         backbone=args.backbone,
+        **cli_feasibility.open_world(args),
     )
     overlap = None
     for path in paths:

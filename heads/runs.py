@@ -18,7 +18,7 @@ from typing import Any
 from cache_builder import FeatureCache
 from cache_builder.errors import CacheError
 from eval import score_io
-from eval.czsl import CompositionScores
+from eval.czsl import Composition
 from eval.czsl import evaluate as evaluate_czsl
 from eval.matching import MatchingScores
 from eval.matching import evaluate as evaluate_matching
@@ -171,6 +171,7 @@ def score_run(
     block: int = 1024,
     head: Head | None = None,
     backbone: str | None = None,
+    **open_world: Any,
 ) -> list[Path]:
     """Score a run on a split and write its tables into its directory: one, or one per direction for retrieval.
 
@@ -184,6 +185,7 @@ def score_run(
         block: queries and candidates held at once.
         head: the run's head, if it is already loaded.
         backbone: where the backbone lies that the head runs a side of; None is where it lay in training.
+        open_world: `feasibility`, `keep` and `dense` of `score`.
 
     Returns:
         The paths of the tables, e.g. `RUN/scores-test.zarr`, `RUN/scores-test-t2i.zarr`,
@@ -225,7 +227,13 @@ def score_run(
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
     for direction, path in paths.items():
         scores = score(
-            head, data, block=block, direction=direction or "t2i", rerank=rerank, source=source
+            head,
+            data,
+            block=block,
+            direction=direction or "t2i",
+            rerank=rerank,
+            source=source,
+            **open_world,
         )
         scores = replace(scores, meta={**scores.meta, **facts})
         score_io.save(scores, path, run={"run": run.name, **record, "cache": scored, **facts})
@@ -295,7 +303,7 @@ def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
     """
     if data.kind != "retrieval":
         scores = score(head, data, **options)
-        if isinstance(scores, CompositionScores):
+        if isinstance(scores, Composition):
             return evaluate_czsl(scores)
         assert isinstance(scores, MatchingScores)
         return evaluate_matching(scores)

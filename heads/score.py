@@ -1,35 +1,31 @@
 """SEAM: head × data → the score tables that `eval` reads.
 
 The matrix is filled block by block over queries and candidates, so memory holds one block of features and the scores.
-An `EmbeddingHead` embeds every row once; a `SetHead` gathers all candidates before it meets a query; a head that must
-see both sides together scores only the cells it has to: the 2 or 4 of a matching item, or the K best by cached cosine
-when a ranking is reranked.
+An open world is reduced as its rows come (eval/czsl_summary.py), so memory holds one block of scores too.
+An `EmbeddingHead` embeds every row once; a head that must see both sides together scores only the cells it has to: the
+2 or 4 of a matching item, or the K best by cached cosine when a ranking is reranked.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
+from eval.czsl_summary import KEEP, CompositionSummary, Layout, summarise
+from eval.feasibility import Feasibility, grid
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores
-from heads.base import CrossHead, EmbeddingHead, Head, Needs, SetHead
+from heads.base import EmbeddingHead, Head, Needs, SetHead
 from heads.checkpoint import check_cache, method_name
 from heads.errors import CheckpointMismatch, TaskError
 from heads.features import Features
+from heads.grid import CROSS_BLOCK, Rows, blocks, by_rows, embedded, whole
 from heads.source import Source
 from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
-
-CROSS_BLOCK = 256
-"""Cells that a joint head sees at once, at most: about 0.7 GB of activations at 333 tokens × 2048 (our choice)."""
-
-SET_CELLS = 1 << 23
-"""Cells that a head normalising over all candidates fills at once: 32 MiB a table (our choice)."""
 
 POOLED = Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
 
@@ -44,7 +40,10 @@ def score(
     direction: Direction = "t2i",
     rerank: int | None = None,
     source: Source | None = None,
-) -> CompositionScores | MatchingScores | RetrievalScores:
+    feasibility: Feasibility | None = None,
+    keep: int = KEEP,
+    dense: bool = False,
+) -> CompositionScores | CompositionSummary | MatchingScores | RetrievalScores:
     """Score a split with a trained head, in float32.
 
     Args:
@@ -55,16 +54,28 @@ def score(
         rerank: retrieval only. The K best of every query by cached cosine get the head's score, the others stay below
             them in cosine order (also those tied with the first left out); None scores every cell.
         source: the rows of `data`, if they are already in memory (see `source_of`).
+        feasibility: open world only. How plausible the pairs are; the table then answers for every threshold of its
+            grid (`eval.feasibility.grid`).
+        keep: open world only. How many of the best of each image are kept: the largest k that can be asked for.
+        dense: keep every score of an open world instead, for the legacy curve and the compatibility modes of
+            feasibility: images × pairs, in memory.
 
     Returns:
-        CompositionScores (images × candidate pairs), MatchingScores (n, 2) or (n, 2, 2) as [image, caption], or
-        RetrievalScores with queries and gallery according to `direction`.
+        CompositionScores (images × candidate pairs) or, for an open world, CompositionSummary; MatchingScores (n, 2) or
+        (n, 2, 2) as [image, caption]; or RetrievalScores with queries and gallery according to `direction`.
 
     Raises:
         MissingStream, CheckpointMismatch: the data's cache is not one this head can be scored on.
         TaskError: the head does not score this task, or `rerank` is asked of another task.
     """
     _check(head, data, rerank)
+    if (feasibility or dense) and not (isinstance(data, CompositionData) and data.world == "open"):
+        raise TaskError("feasibility and dense are for open worlds of czsl; this is another table")
+    if feasibility and isinstance(head, SetHead):
+        raise TaskError(
+            f"{method_name(head)} scores by probabilities over all candidates given; leaving some out afterwards, by "
+            "feasibility, would not be its score over the others"
+        )
     source = source or source_of(head, data)
     facts = {
         "space": head.score_space,
@@ -79,15 +90,20 @@ def score(
     }
     with _scoring(head):
         if isinstance(data, CompositionData):
-            return CompositionScores(
-                scores=_composition(head, data, source, block),
-                target=data.target,
-                pairs=np.array(data.pairs),
-                seen=data.seen,
-                world=data.world,
-                ids=_distinct(data.image_ids),
-                **facts,
-            )
+            labels = {
+                "target": data.target,
+                "pairs": np.array(data.pairs),
+                "world": data.world,
+                "ids": _distinct(data.image_ids),
+            }
+            if data.world == "closed" or dense:
+                every = range(len(data.pairs))
+                table = whole(head, *_composition(data, source, every), block)
+                return CompositionScores(scores=table, seen=data.seen, **labels, **facts)
+            layout = _layout(data, feasibility)
+            rows = by_rows(head, *_composition(data, source, layout.order), block)
+            keep = min(keep, len(data.pairs))
+            return summarise(rows, layout, keep=keep, arranged=True, **labels, **facts)
         if isinstance(data, MatchingData):
             return MatchingScores(
                 scores=_matching(head, data, source, block),
@@ -133,21 +149,26 @@ def _check(head: Head, data: TaskData, rerank: int | None) -> None:
 
 
 def _composition(
-    head: Head, data: CompositionData, source: Source, block: int
-) -> Float[np.ndarray, "q c"]:
-    labels = [torch.from_numpy(data.pair_index[:, i].copy()).to(source.device) for i in range(2)]
+    data: CompositionData, source: Source, order: Sequence[int] | Int[np.ndarray, " c"]
+) -> tuple[Rows, Rows, tuple[int, int]]:
+    """Images, candidate pairs in the given order, and their numbers."""
+    index, prompts = data.pair_index[order], data.prompts[order]
+    labels = [torch.from_numpy(index[:, i].copy()).to(source.device) for i in range(2)]
 
     def candidates(part: slice) -> Features:
-        streams = source.texts(data.prompts[part]).streams
+        streams = source.texts(prompts[part]).streams
         return Features(streams, {"attr": labels[0][part], "obj": labels[1][part]})
 
-    return _grid(
-        head,
-        lambda part: source.images(data.images[part]),
-        candidates,
-        (len(data.images), len(data.pairs)),
-        block,
-    )
+    shape = (len(data.images), len(data.pairs))
+    return lambda part: source.images(data.images[part]), candidates, shape
+
+
+def _layout(data: CompositionData, feasibility: Feasibility | None) -> Layout:
+    """Candidates in the order in which they are reduced: with feasibility, by the thresholds of its grid."""
+    if feasibility is None:
+        return Layout.of(data.seen)
+    rho = feasibility.of(data.pairs)
+    return Layout.of(data.seen, rho, () if data.seen.all() else grid(rho, data.seen))
 
 
 def _retrieval(
@@ -159,7 +180,7 @@ def _retrieval(
     rerank: int | None,
 ) -> Float[np.ndarray, "i t"]:
     if rerank is None:
-        return _grid(
+        return whole(
             head,
             lambda part: source.images(data.images[part]),
             lambda part: source.texts(data.captions[part]),
@@ -189,34 +210,6 @@ def _matching(
     return flat.reshape(n, 2) if images == 1 else flat.reshape(n, 2, 2)
 
 
-def _grid(
-    head: Head,
-    queries: Callable[[slice], Features],
-    candidates: Callable[[slice], Features],
-    shape: tuple[int, int],
-    block: int,
-) -> Float[np.ndarray, "q c"]:
-    """Every query with every candidate."""
-    out = np.empty(shape, dtype=np.float32)
-    if isinstance(head, EmbeddingHead):
-        gallery = _embedded(head.embed_candidates, candidates, shape[1], block)
-        for rows in _blocks(shape[0], block):
-            query = head.embed_queries(queries(rows)).float()
-            out[rows] = (query @ gallery.T + head.offset()).float().cpu().numpy()
-        return out
-    if isinstance(head, SetHead):
-        whole = head.gather(candidates(part) for part in _blocks(shape[1], block))
-        for rows in _blocks(shape[0], max(1, min(block, SET_CELLS // shape[1]))):
-            out[rows] = head.against(queries(rows), whole).float().cpu().numpy()
-        return out
-    width = min(block, CROSS_BLOCK) if isinstance(head, CrossHead) else block
-    for columns in _blocks(shape[1], width):
-        some = candidates(columns)
-        for rows in _blocks(shape[0], block):
-            out[rows, columns] = head(queries(rows), some).float().cpu().numpy()
-    return out
-
-
 def _cells(
     head: Head,
     image_rows: Int[np.ndarray, " i"],
@@ -228,18 +221,18 @@ def _cells(
     """Only the cells (image, caption) given as positions in the two lists of rows."""
     out = np.empty(len(cells), dtype=np.float32)
     if isinstance(head, EmbeddingHead):
-        query = _embedded(
+        query = embedded(
             head.embed_queries, lambda p: source.images(image_rows[p]), len(image_rows), block
         )
-        gallery = _embedded(
+        gallery = embedded(
             head.embed_candidates, lambda p: source.texts(text_rows[p]), len(text_rows), block
         )
-        for part in _blocks(len(cells), block):
+        for part in blocks(len(cells), block):
             i, c = torch.from_numpy(cells[part]).to(query.device).T
             product = (query[i] * gallery[c]).sum(-1) + head.offset()
             out[part] = product.float().cpu().numpy()
         return out
-    for part in _blocks(len(cells), min(block, CROSS_BLOCK)):
+    for part in blocks(len(cells), min(block, CROSS_BLOCK)):
         images, captions = image_rows[cells[part, 0]], text_rows[cells[part, 1]]
         paired = head.paired(source.images(images), source.texts(captions))
         out[part] = paired.float().cpu().numpy()
@@ -270,16 +263,6 @@ def _below(
         out[row] = fresh[row].min() - 1 - rank
         out[row, best[row][inside]] = fresh[row][inside]
     return out
-
-
-def _embedded(
-    embed: Callable[[Features], Tensor], rows: Callable[[slice], Features], n: int, block: int
-) -> Float[Tensor, "n d"]:
-    return torch.cat([embed(rows(part)).float() for part in _blocks(n, block)])
-
-
-def _blocks(n: int, block: int) -> Iterator[slice]:
-    return (slice(start, min(start + block, n)) for start in range(0, n, block))
 
 
 def _distinct(ids: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ def make_cache(fast_path: Path) -> Callable[..., FeatureCache]:
         return build(path=fast_path / name, progress=False, **{**given, **options})
 
     return make
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts to the process that prints."""
+    handed: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if handed is not None:
+        handed["faults"] = {kind: dict(found) for kind, found in TALLY.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up what the workers counted."""
+    for kind, found in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        TALLY.setdefault(kind, Counter()).update(found)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

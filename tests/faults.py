@@ -31,7 +31,9 @@ def count(kind: str, *outcomes: str, times: int = 1) -> None:
 def table() -> list[str]:
     """Markdown, one row a kind."""
     head = ["fault", "cases", *OUTCOMES]
-    rows = [[kind, *(f"{n[c]:,}" for c in ("cases", *OUTCOMES))] for kind, n in TALLY.items()]
+    rows = [
+        [kind, *(f"{n[c]:,}" for c in ("cases", *OUTCOMES))] for kind, n in sorted(TALLY.items())
+    ]
     total = Counter[str]()
     for n in TALLY.values():
         total += n

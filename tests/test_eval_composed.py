@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -684,7 +683,7 @@ def test_the_shell_gives_the_numbers_and_says_which_images_were_trained_on(tmp_p
     (entry,) = json.loads(capsys.readouterr().out)
     assert entry["metrics"] == evaluate(t)
     assert entry["chance"] == composed.chance(t)
-    assert entry["warnings"] == [overlap["says"]]
+    assert entry["notes"] == [overlap["says"]]
     assert cli.main(["metrics", str(path)]) == 0
     assert overlap["says"] in capsys.readouterr().out
 
@@ -740,11 +739,9 @@ def test_a_table_as_large_as_circo_is_read_in_blocks(tmp_path):
         "test",
         "unlabeled2017",
     )
-    started = time.perf_counter()
     found = evaluate(ComposedScores(Rows(), names, asked, "cosine"))
     assert found["recall@50"] < 0.1
     assert Rows.largest <= 33
-    assert time.perf_counter() - started < 10  # 0.1 s on an idle machine
 
 
 def runs_of(tables: dict[str, ComposedScores]) -> list[Run]:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import czsl, table
+from eval import composition as composition_table
+from eval import curve, czsl, legacy, table
 from eval.czsl import CompositionScores, evaluate
 from eval.errors import EvalWarning, ScoreTableError
 
@@ -177,8 +178,8 @@ def test_the_reported_bias_gives_the_reported_harmonic_mean(drawn, k):
 def test_the_ten_keys_are_there_and_no_other():
     rng = np.random.default_rng(0)
     t = composition(rng.normal(size=(30, 7)), np.arange(30) % 7, np.arange(7) < 4)
-    for curve in ("exact", "legacy"):
-        assert set(evaluate(t, curve=curve)) == {
+    for kind in ("exact", "legacy"):
+        assert set(evaluate(t, curve=kind)) == {
             *("auc", "best_hm", "best_seen", "best_unseen", "hm_seen", "hm_unseen"),
             *("bias_at_best_hm", "pair_acc", "attr_acc", "obj_acc"),
         }
@@ -207,8 +208,8 @@ def test_an_unbounded_best_bias_is_an_absent_key():
 def test_an_empty_side_leaves_its_extreme_and_the_accuracies(seen, key, absent):
     flags = np.array([seen, seen, not seen])
     t = composition([[1.0, 0, 3], [2.0, 1, 0]], [0, 1], flags)
-    for curve in ("exact", "legacy"):
-        found = evaluate(t, curve=curve)
+    for kind in ("exact", "legacy"):
+        found = evaluate(t, curve=kind)
         assert set(found) == {key, "pair_acc", "attr_acc", "obj_acc"}
         assert absent not in czsl.chance(t)
     assert evaluate(t)[key] == 0.5
@@ -246,9 +247,10 @@ def test_blocks_of_rows_join_to_the_same_curve(monkeypatch):
     )
     whole = evaluate(t)
     parts = [
-        czsl.reduce_rows(t.scores[i : i + 3], t.target[i : i + 3], t.seen) for i in range(0, 50, 3)
+        composition_table.reduce_rows(t.scores[i : i + 3], t.target[i : i + 3], t.seen)
+        for i in range(0, 50, 3)
     ]
-    joined = czsl.curve(czsl.Thresholds.join(parts))
+    joined = curve.trace(curve.Thresholds.join(parts))
     assert np.array_equal(joined.seen, czsl.exact_curve(t).seen)
     monkeypatch.setattr(table, "CELLS_PER_BLOCK", 10)
     assert evaluate(t) == whole
@@ -341,7 +343,7 @@ def test_without_an_unseen_hit_only_the_legacy_end_point_is_left():
 
 
 def test_adding_1000_in_float32_rounds_small_scores():
-    assert float(np.float32(0.2064) + czsl.END_BIAS - czsl.END_BIAS) != pytest.approx(
+    assert float(np.float32(0.2064) + legacy.END_BIAS - legacy.END_BIAS) != pytest.approx(
         0.2064, abs=1e-6
     )
     assert np.spacing(np.float32(1000)) == pytest.approx(6.1e-5, rel=0.01)

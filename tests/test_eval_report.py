@@ -626,7 +626,7 @@ def test_metrics_prints_every_number_with_interval_and_chance(runs, capsys):
     assert cli.main(["metrics", *paths, str(runs / "tf_local-1-seed0" / "scores-czsl.zarr")]) == 0
     out = capsys.readouterr().out
     assert "matching · split test · space cosine" in out
-    assert "czsl · split test · closed world · exact curve · space logit" in out
+    assert "czsl · split test · closed world · k = 1 · exact curve · space logit · 1 seed" in out
     assert re.search(r"group_score/swap +0\.0 +\[0\.0, 0\.0\] +16\.7  ▼ below chance", out)
     assert re.search(r"bias_at_best_hm +-?\d", out)
 

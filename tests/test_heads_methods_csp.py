@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cache_builder import FeatureCache, load_backbone
+from eval.composition import CompositionScores
 from heads import load_method, score, testing
 from heads.base import Context
 from heads.blocks.prompts import lay_out, word_ids
@@ -327,10 +328,12 @@ def test_a_trained_head_comes_back_bit_for_bit(cache: FeatureCache, fast_path: P
     again = train_run(cache, "csp", fast_path / "again", **options)
     data = load_task(cache, "czsl", "test", "open")
     assert len(data.pairs) == len(PAIRS)  # type: ignore[union-attr]
-    found = [score(h, data).scores for h in (run.head, again.head, load(run.path))]
+    tables = [score(h, data, dense=True) for h in (run.head, again.head, load(run.path))]
+    tables.append(score(run.head, data, block=4, dense=True))
+    found = [table.scores for table in tables if isinstance(table, CompositionScores)]
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0], found[2])
-    assert np.allclose(score(run.head, data, block=4).scores, found[0], atol=1e-4)
+    assert np.allclose(found[0], found[3], atol=1e-4)
     assert score_run(run.path, world="open")
     assert run.record["parameters"] == run.head.n_trained()
     losses = [line["loss"] for line in run.result.history if "loss" in line]

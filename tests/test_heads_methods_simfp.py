@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cache_builder import FeatureCache
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
+from eval.czsl import evaluate
+from eval.czsl_summary import CompositionSummary
+from eval.feasibility import Feasibility
 from heads import score, testing
 from heads.base import Context
 from heads.blocks.fusion import Branch, CrossBlock, Fusion
 from heads.blocks.prompts import encode_texts
 from heads.checkpoint import load
-from heads.errors import ConfigError
+from heads.errors import ConfigError, TaskError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
 from heads.methods import simfp
@@ -360,14 +363,27 @@ def test_a_table_is_the_same_for_any_cut_and_a_head_comes_back_bit_for_bit(
     assert score_run(run.path)
     for world in ("closed", "open"):
         data = load_task(cache, "czsl", "test", world)
-        tables = [score(h, data).scores for h in (run.head, again.head, load(run.path))]
-        assert np.array_equal(tables[0], tables[1])
-        assert np.array_equal(tables[0], tables[2])
-        small = score(run.head, data, block=3).scores
-        monkeypatch.setattr(import_module("heads.score"), "SET_CELLS", 20)  # one image at a time
-        found = score(run.head, data, block=4)
+        assert isinstance(data, CompositionData)
+        everything: dict[str, Any] = {"dense": world == "open"}
+        tables = [score(h, data, **everything) for h in (run.head, again.head, load(run.path))]
+        first, *others = [t.scores for t in tables if isinstance(t, CompositionScores)]
+        assert len(others) == 2
+        assert all(np.array_equal(first, other) for other in others)
+        monkeypatch.setattr(import_module("heads.grid"), "SET_CELLS", 20)  # one image at a time
+        small = score(run.head, data, block=4, **everything)
+        reduced = score(run.head, data, block=4)  # an open world is never whole
         monkeypatch.undo()
-        assert isinstance(found, CompositionScores)
-        assert np.allclose(small, tables[0], atol=1e-5)
-        assert np.allclose(found.scores, tables[0], atol=1e-5)
-        assert found.space == "probability"
+        assert isinstance(small, CompositionScores)
+        assert np.allclose(small.scores, first, atol=1e-5)
+        assert isinstance(reduced, CompositionScores | CompositionSummary)
+        assert reduced.space == small.space == "probability"
+        want, have = evaluate(small), evaluate(reduced)
+        assert have["auc"] == pytest.approx(want["auc"])
+        assert have["pair_acc"] == pytest.approx(want["pair_acc"])
+    names = (
+        tuple(dict.fromkeys(a for a, _ in data.pairs)),
+        tuple(dict.fromkeys(o for _, o in data.pairs)),
+    )
+    rho = Feasibility(np.linspace(-1, 1, len(data.pairs)), *names, "by hand")
+    with pytest.raises(TaskError, match="simfp scores by probabilities over all candidates given"):
+        score(run.head, data, feasibility=rho)

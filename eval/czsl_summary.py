@@ -1,0 +1,383 @@
+"""Open worlds in O(images) memory: of each image's scores only the best are kept, and rows may come in blocks.
+
+    kept of an image   the score of its true pair; its K best seen pairs; for each feasibility level its K best unseen
+                       pairs that are at least so feasible
+    what follows       the exact curve and every metric for k <= K, chance, bootstrap, paired tests, and all of these at
+                       any threshold of the grid: bit for bit what the table of all scores gives
+
+Why K are enough: whether the true pair is among the k best with its own side shows in that side's k best, and the one
+threshold of an image is its distance to one of the k best of the other side (`eval.composition.thresholds_of`).
+Not for: the legacy curve and the two compatibility modes of feasibility, which look at every score again.
+
+Letters: `Q` images, `C` candidate pairs, `K` kept, `L` levels: thresholds plus one, `B` images of a block.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+
+from eval.composition import Composition, thresholds_of
+from eval.curve import Thresholds
+from eval.errors import ScoreTableError
+from eval.feasibility import Mode, kept
+from eval.table import checked_facts, checked_k, checked_scores, refuse_nan
+
+KEEP = 5
+"""How many are kept by default: the largest k in use (VAW-CZSL)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Candidates in the order in which they are reduced: seen ones, then unseen ones, the most feasible first.
+
+    Attributes:
+        order: (C,) columns; inside a level ascending, so that ties go to the lowest.
+        seen: (C,) bool, by column.
+        starts: (L + 2,): the seen ones are `order[:starts[1]]`, those of level L - 1 - i are
+            `order[starts[i + 1]:starts[i + 2]]`.
+        rho: (C,) feasibility by column, or None.
+        levels: (L - 1,) thresholds, ascending; level j holds the pairs that pass the first j of them and no more.
+
+    """
+
+    order: Int[np.ndarray, " c"]
+    seen: Bool[np.ndarray, " c"]
+    starts: Int[np.ndarray, " l_plus_2"]
+    rho: NDArray[np.float64] | None
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls,
+        seen: Bool[np.ndarray, " c"],
+        rho: Float[np.ndarray, " c"] | None = None,
+        levels: Sequence[float] = (),
+    ) -> "Layout":
+        """The layout for candidates; without feasibility there is one level.
+
+        Args:
+            seen: of the columns.
+            rho: of the columns.
+            levels: thresholds that will be asked for, e.g. `eval.feasibility.grid(rho, seen)`.
+
+        Raises:
+            ScoreTableError: levels without feasibility, or not ascending.
+
+        """
+        if list(levels) != sorted(levels) or (rho is None and len(levels)):
+            raise ScoreTableError(
+                f"{len(levels)} feasibility levels need feasibility values and ascending order"
+            )
+        exact = None if rho is None else rho.astype(np.float64)
+        passed = 0 if exact is None else np.searchsorted(np.asarray(levels), exact, side="right")
+        part = np.where(seen, 0, 1 + len(levels) - passed)
+        edges = np.searchsorted(np.sort(part), np.arange(len(levels) + 3))
+        return cls(np.argsort(part, kind="stable"), seen, edges, exact, tuple(levels))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompositionSummary(Composition):
+    """The best scores of images against candidate pairs, with everything that makes them a measurement.
+
+    Attributes:
+        own: (Q,) score of each image's true pair, before any threshold.
+        best_seen, seen_columns: (Q, K) scores of the best seen pairs, descending, and their columns; on a tie the lower
+            column first; -inf and -1 where there are fewer.
+        best_unseen, unseen_columns: (Q, L, K) likewise of the unseen pairs that pass the first l thresholds.
+        candidates: (C,) bool, True where a pair is a candidate of some image.
+        target, pairs, seen, split, space, world, ids, meta: as in `CompositionScores`.
+        rho: (C,) feasibility, or None; levels: (L - 1,) thresholds that may be asked for, ascending.
+        threshold: the one in force: unseen pairs below it are no candidates. -inf: none.
+
+    Raises:
+        ScoreTableError: shapes that disagree, a pair twice, NaN or +inf, a threshold that is no level.
+
+    """
+
+    own: NDArray[Any]
+    best_seen: NDArray[Any]
+    seen_columns: NDArray[Any]
+    best_unseen: NDArray[Any]
+    unseen_columns: NDArray[Any]
+    candidates: NDArray[Any]
+    target: NDArray[Any]
+    pairs: NDArray[Any] | Sequence[Sequence[Any]]
+    seen: NDArray[Any]
+    split: str
+    space: str
+    world: str = "open"
+    ids: Sequence[str] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    rho: NDArray[np.float64] | None = None
+    levels: Sequence[float] = ()
+    threshold: float = -np.inf
+
+    def __post_init__(self) -> None:
+        q, c, n = len(self.own), len(self.candidates), len(self.levels) + 1
+        k = self.best_seen.shape[-1]
+        shapes = {"best_seen": (q, k), "seen_columns": (q, k)}
+        shapes |= {"best_unseen": (q, n, k), "unseen_columns": (q, n, k), "candidates": (c,)}
+        wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
+        if wrong or (self.rho is not None and self.rho.shape != (c,)):
+            raise ScoreTableError(
+                f"a summary of {q} images, {c} candidates and {n} levels needs another shape of "
+                f"{', '.join(wrong) or 'rho'}; score the run again"
+            )
+        for name in ("own", "best_seen", "best_unseen"):
+            values = checked_scores(getattr(self, name), name)
+            if np.isnan(values).any() or np.isposinf(values).any():
+                raise ScoreTableError(f"{name} holds NaN or +inf; score the run again")
+        for name in ("seen_columns", "unseen_columns"):
+            columns = getattr(self, name)
+            if columns.min(initial=-1) < -1 or columns.max(initial=-1) >= c:
+                raise ScoreTableError(f"{name} names a column beyond 0 to {c - 1}")
+        self._settle(q, c)
+        _ = self._level
+
+    def at(self, threshold: float) -> "CompositionSummary":
+        """The same images with another threshold in force.
+
+        Raises:
+            ScoreTableError: it is not one of the levels.
+
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "threshold", float(threshold))
+        _ = other._level
+        return other
+
+    def pruned(
+        self, threshold: float, rho: Float[np.ndarray, " c"] | None = None, mode: Mode = "neg_inf"
+    ) -> "CompositionSummary":
+        """`at`, for feasibility that this summary was made with.
+
+        Raises:
+            ScoreTableError: another feasibility, or a mode that needs every score.
+
+        """
+        if mode != "neg_inf":
+            raise ScoreTableError(
+                f"mode {mode} changes scores that this table does not keep; score again with every score kept "
+                "(headstart score … --dense), or use neg_inf"
+            )
+        if rho is not None and not (self.rho is not None and np.array_equal(rho, self.rho)):
+            raise ScoreTableError(
+                "the feasibility given is not the one this table was reduced with; score again with it "
+                "(headstart score … --world open --feasibility FILE)"
+            )
+        return self.at(threshold)
+
+    @property
+    def keep(self) -> int:
+        """K, the largest k that can be asked for."""
+        return self.best_seen.shape[1]
+
+    @property
+    def _level(self) -> int:
+        """How many levels are passed by what is kept."""
+        if self.threshold == -np.inf:
+            return 0
+        place = int(np.searchsorted(np.asarray(self.levels), self.threshold))
+        if place == len(self.levels) or self.levels[place] != self.threshold:
+            known = f"{self.levels[0]:.4f} to {self.levels[-1]:.4f}" if self.levels else "none"
+            raise ScoreTableError(
+                f"threshold {self.threshold} is not one of the {len(self.levels)} levels kept ({known}); score again "
+                "with it, or with the feasibility it was searched on"
+            )
+        return place + 1
+
+    def thresholds(self, k: int = 1) -> Thresholds:
+        """One number an image; O(Q·K)."""
+        checked_k(k, self.shape[1])
+        if k > self.keep:
+            raise ScoreTableError(
+                f"k = {k} was asked for, but this table keeps the best {self.keep} of each image; score again with "
+                f"--keep {k}"
+            )
+        is_seen, s = self.seen_labelled, self.own
+        if self.rho is not None:
+            pruned = ~kept(self.rho, self.seen, self.threshold)[self.target]
+            s = np.where(pruned, s.dtype.type(-np.inf), s)
+        unseen, columns = self.best_unseen[:, self._level], self.unseen_columns[:, self._level]
+        mine = np.where(is_seen[:, None], self.best_seen, unseen)
+        where = np.where(is_seen[:, None], self.seen_columns, columns)
+        other = np.where(is_seen[:, None], unseen, self.best_seen)
+        ahead = (mine > s[:, None]) | ((mine == s[:, None]) & (where < self.target[:, None]))
+        return thresholds_of(s, 1 + ahead.sum(1), other, is_seen, k)
+
+    def predicted(self) -> Int[np.ndarray, " q"]:
+        """Column of the best pair of each image, the lowest on a tie; -1 without a candidate."""
+        unseen, column = (x[:, self._level, 0] for x in (self.best_unseen, self.unseen_columns))
+        seen, mine = self.best_seen[:, 0], self.seen_columns[:, 0]
+        return np.where((seen > unseen) | ((seen == unseen) & (mine < column)), mine, column)
+
+    def competing(self) -> Bool[np.ndarray, " c"]:
+        """True where a pair is a candidate of some image."""
+        if self.rho is None:
+            return self.candidates
+        return self.candidates & kept(self.rho, self.seen, self.threshold)
+
+
+def summarise(
+    rows: Iterable[NDArray[Any]],
+    layout: Layout,
+    target: Int[np.ndarray, " q"],
+    pairs: NDArray[Any] | Sequence[Sequence[Any]],
+    *,
+    split: str,
+    space: str,
+    world: str = "open",
+    ids: Sequence[str] = (),
+    meta: Mapping[str, Any] | None = None,
+    keep: int = KEEP,
+    arranged: bool = False,
+) -> CompositionSummary:
+    """Reduce rows of scores, which are dropped block by block.
+
+    Args:
+        rows: (B, C) blocks of float32 or float64 scores, in the order of `target`.
+        layout: of the candidates.
+        target, pairs, split, space, world, ids, meta: as in `CompositionScores`.
+        keep: K.
+        arranged: the columns of `rows` are already in the order `layout.order`, which saves a copy.
+
+    Raises:
+        ScoreTableError: NaN or +inf (names image and pair), too few or too many rows, or labels that do not fit.
+
+    """
+    c = len(layout.order)
+    checked_k(keep, c, "the number kept of each image")
+    names = checked_facts(split, space, ids, len(target))
+    place = np.empty(c, dtype=np.int64)
+    place[layout.order] = np.arange(c)
+    candidates = np.zeros(c, dtype=bool)
+    parts: list[tuple[NDArray[Any], ...]] = []
+    done = 0
+    for values in _checked(rows, c):
+        block = values if arranged else values[:, layout.order]
+        b = slice(done, done + len(block))
+        if b.stop > len(target):
+            raise ScoreTableError(f"there are {len(target)} targets, but more rows of scores")
+        try:
+            seen, unseen = _best(block, layout, keep)
+        except FloatingPointError:
+            back = block[:, place]
+            refuse_nan(back, names[b], _PairNames(pairs), first=done)
+            raise
+        if not candidates.all():
+            candidates[layout.order] |= _any_candidate(block)
+        own = block[np.arange(len(block)), place[target[b]]]
+        parts.append((own, *seen, *unseen))
+        done = b.stop
+    if done != len(target):
+        raise ScoreTableError(f"there are {len(target)} targets, but {done} rows of scores")
+    joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return CompositionSummary(
+        *joined,
+        candidates=candidates,
+        target=target,
+        pairs=pairs,
+        seen=layout.seen,
+        split=split,
+        space=space,
+        world=world,
+        ids=ids,
+        meta=dict(meta or {}),
+        rho=layout.rho,
+        levels=layout.levels,
+    )
+
+
+class _PairNames(Sequence[str]):
+    """What to call the columns, made only when one is asked for."""
+
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+
+    def __getitem__(self, i: Any) -> Any:
+        return f"pair {tuple(np.asarray(self.pairs[i]).tolist())}"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def _checked(rows: Iterable[NDArray[Any]], c: int) -> Iterator[NDArray[Any]]:
+    for block in rows:
+        values = checked_scores(block)
+        if values.ndim != 2 or values.shape[1] != c:
+            raise ScoreTableError(f"a block of rows must be (images, {c}), but is {values.shape}")
+        yield values
+
+
+def _any_candidate(block: NDArray[Any]) -> Bool[np.ndarray, " c"]:
+    """True where a column is above -inf in some row; where no score is -inf, a look at the smallest is enough."""
+    some = np.asarray(block[:1] > -np.inf)
+    if float(block.min()) > -np.inf:
+        return some[0]
+    return np.asarray((block > -np.inf).any(0))
+
+
+def _best(
+    block: Float[np.ndarray, "b c"], layout: Layout, keep: int
+) -> tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...]]:
+    """(B, K) of the seen and (B, L, K) of the unseen candidates, scores and columns, of a block in layout order.
+
+    Raises:
+        FloatingPointError: NaN or +inf.
+
+    """
+    b, n = len(block), len(layout.levels) + 1
+    parts = [slice(*layout.starts[i : i + 2].tolist()) for i in range(n + 1)]
+    seen, unseen = (
+        (
+            np.full((b, *size, keep), -np.inf, dtype=block.dtype),
+            np.full((b, *size, keep), -1, np.int32),
+        )
+        for size in ((), (n,))
+    )
+    _insert(block[:, parts[0]], layout.order[parts[0]], *seen)
+    running = tuple(x[:, 0].copy() for x in unseen)
+    for level, part in zip(range(n - 1, -1, -1), parts[1:], strict=True):
+        _insert(block[:, part], layout.order[part], *running)
+        for out, now in zip(unseen, running, strict=True):
+            out[:, level] = now
+    return seen, unseen
+
+
+def _insert(
+    values: Float[np.ndarray, "b n"],
+    columns: Int[np.ndarray, " n"],
+    top: Float[np.ndarray, "b k"],
+    top_columns: Int[np.ndarray, "b k"],
+) -> None:
+    """Merge candidates into a running list of the best, in place.
+
+    The largest of a row is taken out until it no longer enters the row's list: for most rows and levels that is once.
+    """
+    most = min(top.shape[1], values.shape[1])
+    rows, left = np.arange(len(values)), np.ascontiguousarray(values)
+    for taken in range(most):
+        at = left.argmax(1)  # the first of equals; NaN counts as the largest
+        score, column = left[np.arange(len(left)), at], columns[at]
+        if not taken and not (score < np.inf).all():
+            raise FloatingPointError
+        last, last_column = top[rows, -1], top_columns[rows, -1]
+        enters = (score > last) | ((score == last) & (column < last_column))
+        entering = rows[enters]
+        if not len(entering):
+            return
+        scores = np.column_stack([top[entering], score[enters]])
+        found = np.column_stack([top_columns[entering], column[enters].astype(np.int32)])
+        by = np.lexsort((found, -scores), axis=1)[:, :-1]
+        top[entering] = np.take_along_axis(scores, by, 1)
+        top_columns[entering] = np.take_along_axis(found, by, 1)
+        if taken + 1 < most:
+            if not taken or len(entering) < len(rows):
+                left = left[enters]  # a copy: the caller's block keeps what is taken out below
+            left[np.arange(len(left)), at[enters]] = -np.inf
+            rows = entering
