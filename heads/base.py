@@ -5,7 +5,7 @@ below one of the bases here. Hyper-parameters come in through `Config`, facts ab
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from cache_builder import FeatureCache
+from cache_builder.spec import BackboneSpec
 from heads.features import Batch, Features
 
 ScoreSpace = Literal["cosine", "logit", "probability"]
@@ -32,12 +33,15 @@ class Needs:
 
     Attributes:
         queries, candidates: streams of their rows.
+        live: sides of the backbone that the head runs itself, frozen, through `heads/live.py`: {"text"} for prompts.
         partners: kinds of other examples that its loss wants beside every query, with the streams of queries; of
             `samplers.PARTNERS`, for czsl.
+
     """
 
     queries: frozenset[str]
     candidates: frozenset[str]
+    live: frozenset[str] = frozenset()
     partners: frozenset[str] = frozenset()
 
 
@@ -52,6 +56,8 @@ class Context:
         attrs, objs: vocabularies of the czsl task, empty for other tasks.
         tables: first values of what a method trains or keeps beyond these, e.g. word vectors. Saved by shape alone: a
             saved head holds what they became.
+        backbone: what made the cache, for heads that run a side of it; None where nobody said.
+        backbone_name: where to load it from, `family:checkpoint`.
 
     """
 
@@ -60,6 +66,8 @@ class Context:
     attrs: tuple[str, ...] = ()
     objs: tuple[str, ...] = ()
     tables: Mapping[str, Tensor] = field(default_factory=dict)
+    backbone: BackboneSpec | None = None
+    backbone_name: str = ""
 
 
 class Head(nn.Module, ABC):
@@ -158,3 +166,27 @@ class CrossHead(Head, ABC):
             for i in range(len(queries))
         ]
         return torch.stack(rows)
+
+
+class SetHead(Head, ABC):
+    """A head whose score of a candidate depends on which others there are: probabilities over the candidates.
+
+    Cutting the candidates into blocks would change its scores, so it is scored in two steps: it gathers the whole set
+    once, part by part, and then meets the queries, some at a time. A table is the same for any cut.
+    """
+
+    @abstractmethod
+    def gather(self, parts: Iterable[Features]) -> Any:
+        """All that is to be known of a candidate set, which comes in parts, in order."""
+
+    @abstractmethod
+    def against(self, queries: Features, gathered: Any) -> Float[Tensor, "q c"]:
+        """Scores of queries with every candidate of what `gather` returned."""
+
+    def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
+        """Scores where `candidates` are all there are."""
+        return self.against(queries, self.gather([candidates]))
+
+    def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
+        """Score of query i with candidate i, where the candidates are all there are."""
+        return self(queries, candidates).diagonal()

@@ -3,6 +3,9 @@
     config.json         {"format": 1, "method": "tf_local", "config": {…}, "context": {"shapes", "attrs", …}}
     model.safetensors   head/<name> every parameter and buffer · readout/<name> the backbone's frozen readout
 
+The context of a head that runs a side of the backbone also says which one ("backbone", "backbone_name"): its weights
+are not saved, and loaded again from there.
+
 The method is stored by its name, never as a Python path, except a user's own dotted module. Nothing is pickled.
 
     Pretrained(head).push_to_hub("me/tf-local-photos")      Pretrained.from_pretrained("me/tf-local-photos").head
@@ -20,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache_builder import FeatureCache
+from cache_builder.spec import BackboneSpec
 from heads import load_method
 from heads.base import Context, Head
 from heads.config import parse
-from heads.errors import CheckpointMismatch
+from heads.errors import CheckpointMismatch, ConfigError
 from heads.source import check_streams
 
 FORMAT = 1
@@ -53,6 +57,7 @@ def save(head: Head, directory: str | Path) -> Path:
                 name: [list(table.shape), str(table.dtype).removeprefix("torch.")]
                 for name, table in sorted(context.tables.items())
             },
+            **_backbone_of(head),
         },
     }
     tensors = {f"head/{name}": value for name, value in head.state_dict().items()}
@@ -65,12 +70,22 @@ def save(head: Head, directory: str | Path) -> Path:
     return directory
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> Head:
+def load(
+    directory: str | Path, device: str | torch.device = "cpu", *, backbone: str | None = None
+) -> Head:
     """Rebuild the head saved in `directory`, in evaluation mode.
+
+    Args:
+        directory: a run's, or any that `save` wrote.
+        device: where it is put.
+        backbone: where the backbone lies that the head runs a side of, `family:checkpoint`; None is where it lay
+            in training.
 
     Raises:
         FileNotFoundError: no saved head there.
-        CheckpointMismatch: damaged, of a newer format, or not of the shapes its method builds today.
+        CheckpointMismatch: damaged, of a newer format, not of the shapes its method builds today, or its backbone is
+            not where it is said to be.
+        ConfigError: `backbone` is given for a head that runs none.
     """
     directory = Path(directory)
     for name in FILES:
@@ -91,6 +106,9 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Head:
             f"{directory}/config.json is of checkpoint format {found!r}, and this version reads {FORMAT}; train the "
             "head again, or use the headstart that saved it"
         )
+    if backbone is not None:
+        refuse_unused(description["context"].get("backbone") is not None, description["method"])
+        description["context"]["backbone_name"] = backbone
     head = _build(description, _below(tensors, "readout/"))
     state = _below(tensors, "head/")
     _check_state(head, state, directory)
@@ -137,6 +155,13 @@ def check_cache(head: Head, cache: FeatureCache) -> None:
                 f"this {name} was trained on {stream} of shape {tuple(expected)}, but {cache.place} holds "
                 f"{tuple(found)}; score it on a cache of the backbone it was trained for"
             )
+    mine, theirs = head.context.backbone, cache.spec.backbone
+    if needs.live and mine is not None and mine.weights != theirs.weights:
+        raise CheckpointMismatch(
+            f"this {name} runs {head.context.backbone_name} (weights {mine.weights[:12]}), but {cache.place} was made "
+            f"by {theirs.family}:{theirs.checkpoint} (weights {theirs.weights[:12]}); score it on a cache of the "
+            "backbone it was trained for"
+        )
     readout = {key: torch.from_numpy(value.copy()) for key, value in cache.readout().items()}
     for key in sorted({*readout, *head.context.readout}):
         mine, theirs = head.context.readout.get(key), readout.get(key)
@@ -148,9 +173,26 @@ def check_cache(head: Head, cache: FeatureCache) -> None:
             )
 
 
+def refuse_unused(runs_one: bool, method: str) -> None:
+    """`ConfigError` unless the method runs a backbone, which somebody has pointed to."""
+    if not runs_one:
+        raise ConfigError(
+            f"{method} reads its cache alone and runs no backbone; leave --backbone out"
+        )
+
+
+def _backbone_of(head: Head) -> dict[str, Any]:
+    """What a head with a live side needs to find its backbone again."""
+    spec = head.context.backbone
+    if spec is None or not head.needs(head.config).live:
+        return {}
+    return {"backbone": spec.model_dump(mode="json"), "backbone_name": head.context.backbone_name}
+
+
 def _build(description: Mapping[str, Any], readout: dict[str, Tensor]) -> Head:
     module = load_method(description["method"])
     context = description["context"]
+    spec = context.get("backbone")
     return module.Head(
         parse(module.Config, description["config"], "head"),
         Context(
@@ -162,6 +204,8 @@ def _build(description: Mapping[str, Any], readout: dict[str, Tensor]) -> Head:
                 name: torch.zeros(shape, dtype=getattr(torch, dtype))
                 for name, (shape, dtype) in context.get("tables", {}).items()
             },
+            backbone=None if spec is None else BackboneSpec.model_validate(spec),
+            backbone_name=context.get("backbone_name", ""),
         ),
     )
 

@@ -28,6 +28,8 @@ SHELVES = {
 }
 """What can be listed, and the folder whose files it is."""
 
+MOVED = "where the cache's backbone lies now, for methods that run its text tower"
+
 LEGEND = """\
 N patches × width W, prefix rows, joint dim D, at most L text rows × width V, blocks image/text; KiB of patches and
 prefix rows of one image at fp16, GiB of those of 100,000 images. Computed from open_clip's configurations; those of
@@ -78,6 +80,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=Path,
         help="run directory (default: runs/METHOD-CACHE-TASK-seedN); must be new",
     )
+    train.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=MOVED)
     train.set_defaults(func=_train)
 
     score = verbs.add_parser(
@@ -114,6 +117,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         metavar="N",
         help="also draw for N examples where each word looks (tf_local); reads the data set's images again",
     )
+    score.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=MOVED)
     score.set_defaults(func=_score)
 
     add_words(verbs)
@@ -178,7 +182,7 @@ def _train(args: argparse.Namespace) -> None:
     task = task_of(cache, args.task)
     seed = parse(TrainConfig, settings["train"], "train").seed
     out = args.out or Path("runs", f"{args.method}-{args.cache.stem}-{task}-seed{seed}")
-    run = train_run(cache, args.method, out, task=task, settings=settings)
+    run = train_run(cache, args.method, out, task=task, settings=settings, backbone=args.backbone)
     record = run.record
     for split, n in record["dropped"].items():
         if n:
@@ -208,6 +212,7 @@ def _score(args: argparse.Namespace) -> None:
         rerank=args.rerank,
         allow_missing=args.allow_missing,
         block=args.block,
+        backbone=args.backbone,
         **cli_feasibility.open_world(args),
     )
     overlap = None

@@ -1,6 +1,7 @@
 """Every query with every candidate, in blocks: as one table, or row by row for tables that are never whole.
 
-An `EmbeddingHead` embeds every row once; any other head sees a block of queries with a block of candidates.
+An `EmbeddingHead` embeds every row once; a `SetHead` gathers all candidates before it meets a query; any other head
+sees a block of queries with a block of candidates.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from heads.base import CrossHead, EmbeddingHead, Head
+from heads.base import CrossHead, EmbeddingHead, Head, SetHead
 from heads.features import Features
 
 CROSS_BLOCK = 256
 """Cells that a joint head sees at once, at most: about 0.7 GB of activations at 333 tokens × 2048 (our choice)."""
+
+SET_CELLS = 1 << 23
+"""Cells that a head which normalises over all candidates fills at once: 32 MiB for each of its tables (our choice)."""
 
 CELLS = 1 << 25
 """Scores of a block of rows, at most (128 MB): what is held of a table that is never whole."""
@@ -30,6 +34,10 @@ def whole(
     out = np.empty(shape, dtype=np.float32)
     if isinstance(head, EmbeddingHead):
         for rows, scores in _inner_products(head, queries, candidates, shape, block, block):
+            out[rows] = scores
+        return out
+    if isinstance(head, SetHead):
+        for rows, scores in _against_all(head, queries, candidates, shape, block):
             out[rows] = scores
         return out
     for columns in blocks(shape[1], _width(head, block)):
@@ -48,6 +56,10 @@ def by_rows(
     height = max(1, min(block, CELLS // shape[1]))
     if isinstance(head, EmbeddingHead):
         for _, scores in _inner_products(head, queries, candidates, shape, block, height):
+            yield scores
+        return
+    if isinstance(head, SetHead):
+        for _, scores in _against_all(head, queries, candidates, shape, block):
             yield scores
         return
     for rows in blocks(shape[0], height):
@@ -71,6 +83,15 @@ def _inner_products(
     for rows in blocks(shape[0], height):
         query = head.embed_queries(queries(rows)).float()
         yield rows, (query @ gallery.T).add_(head.offset()).cpu().numpy()
+
+
+def _against_all(
+    head: SetHead, queries: Rows, candidates: Rows, shape: tuple[int, int], block: int
+) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
+    """Rows of the table in blocks, against a candidate set gathered once."""
+    gathered = head.gather(candidates(part) for part in blocks(shape[1], block))
+    for rows in blocks(shape[0], max(1, min(block, SET_CELLS // shape[1]))):
+        yield rows, head.against(queries(rows), gathered).float().cpu().numpy()
 
 
 def _width(head: Head, block: int) -> int:

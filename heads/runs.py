@@ -66,6 +66,7 @@ def train_run(
     task: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     label: str | None = None,
+    backbone: str | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a method on a cache's train split, select on its val split, and keep the result in `out`.
@@ -79,11 +80,13 @@ def train_run(
         task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
         settings: {"head": {…}, "train": {…}} as `read_settings` returns.
         label: its name in tables; None leaves that to the method's name and what differs in its configuration.
+        backbone: where the cache's backbone lies now, `family:checkpoint`, for a method that runs a side of it; None is
+            where it lay when the cache was built.
         progress: show a bar.
 
     Raises:
-        RunExists, ConfigError, TaskError, MissingStream, TrainingDiverged: see their messages. Nothing is written
-            before training has ended.
+        RunExists, ConfigError, TaskError, MissingStream, CheckpointMismatch, TrainingDiverged: see their messages.
+            Nothing is written before training has ended.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
@@ -94,9 +97,12 @@ def train_run(
     train_config = parse(TrainConfig, settings.get("train", {}), "train")
     task = task_of(cache, task)
     _check_task(module.Head, method, task)
-    check_streams(cache, module.Head.needs(head_config), method)
+    needs = module.Head.needs(head_config)
+    check_streams(cache, needs, method)
+    if backbone is not None:
+        checkpoint.refuse_unused(bool(needs.live), method)
     trains = module.Head.training_kind != "none"
-    context = module.Head.prepare(head_config, context_of(cache), cache)
+    context = module.Head.prepare(head_config, context_of(cache, backbone), cache)
     data = load_task(cache, task, "train", allow_missing=True) if trains else None
     validation = (
         load_task(cache, task, "val", allow_missing=True)
@@ -105,10 +111,10 @@ def train_run(
     )
     train_config = _settled(train_config, data, validation)
 
-    # Made only now that nothing is wrong with the request, but before training: an unwritable place shows at once.
-    out.mkdir(parents=True, exist_ok=True)
     seed_everything(train_config.seed)
     head: Head = module.Head(head_config, context).to(train_config.torch_device())
+    # Made only now that nothing is wrong with the request, but before training: an unwritable place shows at once.
+    out.mkdir(parents=True, exist_ok=True)
     batches = None
     if data is not None:
         batches = Loader(
@@ -166,6 +172,7 @@ def score_run(
     allow_missing: bool = False,
     block: int = 1024,
     head: Head | None = None,
+    backbone: str | None = None,
     feasibility: Feasibility | None = None,
     keep: int = KEEP,
     dense: bool = False,
@@ -181,6 +188,7 @@ def score_run(
         allow_missing: drop examples of quarantined images, which marks the table partial.
         block: queries and candidates held at once.
         head: the run's head, if it is already loaded.
+        backbone: where the backbone lies that the head runs a side of; None is where it lay in training.
         feasibility, keep: for an open world: as for `score_open`.
         dense: for an open world: keep every score instead, images × pairs in memory, as the legacy curve and the
             compatibility modes of feasibility need.
@@ -219,7 +227,9 @@ def score_run(
     for path in paths.values():
         if path.exists():
             raise RunExists(f"{path} already exists; remove it to score again")
-    head = head or checkpoint.load(run)
+    if head is not None and backbone is not None:
+        raise ConfigError("a head that is loaded already has its backbone; leave `backbone` out")
+    head = head or checkpoint.load(run, backbone=backbone)
     data = load_task(cache, task, split, world, allow_missing=allow_missing)
     source = source_of(head, data)
     seen = _seen_before(record, scored, cache, data.kind, split)

@@ -19,7 +19,7 @@ from eval.czsl_summary import KEEP, CompositionSummary, Layout, summarise
 from eval.feasibility import Feasibility, grid
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores
-from heads.base import EmbeddingHead, Head, Needs
+from heads.base import EmbeddingHead, Head, Needs, SetHead
 from heads.checkpoint import check_cache, method_name
 from heads.errors import CheckpointMismatch, TaskError
 from heads.features import Features
@@ -108,6 +108,11 @@ def score_open(
         ScoreTableError: the feasibility is not of these pairs.
     """
     _check(head, data, None)
+    if feasibility and isinstance(head, SetHead):
+        raise TaskError(
+            f"{method_name(head)} scores by probabilities over all candidates given; leaving some out afterwards, by "
+            "feasibility, would not be its score over the others"
+        )
     source = source or source_of(head, data)
     layout = _layout(data, feasibility)
     with _scoring(head):
@@ -157,7 +162,8 @@ def _check(head: Head, data: TaskData, rerank: int | None) -> None:
     if rerank is not None and (not isinstance(data, RetrievalData) or rerank < 1):
         raise TaskError(f"rerank={rerank} is for retrieval and at least 1; this is {data.kind}")
     check_cache(head, data.cache)
-    if isinstance(data, CompositionData) and not head.needs(head.config).candidates:
+    needs = head.needs(head.config)
+    if isinstance(data, CompositionData) and (needs.live or not needs.candidates):
         # Such a head knows pairs by their indices alone, so the vocabularies must be the ones it was trained with.
         mine, theirs = (head.context.attrs, head.context.objs), (data.attrs, data.objs)
         if mine != theirs:

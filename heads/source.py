@@ -58,14 +58,22 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
         raise MissingStream(f"{held}; build a cache that has it: {command}")
 
 
-def context_of(cache: FeatureCache) -> Context:
-    """The facts a head is built from: shapes of all streams, readout, and the czsl vocabularies if there are any."""
+def context_of(cache: FeatureCache, backbone: str | None = None) -> Context:
+    """The facts a head is built from: shapes of all streams, readout, backbone, and the czsl vocabularies if any.
+
+    Args:
+        cache: an open feature cache.
+        backbone: where its backbone lies now, `family:checkpoint`; None is where it lay when the cache was built.
+    """
     czsl = cache.tasks.czsl
+    spec = cache.spec.backbone
     return Context(
         shapes={stream: tuple(cache.shape(stream)) for stream in cache.streams},
         readout={name: torch.from_numpy(value) for name, value in cache.readout().items()},
         attrs=czsl.attrs if czsl else (),
         objs=czsl.objs if czsl else (),
+        backbone=spec,
+        backbone_name=backbone or cache.header.backbone_name or f"{spec.family}:{spec.checkpoint}",
     )
 
 

@@ -5,18 +5,21 @@
 The checks follow the list in docs/design.md: reads only what it declares · every trainable parameter gets a
 gradient and is saved · candidates permute · one query and one candidate work · `paired` is the diagonal of
 `forward` · padding is invisible · rows do not see each other · state round-trips bit for bit · bf16 stays finite and
-unrounded · frozen stays frozen · same seed, same start.
+unrounded · frozen stays frozen, a live backbone too · same seed, same start.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from heads.base import Context, Head, HeadConfig
+from heads.base import Context, Head, HeadConfig, SetHead
 from heads.features import Batch, Features, Partner
+from heads.live import LiveBackbone, tiny
 
 A, O = 3, 2
 B, M = 5, 6
@@ -52,6 +55,24 @@ def small_context() -> Context:
         "text/tokens": (L, V),
     }
     return Context(shapes, readout, ("red", "wet", "old"), ("cup", "dog"))
+
+
+def live_context(family: str, directory: Path) -> Context:
+    """Like `small_context`, of a family's miniature, whose files are left in `directory`."""
+    backbone = tiny(family, directory)
+    dims = backbone.spec.dims
+    text = (dims["context"], dims["text_width"])
+    shapes = {
+        "image/patches": (dims["patches"], dims["image_width"]),
+        "image/prefix": (dims["prefix"], dims["image_width"]),
+        "image/pooled": (dims["joint"],),
+        "image/view_flip/pooled": (dims["joint"],),
+        "text/pooled": (dims["joint"],),
+        "text/tokens": text,
+    }
+    names = {"backbone": backbone.spec, "backbone_name": f"{family}:{directory}"}
+    small = small_context()
+    return Context(shapes, backbone.readout(), small.attrs, small.objs, **names)
 
 
 def small_features(n: int, seed: int, streams: frozenset[str], context: Context) -> Features:
@@ -98,20 +119,25 @@ def check_head(
     Args:
         method: a module with the handles `Config` and `Head`.
         config: None is the method's default.
-        context: None is `small_context()`.
+        context: None is `small_context()`, or `live_context` of a tiny CLIP for a head with a live side.
 
     Raises:
         NotConforming: names the promise and the numbers.
     """
     config = method.Config() if config is None else config
+    if context is None and method.Head.needs(config).live:
+        with tempfile.TemporaryDirectory() as made:
+            check_head(method, config, live_context("clip", Path(made, "clip")))
+        return
     facts = method.Head.miniature(config, small_context() if context is None else context)
 
     def build(seed: int = 0) -> Head:
         torch.manual_seed(seed)
         return method.Head(config, facts)
 
-    _same_seed_same_start(build)
     head = build()
+    _live_stays_frozen(head)
+    _same_seed_same_start(build)
     _frozen_stays_frozen(head)
     _train(head)
     _every_parameter_gets_a_gradient(head)
@@ -159,7 +185,7 @@ def _same_seed_same_start(build: Callable[[int], Head]) -> None:
     same = all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     _require(same, one, "the same seed must give the same initial parameters")
     drawn = [p for p in one.parameters() if p.requires_grad and p.ndim >= 2]
-    if drawn:
+    if drawn and not one.needs(one.config).live:  # word vectors start as the backbone has them
         pairs = zip(one.parameters(), other.parameters(), strict=True)
         _require(
             any(not torch.equal(a, b) for a, b in pairs),
@@ -182,6 +208,34 @@ def _frozen_stays_frozen(head: Head) -> None:
         _require(
             not left, head, f"training_kind is {head.training_kind}, yet {left} want gradients"
         )
+
+
+def _live_stays_frozen(head: Head) -> None:
+    """A backbone in the graph gives gradients through and takes none; it is no part of the head."""
+    found = [b for m in head.modules() for b in vars(m).values() if isinstance(b, LiveBackbone)]
+    declared = head.needs(head.config).live
+    _require(
+        bool(found) == bool(declared),
+        head,
+        f"a head with a LiveBackbone declares a live side, and no other: {sorted(declared)} is declared",
+    )
+    if not found:
+        return
+    towers = [b.on("cpu").tower(side) for b in found for side in declared]
+    mine = {id(m) for m in head.modules()} | {id(p) for p in head.parameters()}
+    before = [p.clone() for t in towers for p in t.parameters()]
+    head.train()
+    head.loss(small_batch(head))[0].backward()
+    head.zero_grad()
+    for tower in towers:
+        theirs = {id(m) for m in tower.modules()} | {id(p) for p in tower.parameters()}
+        _require(not mine & theirs, head, "a live backbone must not be a module of the head")
+        _require(not tower.training, head, "a live backbone must stay in evaluation mode")
+        wants = any(p.requires_grad or p.grad is not None for p in tower.parameters())
+        _require(not wants, head, "a live backbone must want and get no gradient")
+    after = [p for t in towers for p in t.parameters()]
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    _require(same, head, "a live backbone must not change")
 
 
 def _every_parameter_gets_a_gradient(head: Head) -> None:
@@ -269,10 +323,30 @@ def _one_query_and_one_candidate_work(head: Head) -> None:
     first = torch.tensor([0])
     got = head(queries.take(first), candidates.take(first))
     want = head(queries, candidates)[:1, :1]
+    if isinstance(head, SetHead):
+        _a_set_may_come_in_parts(head, queries, candidates, got)
+        return
     _require(
         got.shape == (1, 1) and _close(want, got),
         head,
         f"one query and one candidate must score as among others: {got.tolist()} instead of {want.tolist()}",
+    )
+
+
+def _a_set_may_come_in_parts(
+    head: SetHead, queries: Features, candidates: Features, alone: Tensor
+) -> None:
+    _require(
+        alone.shape == (1, 1) and torch.isfinite(alone),
+        head,
+        f"one query and one candidate must have a score, not {alone.tolist()}",
+    )
+    parts = [candidates.take(torch.tensor(some)) for some in ([0, 1, 2], [3], [4, 5])]
+    want, got = head(queries, candidates), head.against(queries, head.gather(parts))
+    _require(
+        _close(want, got),
+        head,
+        f"scores depend on how the candidates are cut, by {_gap(want, got)}",
     )
 
 

@@ -20,6 +20,7 @@ from cache_builder.datasets.base import (
     Tasks,
     TextRecord,
 )
+from cache_builder.plugins import find
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -34,6 +35,14 @@ def make_drawn(path: Path, broken: tuple[str, ...] = (), **options: Any) -> Feat
     return build(
         drawn(broken), clip.tiny(), path, **{"progress": False, "chunk_bytes": 20_000, **options}
     )
+
+
+def make_live(folder: Path, family: str) -> FeatureCache:
+    """The cache of `drawn()` under a family's miniature, whose files stay, so that heads can run its text tower."""
+    files = folder / f"{family}-files"
+    backbone = find("cache_builder.backbones", family).tiny(files)
+    named = {"backbone_name": f"{family}:{files}", "progress": False}
+    return build(drawn(), backbone, folder / f"{family}.zarr", **named)
 
 
 def drawn(broken: tuple[str, ...] = ()) -> Dataset:

@@ -163,7 +163,7 @@ class Head(EmbeddingHead):
         return Needs(
             frozenset({"image/patches", f"image/{config.global_stream}"}),
             frozenset(),
-            frozenset({"same_attr", "same_obj"}),
+            partners=frozenset({"same_attr", "same_obj"}),
         )
 
     @classmethod
