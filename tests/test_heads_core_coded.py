@@ -37,7 +37,8 @@ def test_a_batch_holds_what_the_cache_reads(
     ram, device = limits
     loader = Loader(data, NEEDS, batch_size=7, seed=0, ram_limit=ram, device_limit=device)
     assert (loader.pools is not None) == (ram == 0)
-    order = np.concatenate([index for index, _ in loader._order(np.random.default_rng([0, 0]), 0)])
+    parts = loader._order(np.random.default_rng([0, 0]), 0, None)
+    order = np.concatenate([part.index for part in parts])
     seen = 0
     for batch in loader.epoch(0):
         n = len(batch.queries)
