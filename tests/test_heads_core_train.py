@@ -227,6 +227,8 @@ def test_adam_and_adamw_are_torch_s(cache: FeatureCache) -> None:
         assert type(optimizer) is form
         assert optimizer.defaults["betas"] == config.betas
         assert optimizer.defaults["eps"] == config.eps
+        decays = sorted({group["weight_decay"] for group in optimizer.param_groups})
+        assert decays == ([0.1] if name == "adam" else [0.0, 0.1])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Partners: always of the right kind, uniform, the same under one seed, and read with their batch."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,22 @@ def test_every_batch_brings_the_values_of_its_partners(
             patches = cache.read("image/patches", np.array(rows)).astype(np.float32)
             assert torch.equal(features["image/patches"], torch.from_numpy(patches))
     assert n == 37
+
+
+def test_partners_of_a_quantised_cache_come_widened(tmp_path: Path) -> None:
+    cache = make_drawn(tmp_path / "int8.zarr", storage="int8-channel")
+    one, two = (loader(cache, **options) for options in ({}, SEVERAL_POOLS))
+    assert two.pools is not None
+    rows = one.plan.images[:, 0]
+    for made in (one, two):
+        for batch in made.epoch(0):
+            partner = batch.partners["same_attr"]
+            found = partner.features["image/patches"]
+            stored = torch.from_numpy(cache.read("image/patches", rows))
+            near = (found[:, None] - stored[None]).abs().flatten(2).amax(2)
+            assert (near.min(1).values < 1e-5).all()
+            attr = torch.from_numpy(made.plan.labels["attr"])[near.argmin(1)]
+            assert torch.equal(attr, partner.features.labels["attr"])
 
 
 def test_in_memory_partners_are_those_of_the_sampler(cache: FeatureCache) -> None:
