@@ -87,8 +87,9 @@ def batch_of(head: simfp.Head, n: int = 4, skip: int = 1) -> Batch:
     return Batch(queries, candidates, target, ignore, torch.empty(n, 0, dtype=torch.long))
 
 
-@pytest.mark.parametrize("values", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "values"), [("clip", v) for v in VARIANTS] + [(f, VARIANTS[1]) for f in FAMILIES[1:]]
+)
 def test_simfp_keeps_the_promises_of_a_head(
     contexts: dict[str, Context], family: str, values: dict[str, Any]
 ) -> None:
@@ -303,6 +304,28 @@ def test_hard_prompts_are_the_strings(cache: FeatureCache) -> None:
         ]
     )
     assert torch.allclose(gathered.pair, direct, rtol=2e-3, atol=2e-3)  # fp16 on disk
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_soft_prompts_of_primitives_are_their_own_rows_in_their_own_context(
+    contexts: dict[str, Context], family: str
+) -> None:
+    head = stirred(head_of(contexts[family], fusion="none"), by=0.01)
+    prompts = untyped(head.prompts)
+    gathered = head.gather([batch_of(head).candidates])
+    backbone = prompts.live.on("cpu")
+    ids = backbone.tokenize(
+        ["a photo ofz"]
+    )  # the last letter stands where the word goes: a letter is a token
+    (letter,) = {int(t) for t in ids[0]} - {int(t) for t in backbone.tokenize(["a photo of"])[0]}
+    slot = ids[0].tolist().index(letter)
+    for branch, first, n in (("attr", 0, 3), ("obj", 3, 2)):
+        for i in range(n):
+            rows = backbone.embed_tokens(ids)
+            rows[0, slot - 10 : slot] = prompts.contexts[branch]
+            rows[0, slot] = prompts.primitives[first + i]
+            want = backbone.encode_embedded(rows, backbone.ends(ids))["pooled"][0]
+            assert torch.allclose(gathered.text[branch][i], want, atol=1e-5)
 
 
 def test_what_a_configuration_reads(contexts: dict[str, Context]) -> None:
