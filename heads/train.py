@@ -68,10 +68,10 @@ class TrainConfig(BaseModel):
         default=(0.9, 0.98), description="moment decays of Adam (released code of BiVLC)"
     )
     eps: float = Field(default=1e-6, gt=0, description="epsilon of Adam (released code of BiVLC)")
-    schedule: Literal["cosine", "step"] = Field(
+    schedule: Literal["cosine", "step", "constant"] = Field(
         default="cosine",
-        description="learning rate after warm-up: cosine to 0, or times `gamma` at each of `milestones` (released code "
-        "of BiVLC)",
+        description="learning rate after warm-up: cosine to 0, times `gamma` at each of `milestones`, or constant "
+        "(released code of BiVLC)",
     )
     milestones: tuple[int, ...] = Field(
         default=(),

@@ -16,7 +16,14 @@ from heads.features import Batch, Features
 from heads.loader import Loader
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.train import TrainConfig, _optimizer, _parameter_groups, _schedule, seed_everything
+from heads.train import (
+    TrainConfig,
+    _optimizer,
+    _parameter_groups,
+    _rate,
+    _schedule,
+    seed_everything,
+)
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12}
 TOY = TrainConfig(epochs=3, batch_size=4, lr=1e-2, device="cpu", seed=7)
@@ -229,6 +236,13 @@ def test_adam_and_adamw_are_torch_s(cache: FeatureCache) -> None:
         assert optimizer.defaults["eps"] == config.eps
         decays = sorted({group["weight_decay"] for group in optimizer.param_groups})
         assert decays == ([0.1] if name == "adam" else [0.0, 0.1])
+
+
+def test_a_constant_rate_stays_where_the_warm_up_ends() -> None:
+    config = TOY.model_copy(update={"schedule": "constant", "warmup_steps": 4})
+    rates = [_rate(config, step, 100, step // 10) for step in range(100)]
+    assert rates[:4] == pytest.approx([config.lr * share for share in (0.25, 0.5, 0.75, 1)])
+    assert set(rates[4:]) == {config.lr}
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ Paper:      "Learning to Compose Soft Prompts for Compositional Zero-Shot Learni
             CoOp: "Learning to Prompt for Vision-Language Models", arXiv 2109.01134, as the CSP paper uses it.
 Reference:  BatsResearch/csp.   (read, not copied)
 Symbols:    θ (attr and obj vectors) → `prompts.primitives`; cos(v, E_T(prompt))·s → forward, s = exp(logit_scale).
-Differs:    rows are keyed by (role, word); no augmentation, as the cache holds fixed views; `headstart`'s loop has
-            AdamW and a cosine where the release has Adam with L2 and a constant rate; the best epoch is selected by
-            val AUC, where the release saves every epoch; towers without a mask (SigLIP2) take all their rows.
+Differs:    rows are keyed by (role, word); no augmentation, as the cache holds fixed views; the best epoch is
+            selected by val AUC, where the release saves every epoch; towers without a mask (SigLIP2) take all rows.
 Mode, cost: cached images + live text tower; (A+O)·V parameters; a step runs all train pairs through the tower,
             forward and backward, whatever the batch.
 """

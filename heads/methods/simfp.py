@@ -7,7 +7,7 @@ Symbols:    v, X → `image/pooled`, readout of `image/patches`; t_c → `text/p
             prompts; D_a, D_o → `branches`; CA → heads/blocks/fusion.py; α, β, γ → `weight_pair`, `_attr`, `_obj`.
 Differs:    all forms but the three kinds of prompts, the two stages and the weighted sum of losses are ours. One norm
             for q and kv. With hard pair prompts p(pair) is zero_shot's and not trained; pair texts meet patches only
-            under `fuse_pairs`. AdamW and a cosine for Adam and steps.
+            under `fuse_pairs`.
 Mode, cost: cached images and pair texts + live text tower on A + O soft prompts; 29.8 M parameters at D 768 and 360
             primitives; texts become (B, A + O, D), so queries are scored `chunk` at a time.
 """
