@@ -144,7 +144,7 @@ def train_run(
             "train": len(data.dropped) if data else 0,
             "val": len(validation.dropped) if validation else 0,
         },
-        "selected_on": f"val {train_config.select}" if validation is not None else None,
+        "selected_on": f"val {train_config.select}" if validation is not None and trains else None,
         "best": result.best,
         "steps": result.steps,
         "seconds": round(result.seconds, 3),
