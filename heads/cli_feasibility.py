@@ -65,7 +65,7 @@ def open_world(args: argparse.Namespace) -> dict[str, Any]:
 
 def _feasibility(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
-    from heads.word_vectors import feasibility_of, published
+    from heads.feasibility import feasibility_of, published
 
     cache = FeatureCache.open(args.cache, check="read")
     if args.published:

@@ -32,12 +32,8 @@ def whole(
 ) -> Float[np.ndarray, "q c"]:
     """The table."""
     out = np.empty(shape, dtype=np.float32)
-    if isinstance(head, EmbeddingHead):
-        for rows, scores in _inner_products(head, queries, candidates, shape, block, block):
-            out[rows] = scores
-        return out
-    if isinstance(head, SetHead):
-        for rows, scores in _against_all(head, queries, candidates, shape, block):
+    if isinstance(head, EmbeddingHead | SetHead):
+        for rows, scores in _rows(head, queries, candidates, shape, block, block):
             out[rows] = scores
         return out
     for columns in blocks(shape[1], _width(head, block)):
@@ -54,12 +50,8 @@ def by_rows(
     candidates anew for every block of queries.
     """
     height = max(1, min(block, CELLS // shape[1]))
-    if isinstance(head, EmbeddingHead):
-        for _, scores in _inner_products(head, queries, candidates, shape, block, height):
-            yield scores
-        return
-    if isinstance(head, SetHead):
-        for _, scores in _against_all(head, queries, candidates, shape, block):
+    if isinstance(head, EmbeddingHead | SetHead):
+        for _, scores in _rows(head, queries, candidates, shape, block, height):
             yield scores
         return
     for rows in blocks(shape[0], height):
@@ -70,25 +62,21 @@ def by_rows(
         yield out
 
 
-def _inner_products(
-    head: EmbeddingHead,
+def _rows(
+    head: EmbeddingHead | SetHead,
     queries: Rows,
     candidates: Rows,
     shape: tuple[int, int],
     block: int,
     height: int,
 ) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
-    """Rows of the table in blocks of `height`, against a gallery embedded once."""
-    gallery = embedded(head.embed_candidates, candidates, shape[1], block)
-    for rows in blocks(shape[0], height):
-        query = head.embed_queries(queries(rows)).float()
-        yield rows, (query @ gallery.T).add_(head.offset()).cpu().numpy()
-
-
-def _against_all(
-    head: SetHead, queries: Rows, candidates: Rows, shape: tuple[int, int], block: int
-) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
-    """Rows of the table in blocks, against a candidate set gathered once."""
+    """Rows of the table in blocks of `height`, or fewer, against candidates that are seen once."""
+    if isinstance(head, EmbeddingHead):
+        gallery = embedded(head.embed_candidates, candidates, shape[1], block)
+        for rows in blocks(shape[0], height):
+            query = head.embed_queries(queries(rows)).float()
+            yield rows, (query @ gallery.T).add_(head.offset()).cpu().numpy()
+        return
     gathered = head.gather(candidates(part) for part in blocks(shape[1], block))
     for rows in blocks(shape[0], max(1, min(block, SET_CELLS // shape[1]))):
         yield rows, head.against(queries(rows), gathered).float().cpu().numpy()

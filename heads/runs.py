@@ -18,13 +18,13 @@ from typing import Any
 from cache_builder import FeatureCache
 from cache_builder.errors import CacheError
 from eval import score_io
+from eval.bootstrap import Table
 from eval.czsl import Composition
 from eval.czsl import evaluate as evaluate_czsl
 from eval.czsl_summary import KEEP
 from eval.feasibility import Feasibility
 from eval.matching import MatchingScores
 from eval.matching import evaluate as evaluate_matching
-from eval.retrieval import RetrievalScores
 from eval.retrieval import evaluate as evaluate_retrieval
 from heads import checkpoint, load_method
 from heads.base import Head
@@ -33,9 +33,17 @@ from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists, 
 from heads.loader import Loader
 from heads.overlap import TrainOverlap, train_overlap
 from heads.plans import usual_negatives
-from heads.score import Direction, score, score_open, source_of
+from heads.score import Direction, score, score_both, score_open, source_of
 from heads.source import check_streams, context_of
-from heads.tasks import CompositionData, MatchingData, TaskData, load_task, splits_of, task_of
+from heads.tasks import (
+    CompositionData,
+    MatchingData,
+    RetrievalData,
+    TaskData,
+    load_task,
+    splits_of,
+    task_of,
+)
 from heads.train import FitResult, TrainConfig, fit, seed_everything
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
@@ -234,22 +242,18 @@ def score_run(
     source = source_of(head, data)
     seen = _seen_before(record, scored, cache, data.kind, split)
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
+    shared: dict[str, Any] = {"block": block, "source": source}
+    tables: dict[Direction | None, Table]
+    if isinstance(data, RetrievalData):
+        both = score_both(head, data, rerank=rerank, **shared)
+        tables = {"t2i": both.t2i, "i2t": both.i2t}
+    elif isinstance(data, CompositionData) and is_open and not dense:
+        tables = {None: score_open(head, data, feasibility=feasibility, keep=keep, **shared)}
+    else:
+        tables = {None: score(head, data, rerank=rerank, **shared)}
     for direction, path in paths.items():
-        if isinstance(data, CompositionData) and is_open and not dense:
-            scores = score_open(
-                head, data, block=block, source=source, feasibility=feasibility, keep=keep
-            )
-        else:
-            scores = score(
-                head,
-                data,
-                block=block,
-                direction=direction or "t2i",
-                rerank=rerank,
-                source=source,
-            )
-        scores = replace(scores, meta={**scores.meta, **facts})
-        score_io.save(scores, path, run={"run": run.name, **record, "cache": scored, **facts})
+        table = replace(tables[direction], meta={**tables[direction].meta, **facts})
+        score_io.save(table, path, run={"run": run.name, **record, "cache": scored, **facts})
     return list(paths.values())
 
 
@@ -314,20 +318,19 @@ def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
         data: a split of one task.
         options: passed on to `score`.
     """
-    if data.kind != "retrieval":
-        scores = score(head, data, **options)
-        if isinstance(scores, Composition):
-            return evaluate_czsl(scores)
-        assert isinstance(scores, MatchingScores)
-        return evaluate_matching(scores)
-    found: dict[str, float] = {}
-    for direction in DIRECTIONS:
-        scores = score(head, data, direction=direction, **options)
-        assert isinstance(scores, RetrievalScores)
-        values = evaluate_retrieval(scores)
-        found |= {f"{direction}_{name}": value for name, value in values.items()}
-    recalls = [value for name, value in found.items() if "_recall@" in name]
-    return found | {"rsum": sum(recalls)}
+    if isinstance(data, RetrievalData):
+        both = score_both(head, data, **options)
+        found: dict[str, float] = {}
+        for direction, table in (("t2i", both.t2i), ("i2t", both.i2t)):
+            values = evaluate_retrieval(table)
+            found |= {f"{direction}_{name}": value for name, value in values.items()}
+        recalls = [value for name, value in found.items() if "_recall@" in name]
+        return found | {"rsum": sum(recalls)}
+    scores = score(head, data, **options)
+    if isinstance(scores, Composition):
+        return evaluate_czsl(scores)
+    assert isinstance(scores, MatchingScores)
+    return evaluate_matching(scores)
 
 
 def _validator(data: TaskData, head: Head):

@@ -8,7 +8,8 @@ An `EmbeddingHead` embeds every row once; a head that must see both sides togeth
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from eval.composition import CompositionScores
 from eval.czsl_summary import KEEP, CompositionSummary, Layout, summarise
 from eval.feasibility import Feasibility, grid
 from eval.matching import MatchingScores
-from eval.retrieval import RetrievalScores
+from eval.retrieval import BothDirections, RetrievalScores, both_directions
 from heads.base import EmbeddingHead, Head, Needs, SetHead
 from heads.checkpoint import check_cache, method_name
 from heads.errors import CheckpointMismatch, TaskError
@@ -37,7 +38,7 @@ def score(
     data: TaskData,
     *,
     block: int = 1024,
-    direction: Direction = "t2i",
+    direction: Direction | None = None,
     rerank: int | None = None,
     source: Source | None = None,
 ) -> CompositionScores | MatchingScores | RetrievalScores:
@@ -47,7 +48,7 @@ def score(
         head: trained, on any device; left in the mode it was in.
         data: what `load_task` returns.
         block: queries and candidates whose features are held at once.
-        direction: retrieval only. t2i: captions ask for images; i2t: images ask for captions.
+        direction: retrieval only, and needed there. t2i: captions ask for images; i2t: images ask for captions.
         rerank: retrieval only. The K best of every query by cached cosine get the head's score, the others stay below
             them in cosine order (also those tied with the first left out); None scores every cell.
         source: the rows of `data`, if they are already in memory (see `source_of`).
@@ -58,9 +59,14 @@ def score(
 
     Raises:
         MissingStream, CheckpointMismatch: the data's cache is not one this head can be scored on.
-        TaskError: the head does not score this task, or `rerank` is asked of another task.
+        TaskError: the head does not score this task, or `direction` or `rerank` do not go with it.
     """
     _check(head, data, rerank)
+    if isinstance(data, RetrievalData) != (direction in get_args(Direction)):
+        raise TaskError(
+            f"direction {direction!r} of {data.kind}: retrieval is scored in one of "
+            f"{', '.join(get_args(Direction))}, other tasks without"
+        )
     source = source or source_of(head, data)
     facts = _facts(head, data)
     with _scoring(head):
@@ -74,16 +80,36 @@ def score(
                 ids=_distinct(data.ids),
                 **facts,
             )
+        assert direction is not None
         table = _retrieval(head, data, source, block, direction, rerank)
     facts["meta"] |= {"direction": direction} | ({} if rerank is None else {"rerank": rerank})
     positives, ids = data.positives(), data.image_ids
     if direction == "t2i":
-        table, positives, ids = (
-            np.ascontiguousarray(table.T),
-            np.ascontiguousarray(positives.T),
-            data.caption_ids,
-        )
+        table, positives, ids = table.T, positives.T, data.caption_ids
     return RetrievalScores(scores=table, positives=positives, ids=ids, **facts)
+
+
+def score_both(
+    head: Head,
+    data: RetrievalData,
+    *,
+    block: int = 1024,
+    rerank: int | None = None,
+    source: Source | None = None,
+) -> BothDirections:
+    """Score retrieval in both directions: one matrix read both ways, or with `rerank` a ranking for each.
+
+    Args and errors as for `score`.
+    """
+    source = source or source_of(head, data)
+    images = score(head, data, block=block, direction="i2t", rerank=rerank, source=source)
+    assert isinstance(images, RetrievalScores)
+    if rerank is None:
+        both = both_directions(images)
+        return replace(both, t2i=replace(both.t2i, ids=data.caption_ids))
+    captions = score(head, data, block=block, direction="t2i", rerank=rerank, source=source)
+    assert isinstance(captions, RetrievalScores)
+    return BothDirections(images, captions)
 
 
 def score_open(
@@ -215,7 +241,7 @@ def _retrieval(
     cosine = _cosines(data, _device(head))
     cosine = cosine.T if direction == "t2i" else cosine
     k = min(rerank, cosine.shape[1])
-    best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    best = torch.from_numpy(cosine).topk(k, dim=1).indices.numpy()  # ties at the cut: see `_below`
     asking = np.repeat(np.arange(len(cosine)), k)
     cells = (best.reshape(-1), asking) if direction == "t2i" else (asking, best.reshape(-1))
     fresh = _cells(head, data.images, data.captions, np.stack(cells, axis=1), source, block)
@@ -246,12 +272,13 @@ def _cells(
     """Only the cells (image, caption) given as positions in the two lists of rows."""
     out = np.empty(len(cells), dtype=np.float32)
     if isinstance(head, EmbeddingHead):
-        query = embedded(
-            head.embed_queries, lambda p: source.images(image_rows[p]), len(image_rows), block
-        )
+        images, of_image = np.unique(image_rows, return_inverse=True)
+        texts, of_text = np.unique(text_rows, return_inverse=True)
+        query = embedded(head.embed_queries, lambda p: source.images(images[p]), len(images), block)
         gallery = embedded(
-            head.embed_candidates, lambda p: source.texts(text_rows[p]), len(text_rows), block
+            head.embed_candidates, lambda p: source.texts(texts[p]), len(texts), block
         )
+        cells = np.stack([of_image[cells[:, 0]], of_text[cells[:, 1]]], axis=1)
         for part in blocks(len(cells), block):
             i, c = torch.from_numpy(cells[part]).to(query.device).T
             product = (query[i] * gallery[c]).sum(-1) + head.offset()

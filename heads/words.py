@@ -134,16 +134,19 @@ def word_vectors(
     _refuse_missing(cache, stream, source, ids, set(held), auxiliary)
     if source == "clip_text":
         return torch.from_numpy(cache.read(stream, cache.rows("text", ids))).float()
-    values, offsets = cache.read_ragged(stream)
+    return word_states(cache, ids)
+
+
+def word_states(cache: FeatureCache, ids: Sequence[str]) -> Float[Tensor, "n v"]:
+    """One vector a word from a language model's states in `word/states`; only the words asked for are read."""
+    numbers = cache.rows("word", ids)
+    first, last = cache.word_parts[numbers], cache.word_parts[numbers + 1]
+    parts = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+    states, offsets = cache.read_ragged("word/states", parts)
+    bounds = np.append(0, np.cumsum(last - first))
     readout = {name: torch.from_numpy(value) for name, value in cache.readout().items()}
-    pooled = pool_words(
-        readout,
-        torch.from_numpy(values).float(),
-        torch.from_numpy(np.ascontiguousarray(offsets)),
-        torch.from_numpy(np.array(cache.word_parts)),
-    )
-    place = {name: i for i, name in enumerate(held)}
-    return pooled[torch.tensor([place[name] for name in ids])]
+    given = (torch.from_numpy(x) for x in (states.astype(np.float32), offsets, bounds))
+    return pool_words(readout, *given)
 
 
 def _refuse_missing(

@@ -17,7 +17,7 @@ from heads.base import CrossHead, Head, HeadConfig, Needs
 from heads.errors import CheckpointMismatch, MissingStream, TaskError
 from heads.features import Features
 from heads.loader import Loader
-from heads.score import Direction, _below, _cosines
+from heads.score import Direction, _below, _cosines, score_both
 from heads.source import Source, context_of
 from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, load_task
 from heads.train import seed_everything
@@ -125,7 +125,7 @@ def test_retrieval_equals_the_loop_in_both_directions(
 ) -> None:
     head, data = build(cache, method, config), load_task(cache, "retrieval", "test")
     assert isinstance(data, RetrievalData)
-    t2i = score(head, data, block=4)
+    t2i = score(head, data, block=4, direction="t2i")
     i2t = score(head, data, block=4, direction="i2t")
     assert isinstance(t2i, RetrievalScores)
     assert isinstance(i2t, RetrievalScores)
@@ -135,6 +135,18 @@ def test_retrieval_equals_the_loop_in_both_directions(
     assert i2t.positives.sum() == 15
     assert (len(t2i.ids), len(i2t.ids)) == (11, 5)
     assert t2i.meta["direction"] == "t2i"
+    both = score_both(head, data, block=4)
+    for mine, theirs in ((both.t2i, t2i), (both.i2t, i2t)):
+        np.testing.assert_array_equal(mine.scores, theirs.scores)
+        assert (mine.ids, mine.meta) == (theirs.ids, theirs.meta)
+
+
+def test_a_direction_is_for_retrieval_and_must_be_one(cache: FeatureCache) -> None:
+    head = build(cache, "zero_shot", {})
+    wrong: list[tuple[str, Direction | None]] = [("retrieval", None), ("czsl", "t2i")]
+    for task, direction in wrong:
+        with pytest.raises(TaskError, match="retrieval is scored in one of t2i, i2t"):
+            score(head, load_task(cache, task, "test"), direction=direction)
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
@@ -169,7 +181,7 @@ def test_equal_cosines_stay_ties_below_the_reranked() -> None:
 
 def test_reranking_everything_is_the_full_ranking(cache: FeatureCache) -> None:
     head, data = build(cache, "tf_local", SMALL), load_task(cache, "retrieval", "test")
-    full, reranked = score(head, data), score(head, data, rerank=99)
+    full, reranked = (score(head, data, direction="t2i", rerank=k) for k in (None, 99))
     np.testing.assert_allclose(reranked.scores, full.scores, rtol=1e-4, atol=1e-4)
 
 

@@ -21,6 +21,7 @@ from heads import load_method, score
 from heads.base import Head, HeadConfig
 from heads.cli import main
 from heads.errors import ConfigError, MissingStream, TaskError
+from heads.feasibility import feasibility_of, published
 from heads.grid import by_rows
 from heads.loader import Loader
 from heads.runs import score_run, train_run
@@ -28,7 +29,6 @@ from heads.score import score_open, source_of
 from heads.source import context_of
 from heads.tasks import CompositionData, load_task
 from heads.train import seed_everything
-from heads.word_vectors import feasibility_of, published
 
 ATTRS, OBJS = ("blue", "green", "red"), ("bag", "cup", "fan", "hat", "toy")
 RHO = Feasibility(np.linspace(-1, 1, 15)[[*range(7, 15), *range(7)]], ATTRS, OBJS, "by hand")

@@ -17,13 +17,13 @@ from jaxtyping import Float
 
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import CompositionTask
-from cache_builder.readout import pool_words
 from cache_builder.records import read_t7
 from eval.feasibility import Feasibility, feasibility
 from eval.words import UT_ZAPPOS, glove
 from heads.base import Needs
 from heads.errors import ConfigError, TaskError
 from heads.source import check_streams
+from heads.words import word_states
 
 WORDS = ("text/pooled", "word/states")
 """Streams that hold what words mean, in the order in which they are tried."""
@@ -100,9 +100,10 @@ def _prompts(
     """Means over the prompts of each word, without what all have in common; a lone word has nothing else."""
     pairs = sorted(task.prompts)
     rows = cache.rows("text", [task.prompts[pair] for pair in pairs])
+    places = [{word: i for i, word in enumerate(words)} for words in (task.attrs, task.objs)]
     index = [
-        np.array([words.index(word) for word in column])
-        for words, column in zip((task.attrs, task.objs), zip(*pairs, strict=True), strict=True)
+        np.array([place[word] for word in column])
+        for place, column in zip(places, zip(*pairs, strict=True), strict=True)
     ]
     dim = cache.shape("text/pooled")[0]
     sums = [np.zeros((len(words), dim)) for words in (task.attrs, task.objs)]
@@ -125,14 +126,5 @@ def _states(
     cache: FeatureCache, task: CompositionTask
 ) -> tuple[Float[np.ndarray, "a v"], Float[np.ndarray, "o v"]]:
     """One vector a word from a language model's states."""
-    readout = {name: torch.from_numpy(value) for name, value in cache.readout().items()}
-    found: list[np.ndarray] = []
-    for role, words in (("attr", task.attrs), ("obj", task.objs)):
-        numbers = cache.rows("word", [f"{role}:{word}" for word in words])
-        first, last = cache.word_parts[numbers], cache.word_parts[numbers + 1]
-        parts = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
-        states, offsets = cache.read_ragged("word/states", parts)
-        bounds = np.append(0, np.cumsum(last - first))
-        given = (torch.from_numpy(x) for x in (states.astype(np.float32), offsets, bounds))
-        found.append(pool_words(readout, *given).numpy())
-    return found[0], found[1]
+    attrs = word_states(cache, [f"attr:{word}" for word in task.attrs]).numpy()
+    return attrs, word_states(cache, [f"obj:{word}" for word in task.objs]).numpy()
