@@ -210,7 +210,7 @@ def _report(args: argparse.Namespace) -> None:
     from eval.report import report
 
     files = report(args.runs, args.out, k=args.k, title=args.title, published=args.published)
-    print(files[1].read_text(encoding="utf-8"))
+    print(files[0].with_suffix(".md").read_text(encoding="utf-8"))
     print(f"wrote {', '.join(str(path) for path in files)}")
 
 

@@ -194,7 +194,11 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
 def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
     """Metrics with intervals, and differences to the same backbone's zero-shot; all on shared draws."""
     resampled = [bootstrap.distribution(group.tables, k=k) for group in groups]
-    baselines = {g.backbone: d for g, d in zip(groups, resampled, strict=True) if g.is_baseline}
+    baselines = {
+        g.backbone: (g.tables[0], d)
+        for g, d in zip(groups, resampled, strict=True)
+        if g.is_baseline
+    }
     rows: list[Row] = []
     for group, mine in zip(groups, resampled, strict=True):
         values = tuple(evaluate(table, k) for table in group.tables)
@@ -207,9 +211,10 @@ def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
             for m in values[0]
             if all(m in v for v in values)
         }
-        theirs = baselines.get(group.backbone)
         gain = None
-        if theirs is not None and not group.is_baseline:
+        if group.backbone in baselines and not group.is_baseline:
+            table, theirs = baselines[group.backbone]
+            bootstrap.same_items(group.tables[0], table)
             gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[_headline(cells)]
         rows.append(Row(group, values, cells, gain))
     return tuple(rows)

@@ -772,6 +772,30 @@ def test_a_comparison_shows_the_headline_its_categories_and_the_gain():
         assert name in c.chance
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference": [f"r{i}" for i in range(7)]},
+        {"targets": [row[:1] for row in stored().queries.targets]},
+        {"gallery": "others"},
+        {"protocol": "circo", "categories": ()},
+        {"categories": [["x"]] * 7},
+        {"candidates": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_questions_under_the_same_ids_are_another_comparison(change):
+    t = stored()
+    names = list(reversed(list(t.candidates))) if change.pop("candidates", False) else t.candidates
+    other = ComposedScores(t.scores, names, replace(t.queries, **change), "cosine")
+    runs = runs_of({"zero_shot": t, "ours": other})
+    assert len(questions(runs)) == 2
+    assert [row.gain for c in comparison.compare(runs) for row in c.rows] == [None, None]
+    groups = [group for found in questions(runs).values() for group in found]
+    with pytest.raises(ScoreTableError, match="the two tables differ in"):
+        comparison._rows(groups, 1)
+
+
 def _bonus(t: ComposedScores) -> np.ndarray:
     """One more for right images."""
     return np.array([[name in row for name in t.candidates] for row in t.queries.targets]) * 1.0
