@@ -23,8 +23,8 @@ from cache_builder.datasets.base import Pair
 from cache_builder.readout import pool_words
 from cache_builder.words import VOCABULARY
 from eval.errors import ScoreTableError
-from eval.words import glove as glove_vectors
-from eval.words import parts_of
+from eval.glove import glove as glove_vectors
+from eval.glove import parts_of
 from heads.base import Context
 from heads.errors import ConfigError, MissingStream
 

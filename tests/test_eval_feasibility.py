@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eval.errors import ScoreTableError
 from eval.feasibility import Feasibility, feasibility, filtered, grid, kept, search
-from eval.words import UT_ZAPPOS, glove, parts_of
+from eval.glove import UT_ZAPPOS, glove, parts_of
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
