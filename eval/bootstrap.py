@@ -199,9 +199,8 @@ def same_items(a: Resampled, b: Resampled) -> None:
                 f"the two tables differ in {name} ({mine.shape} and {other.shape} values): paired differences need "
                 "identical items in the same order; score both on the same cache split"
             )
-    mine, other = (t.shape if isinstance(t, Composition) else t.scores.shape for t in (a, b))
-    if mine != other:
-        raise ScoreTableError(f"the two tables have {mine} and {other} scores")
+    if a.shape != b.shape:
+        raise ScoreTableError(f"the two tables have {a.shape} and {b.shape} scores")
 
 
 def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
@@ -211,9 +210,8 @@ def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
     if not np.array_equal(np.asarray(a.candidates), np.asarray(b.candidates)):
         differ.append("candidates")
     if differ:
-        shapes = tuple(tuple(t.scores.shape) for t in (a, b))
         raise ScoreTableError(
-            f"the two tables differ in {', '.join(differ)} ({shapes[0]} and {shapes[1]} scores): paired differences "
+            f"the two tables differ in {', '.join(differ)} ({a.shape} and {b.shape} scores): paired differences "
             "need identical queries and candidates in the same order; score both on the same cache split"
         )
 
@@ -227,7 +225,7 @@ def strata(table: Resampled) -> Int[np.ndarray, " n"]:
     if isinstance(table, ComposedScores) and table.queries.protocol in ("fashioniq", "genecis"):
         kinds = table.queries.kinds
         return np.array([kinds.index(row[0]) for row in table.queries.categories], dtype=np.int64)
-    return np.zeros(int(table.scores.shape[0]), dtype=np.int64)
+    return np.zeros(table.shape[0], dtype=np.int64)
 
 
 def clusters(table: Resampled) -> Int[np.ndarray, " n"]:

@@ -288,10 +288,10 @@ def counts(table: Table) -> str:
         galleries = ", ".join(name for name in table.queries.gallery_names if name)
         ranked = f"gallery {galleries}" if galleries else "own candidates"
         return (
-            f"{len(table.ids)} queries of protocol {table.queries.protocol}, {table.scores.shape[1]} candidates; "
+            f"{len(table.ids)} queries of protocol {table.queries.protocol}, {table.shape[1]} candidates; "
             f"{ranked}"
         )
-    return f"{len(table.scores)} queries, {table.scores.shape[1]} candidates"
+    return f"{table.shape[0]} queries, {table.shape[1]} candidates"
 
 
 def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +240,9 @@ class ComposedScores:
 
     """
 
+    kind: ClassVar[str] = "composed"
+    world: ClassVar[str] = ""
+
     scores: Any
     candidates: NDArray[Any] | Names | Sequence[Names]
     queries: ComposedQueries
@@ -286,6 +289,11 @@ class ComposedScores:
     def ids(self) -> tuple[str, ...]:
         """Names of the queries."""
         return tuple(self.queries.ids)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of queries and of columns."""
+        return tuple(self.scores.shape)
 
     @property
     def split(self) -> str:

@@ -15,7 +15,7 @@ Letters: `Q` images, `C` candidate pairs, `K` kept, `L` levels: thresholds plus 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -98,6 +98,8 @@ class CompositionSummary(Composition):
         ScoreTableError: shapes that disagree, a pair twice, NaN or +inf, a threshold that is no level.
 
     """
+
+    kind: ClassVar[str] = "czsl_summary"
 
     own: NDArray[Any]
     best_seen: NDArray[Any]

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from eval import score_io
 from eval.bootstrap import Table
 from eval.composed_table import ComposedScores
-from eval.composition import Composition
 from eval.errors import RunError
 from eval.matching import MatchingScores
 
@@ -261,8 +260,7 @@ def question(run: Run, table: Table) -> Question:
         variant = (
             f"{variant} partial".strip()
         )  # examples were left out: not the split that others measure
-    shape = table.shape if isinstance(table, Composition) else table.scores.shape
-    digest = hashlib.sha256(repr(shape).encode())
+    digest = hashlib.sha256(repr(table.shape).encode())
     for name in ("ids", "target", "pairs", "seen", "category", "positives"):
         values: NDArray[Any] = np.asarray(getattr(table, name, ()))
         digest.update(f"{name} {values.shape}".encode())
@@ -278,7 +276,7 @@ def question(run: Run, table: Table) -> Question:
         kind,
         variant,
         table.split,
-        str(getattr(table, "world", "")),
+        table.world,
         digest.hexdigest()[:12],
     )
 

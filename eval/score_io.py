@@ -42,11 +42,14 @@ CHUNK_CELLS = 1 << 22
 """Scores in one chunk (16 MB of float32)."""
 
 KINDS: dict[str, type[Table]] = {
-    "czsl": CompositionScores,
-    "matching": MatchingScores,
-    "retrieval": RetrievalScores,
-    "composed": ComposedScores,
-    "czsl_summary": CompositionSummary,
+    cls.kind: cls
+    for cls in (
+        CompositionScores,
+        MatchingScores,
+        RetrievalScores,
+        ComposedScores,
+        CompositionSummary,
+    )
 }
 
 
@@ -58,12 +61,7 @@ SUMMARY_ARRAYS: dict[str, Any] = {
 
 def kind(scores: Table) -> str:
     """The task: czsl, matching, retrieval or composed."""
-    return stored_as(scores).removesuffix("_summary")
-
-
-def stored_as(scores: Table) -> str:
-    """What a file with this table says it holds."""
-    return next(name for name, cls in KINDS.items() if isinstance(scores, cls))
+    return scores.kind.removesuffix("_summary")
 
 
 def save(
@@ -95,7 +93,7 @@ def save(
     attributes = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": stored_as(scores),
+        "kind": scores.kind,
         "split": scores.split,
         "space": scores.space,
         "ids": [] if isinstance(scores, ComposedScores) else list(scores.ids),

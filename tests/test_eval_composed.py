@@ -670,6 +670,7 @@ def test_what_goes_in_comes_out_and_rows_stay_on_disk(tmp_path, monkeypatch):
     assert back.meta == {"partial": False, "run": {"seed": 1}}
     assert evaluate(back) == evaluate(t)
     assert score_io.kind(back) == "composed"
+    assert (back.shape, back.world) == ((7, 9), "")
     again = score_io.load(score_io.save(back, path, overwrite=True))
     assert isinstance(again, ComposedScores)
     assert evaluate(again) == evaluate(t)
