@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from eval import composed, curve, czsl, matching, retrieval
+from eval.composed import Ranks
 from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
 from eval.czsl_summary import CompositionSummary
@@ -80,6 +81,7 @@ def intervals(
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
+    found: Sequence[Ranks | None] = (),
 ) -> dict[str, Interval]:
     """Interval of every metric, averaged over the tables of several training seeds (or of one).
 
@@ -90,12 +92,14 @@ def intervals(
         level: e.g. 0.95.
         resamples: number of draws.
         seed: of the draws.
+        found: of composed tables, their `composed.ranks` where they are known, one a table.
 
     Raises:
         ScoreTableError: the tables do not hold the same items.
 
     """
-    return percentiles(distribution(tables, k=k, ks=ks, resamples=resamples, seed=seed), level)
+    resampled = distribution(tables, k=k, ks=ks, resamples=resamples, seed=seed, found=found)
+    return percentiles(resampled, level)
 
 
 def difference(
@@ -126,13 +130,18 @@ def distribution(
     ks: Sequence[int] | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    found: Sequence[Ranks | None] = (),
 ) -> Distribution:
-    """Resampled metrics, averaged over seeds; the same `seed` draws the same items for every table of this size."""
+    """Resampled metrics, averaged over seeds; the same `seed` draws the same items for every table of this size.
+
+    Arguments as of `intervals`.
+    """
     if not tables:
         raise ScoreTableError("there is no table to resample; give one a training seed")
     for table in tables[1:]:
         same_items(tables[0], table)
-    estimators = [estimator(table, k, ks) for table in tables]
+    known = found or [None] * len(tables)
+    estimators = [estimator(table, k, ks, r) for table, r in zip(tables, known, strict=True)]
     n = len(strata(tables[0]))
     once = [measure(np.ones((1, n))) for measure in estimators]
     parts = [
@@ -298,7 +307,7 @@ def draws(
 
 
 def estimator(
-    table: Resampled, k: int = 1, ks: Sequence[int] | None = None
+    table: Resampled, k: int = 1, ks: Sequence[int] | None = None, found: Ranks | None = None
 ) -> Callable[[Float[np.ndarray, "r n"]], dict[str, Float[np.ndarray, " r"]]]:
     """A function from item counts to metrics; with all ones it gives what the task's `evaluate` gives."""
     if isinstance(table, Composition):
@@ -307,7 +316,7 @@ def estimator(
         parts = matching.outcomes(table)
         return lambda weights: matching.summarise(table, _weighted_means(parts, weights))
     if isinstance(table, ComposedScores):
-        parts = composed.outcomes(table, ks=ks)
+        parts = composed.outcomes(table, ks=ks, found=found)
         return lambda weights: composed.summarise(table.queries, _weighted_means(parts, weights))
     if isinstance(table, BothDirections):
         parts = retrieval.outcomes_both(table, ks=ks)

@@ -16,6 +16,7 @@ from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
     from eval.bootstrap import Interval, Table
+    from eval.composed import Ranks
 
 
 GIVEN = {
@@ -155,10 +156,12 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
             "chance": retrieval.chance(table, ks=ks),
         }
     elif isinstance(table, ComposedScores):
+        found = composed.ranks(table, ks)  # one pass over rows that lie on disk
         entry |= {
-            "metrics": composed.evaluate(table, ks=ks),
-            "chance": composed.chance(table, ks=ks),
+            "metrics": composed.evaluate(table, ks=ks, found=found),
+            "chance": composed.chance(table, ks=ks, found=found),
         }
+        return entry | {"intervals": _ranges(table, 1, ks, found)}
     elif ks:
         raise ScoreTableError(
             f"--k was given, but {path} is a matching table, which has no k; leave it out"
@@ -168,12 +171,14 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     return entry | {"intervals": _ranges(table, 1, ks)}
 
 
-def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str, list[float]]:
+def _ranges(
+    table: "Table", k: int, ks: Sequence[int] | None = None, found: "Ranks | None" = None
+) -> dict[str, list[float]]:
     """Metric → low and high."""
     from eval import bootstrap
 
-    found: dict[str, Interval] = bootstrap.intervals([table], k=k, ks=ks)
-    return {name: [interval.low, interval.high] for name, interval in found.items()}
+    ranges: dict[str, Interval] = bootstrap.intervals([table], k=k, ks=ks, found=[found])
+    return {name: [interval.low, interval.high] for name, interval in ranges.items()}
 
 
 def _shown(entry: dict[str, Any]) -> str:

@@ -773,6 +773,54 @@ def test_a_comparison_shows_the_headline_its_categories_and_the_gain():
         assert name in c.chance
 
 
+class CountedRows:
+    """Rows on disk that say how many of them were read."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape, self.dtype, self.read = values, values.shape, values.dtype, 0
+
+    def __getitem__(self, part):
+        self.read += len(self.values[part])
+        return self.values[part]
+
+
+def test_a_comparison_and_metrics_read_every_row_once(monkeypatch, tmp_path, capsys):
+    t = stored()
+    given = [CountedRows(t.scores), CountedRows(t.scores + _bonus(t))]
+    tables = [ComposedScores(s, t.candidates, t.queries, "cosine") for s in given]
+    comparison.compare(runs_of(dict(zip(("zero_shot", "ours"), tables, strict=True))))
+    assert [s.read for s in given] == [7, 7]
+    path = score_io.save(t, tmp_path / "scores.zarr")
+    once, passes = composed.ranks, []
+    monkeypatch.setattr(composed, "ranks", lambda *a: passes.append(a) or once(*a))
+    assert cli.main(["metrics", str(path), "--k", "2", "7", "--json"]) == 0
+    assert len(passes) == 1
+    [shown] = json.loads(capsys.readouterr().out)
+    assert shown["metrics"] == evaluate(t, ks=[2, 7])
+    assert shown["chance"] == composed.chance(t, ks=[2, 7])
+
+
+@quick
+@given(drawn)
+def test_known_ranks_change_no_number(drawn):
+    t = make(drawn)
+    found = composed.ranks(t)
+    for measured in (composed.evaluate, composed.chance):
+        try:
+            expected = measured(t)
+        except ScoreTableError:
+            continue  # no K of the protocol exists
+        assert measured(t, found=found) == expected
+
+
+def test_ranks_of_another_table_or_too_few_are_refused():
+    t = stored()
+    with pytest.raises(ScoreTableError, match=r"ranks of 5 queries to K = 10 .* of 7 queries"):
+        evaluate(t, found=composed.empty_ranks(5, 10))
+    with pytest.raises(ScoreTableError, match=r"to K = 10 were given .*measured to K = 12"):
+        composed.chance(t, ks=[12], found=composed.ranks(t))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -794,7 +842,7 @@ def test_other_questions_under_the_same_ids_are_another_comparison(change):
     assert [row.gain for c in comparison.compare(runs) for row in c.rows] == [None, None]
     groups = [group for found in questions(runs).values() for group in found]
     with pytest.raises(ScoreTableError, match="the two tables differ in"):
-        comparison._rows(groups, 1)
+        comparison._rows(groups, 1, [[None]] * 2)
 
 
 def _bonus(t: ComposedScores) -> np.ndarray:
