@@ -15,7 +15,8 @@ from eval import cli_open_world
 from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
-    from eval.bootstrap import Interval, Table
+    from eval.any_table import Table
+    from eval.bootstrap import Interval
     from eval.composed import Ranks
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from eval import bootstrap, composed, czsl, matching, retrieval
-from eval.bootstrap import Interval, Table
+from eval.any_table import Table
+from eval.bootstrap import Interval
 from eval.composed import Ranks
 from eval.composed_table import ComposedScores
 from eval.czsl import Composition, CompositionScores, CurveKind

@@ -1,6 +1,6 @@
 """Composed retrieval: where does the target rank, given a reference image and an edit in words?
 
-    protocol    measured (protocols and what competes: `eval.composed_table`)
+    protocol    measured (protocols and what competes: `eval.composed_queries`)
     cirr        recall@1, 5, 10, 50; recall_subset@1, 2, 3; avg = (recall@5 + recall_subset@1) / 2
     fashioniq   recall@10, 50 of each category, their unweighted means macro_3, and avg of the two means
     circo       map@5, 10, 25, 50 over all targets, recall of the first; semantic_map@10 of each aspect
@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
+from eval.composed_queries import CATEGORIES, ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError
 from eval.table import chance_of_hit, chance_precision, checked_k
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.czsl import CompositionScores
 from eval.errors import ScoreTableError
 from eval.given import LINE_LIMIT, Given, lines_of, number_of, origin, unknown

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval import czsl
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.composition import Composition, CompositionScores
 from eval.curve import summarise
 from eval.czsl import CurveKind

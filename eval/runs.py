@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import score_io
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.composed_table import ComposedScores
 from eval.errors import RunError
 from eval.matching import MatchingScores

@@ -28,8 +28,9 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from eval.bootstrap import Table
-from eval.composed_table import ComposedQueries, ComposedScores
+from eval.any_table import Table
+from eval.composed_queries import ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
 from eval.czsl_summary import CompositionSummary
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from eval import cli, comparison, composed, score_io
 from eval.composed import evaluate
 from eval.composed_lists import evaluate_lists, ranked, ranked_subset
-from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
+from eval.composed_queries import CATEGORIES, ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError
 from eval.runs import Run, questions
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from eval import cli, czsl, score_io
 from eval.comparison import compare
 from eval.composition import Composition, CompositionScores
-from eval.czsl_summary import CompositionSummary, Layout, summarise
+from eval.czsl_summary import CompositionSummary, summarise
 from eval.errors import EvalWarning, ScoreTableError
 from eval.feasibility import Feasibility, Mode, filtered, grid
 from eval.matching import MatchingScores
 from eval.open_world import search_threshold, select
+from eval.reduction import Layout
 from eval.report import report
 from eval.runs import read_runs
 
