@@ -121,7 +121,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
     from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
-    from eval.czsl import Composition
+    from eval.composition import Composition
     from eval.remarks import remarks
     from eval.retrieval import RetrievalScores
 

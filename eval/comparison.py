@@ -17,7 +17,8 @@ from eval.any_table import Table
 from eval.bootstrap import Interval
 from eval.composed import Ranks
 from eval.composed_table import ComposedScores
-from eval.czsl import Composition, CompositionScores, CurveKind
+from eval.composition import Composition, CompositionScores
+from eval.czsl import CurveKind
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
 from eval.remarks import remarks

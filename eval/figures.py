@@ -9,7 +9,8 @@ import numpy as np
 
 from eval import plots
 from eval.comparison import Comparison, Row
-from eval.czsl import Composition, exact_curve
+from eval.composition import Composition
+from eval.czsl import exact_curve
 from eval.formats import csv_text
 from eval.markup import chip, data_link, text
 from eval.runs import Run

@@ -10,7 +10,7 @@ from scipy import stats
 from eval import bootstrap, composed, czsl, matching, retrieval
 from eval.composed_queries import CATEGORIES, ComposedQueries
 from eval.composed_table import ComposedScores
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.draws import clusters, draws, strata
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores

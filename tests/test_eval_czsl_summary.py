@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import bootstrap, czsl, score_io
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.czsl_summary import CompositionSummary, summarise
 from eval.errors import ScoreTableError
 from eval.feasibility import filtered, grid

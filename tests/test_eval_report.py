@@ -18,7 +18,7 @@ from matplotlib.image import imsave
 from eval import cli, czsl, formats, matching, score_io
 from eval.bootstrap import Interval
 from eval.comparison import compare, metrics
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.errors import RunError, ScoreTableError
 from eval.figures import figures_of
 from eval.matching import MatchingScores

@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from eval import score_io
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores
