@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.errors import ScoreTableError, ScoreTableNotFound
 from eval.given import Given, flags, origin, unknown
 from eval.matching import MatchingScores

@@ -17,29 +17,22 @@ interval of width zero means "no variation seen", not "certain". With two or thr
 underestimated; read the listed values of each seed too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from eval import composed, curve, czsl, matching, retrieval
+from eval.any_table import Resampled
+from eval.composed import Ranks
 from eval.composed_table import ComposedScores
-from eval.composition import Composition, CompositionScores
-from eval.czsl_summary import CompositionSummary
+from eval.composition import Composition
+from eval.draws import clusters, draws, strata
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores
-from eval.retrieval import BothDirections, RetrievalScores
-
-Table = CompositionScores | CompositionSummary | MatchingScores | RetrievalScores | ComposedScores
-"""What a file holds."""
-
-Resampled = Table | BothDirections
-"""What can be resampled."""
-
-CELLS_PER_DRAW = 1 << 21
-"""Item counts drawn in one go (16 MB of float64)."""
+from eval.retrieval import BothDirections
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +73,7 @@ def intervals(
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
+    found: Sequence[Ranks | None] = (),
 ) -> dict[str, Interval]:
     """Interval of every metric, averaged over the tables of several training seeds (or of one).
 
@@ -90,12 +84,14 @@ def intervals(
         level: e.g. 0.95.
         resamples: number of draws.
         seed: of the draws.
+        found: of composed tables, their `composed.ranks` where they are known, one a table.
 
     Raises:
         ScoreTableError: the tables do not hold the same items.
 
     """
-    return percentiles(distribution(tables, k=k, ks=ks, resamples=resamples, seed=seed), level)
+    resampled = distribution(tables, k=k, ks=ks, resamples=resamples, seed=seed, found=found)
+    return percentiles(resampled, level)
 
 
 def difference(
@@ -126,13 +122,18 @@ def distribution(
     ks: Sequence[int] | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    found: Sequence[Ranks | None] = (),
 ) -> Distribution:
-    """Resampled metrics, averaged over seeds; the same `seed` draws the same items for every table of this size."""
+    """Resampled metrics, averaged over seeds; the same `seed` draws the same items for every table of this size.
+
+    Arguments as of `intervals`.
+    """
     if not tables:
         raise ScoreTableError("there is no table to resample; give one a training seed")
     for table in tables[1:]:
         same_items(tables[0], table)
-    estimators = [estimator(table, k, ks) for table in tables]
+    known = found or [None] * len(tables)
+    estimators = [estimator(table, k, ks, r) for table, r in zip(tables, known, strict=True)]
     n = len(strata(tables[0]))
     once = [measure(np.ones((1, n))) for measure in estimators]
     parts = [
@@ -199,9 +200,8 @@ def same_items(a: Resampled, b: Resampled) -> None:
                 f"the two tables differ in {name} ({mine.shape} and {other.shape} values): paired differences need "
                 "identical items in the same order; score both on the same cache split"
             )
-    mine, other = (t.shape if isinstance(t, Composition) else t.scores.shape for t in (a, b))
-    if mine != other:
-        raise ScoreTableError(f"the two tables have {mine} and {other} scores")
+    if a.shape != b.shape:
+        raise ScoreTableError(f"the two tables have {a.shape} and {b.shape} scores")
 
 
 def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
@@ -211,96 +211,14 @@ def _same_questions(a: ComposedScores, b: ComposedScores) -> None:
     if not np.array_equal(np.asarray(a.candidates), np.asarray(b.candidates)):
         differ.append("candidates")
     if differ:
-        shapes = tuple(tuple(t.scores.shape) for t in (a, b))
         raise ScoreTableError(
-            f"the two tables differ in {', '.join(differ)} ({shapes[0]} and {shapes[1]} scores): paired differences "
+            f"the two tables differ in {', '.join(differ)} ({a.shape} and {b.shape} scores): paired differences "
             "need identical queries and candidates in the same order; score both on the same cache split"
         )
 
 
-def strata(table: Resampled) -> Int[np.ndarray, " n"]:
-    """Groups whose sizes the split fixes: seen- and unseen-labelled images, FashionIQ's categories, GeneCIS' tasks."""
-    if isinstance(table, Composition):
-        return table.seen_labelled.astype(np.int64)
-    if isinstance(table, BothDirections):
-        return np.zeros(sum(table.i2t.positives.shape), dtype=np.int64)
-    if isinstance(table, ComposedScores) and table.queries.protocol in ("fashioniq", "genecis"):
-        kinds = table.queries.kinds
-        return np.array([kinds.index(row[0]) for row in table.queries.categories], dtype=np.int64)
-    return np.zeros(int(table.scores.shape[0]), dtype=np.int64)
-
-
-def clusters(table: Resampled) -> Int[np.ndarray, " n"]:
-    """Items with one number are drawn together: queries connected by shared right answers; elsewhere each is alone."""
-    if isinstance(table, RetrievalScores):
-        query, candidate = np.nonzero(table.positives)
-        return _connected(query, candidate, table.positives.shape)[0]
-    if isinstance(table, BothDirections):
-        image, caption = np.nonzero(table.i2t.positives)
-        return np.append(*_connected(image, caption, table.i2t.positives.shape))
-    if isinstance(table, ComposedScores):
-        groups = strata(table).tolist()
-        links = [
-            (i, (group, name)) for i, group in enumerate(groups) for name in table.queries.right(i)
-        ]
-        number = {answer: j for j, answer in enumerate(dict.fromkeys(a for _, a in links))}
-        query = np.array([i for i, _ in links], dtype=np.int64)
-        answer = np.array([number[a] for _, a in links], dtype=np.int64)
-        return _connected(query, answer, (len(groups), len(number)))[0]
-    return np.arange(len(strata(table)))
-
-
-def _connected(
-    row: Int[np.ndarray, " l"], column: Int[np.ndarray, " l"], shape: tuple[int, ...]
-) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " c"]]:
-    """The smallest row that every row and every column is linked to, over any number of links.
-
-    A column without a link gets a number of its own, above those of the rows.
-    """
-    mine = np.arange(shape[0])
-    while True:  # the smallest number spreads over shared columns: one round more than the longest chain of them
-        smallest = shape[0] + np.arange(shape[1])
-        np.minimum.at(smallest, column, mine[row])
-        spread = mine.copy()
-        np.minimum.at(spread, row, smallest[column])
-        if (spread == mine).all():
-            return mine, smallest
-        mine = spread
-
-
-def draws(
-    groups: Int[np.ndarray, " n"],
-    resamples: int,
-    seed: int,
-    together: Int[np.ndarray, " n"] | None = None,
-) -> Iterator[Float[np.ndarray, "r n"]]:
-    """How often each item is drawn, some resamples at a time; each group keeps its number of clusters.
-
-    Args:
-        groups: strata of the items.
-        resamples: number of draws.
-        seed: of the draws.
-        together: cluster of each item, inside one group; None: every item is its own.
-
-    """
-    rng = np.random.default_rng((seed, 0))
-    if together is None:
-        together = np.arange(len(groups))
-    _, first, unit = np.unique(together, return_index=True, return_inverse=True)
-    members = [np.flatnonzero(groups[first] == g) for g in np.unique(groups)]
-    step = max(1, CELLS_PER_DRAW // len(groups))
-    for start in range(0, resamples, step):
-        r = min(step, resamples - start)
-        counts = np.zeros((r, len(first)))
-        for rows in members:
-            n = len(rows)
-            drawn = rng.integers(n, size=(r, n)) + n * np.arange(r)[:, None]
-            counts[:, rows] = np.bincount(drawn.ravel(), minlength=r * n).reshape(r, n)
-        yield counts[:, unit]
-
-
 def estimator(
-    table: Resampled, k: int = 1, ks: Sequence[int] | None = None
+    table: Resampled, k: int = 1, ks: Sequence[int] | None = None, found: Ranks | None = None
 ) -> Callable[[Float[np.ndarray, "r n"]], dict[str, Float[np.ndarray, " r"]]]:
     """A function from item counts to metrics; with all ones it gives what the task's `evaluate` gives."""
     if isinstance(table, Composition):
@@ -309,7 +227,7 @@ def estimator(
         parts = matching.outcomes(table)
         return lambda weights: matching.summarise(table, _weighted_means(parts, weights))
     if isinstance(table, ComposedScores):
-        parts = composed.outcomes(table, ks=ks)
+        parts = composed.outcomes(table, ks=ks, found=found)
         return lambda weights: composed.summarise(table.queries, _weighted_means(parts, weights))
     if isinstance(table, BothDirections):
         parts = retrieval.outcomes_both(table, ks=ks)

@@ -15,7 +15,9 @@ from eval import cli_open_world
 from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
-    from eval.bootstrap import Interval, Table
+    from eval.any_table import Table
+    from eval.bootstrap import Interval
+    from eval.composed import Ranks
 
 
 GIVEN = {
@@ -119,7 +121,7 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     """Facts, metrics, chance and intervals of one table; metrics of k > 1 carry it in their name."""
     from eval import comparison, composed, czsl, matching, retrieval, score_io
     from eval.composed_table import ComposedScores
-    from eval.czsl import Composition
+    from eval.composition import Composition
     from eval.remarks import remarks
     from eval.retrieval import RetrievalScores
 
@@ -155,10 +157,12 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
             "chance": retrieval.chance(table, ks=ks),
         }
     elif isinstance(table, ComposedScores):
+        found = composed.ranks(table, ks)  # one pass over rows that lie on disk
         entry |= {
-            "metrics": composed.evaluate(table, ks=ks),
-            "chance": composed.chance(table, ks=ks),
+            "metrics": composed.evaluate(table, ks=ks, found=found),
+            "chance": composed.chance(table, ks=ks, found=found),
         }
+        return entry | {"intervals": _ranges(table, 1, ks, found)}
     elif ks:
         raise ScoreTableError(
             f"--k was given, but {path} is a matching table, which has no k; leave it out"
@@ -168,12 +172,14 @@ def _measured(path: Path, table: "Table", ks: Sequence[int] | None, curve: Any) 
     return entry | {"intervals": _ranges(table, 1, ks)}
 
 
-def _ranges(table: "Table", k: int, ks: Sequence[int] | None = None) -> dict[str, list[float]]:
+def _ranges(
+    table: "Table", k: int, ks: Sequence[int] | None = None, found: "Ranks | None" = None
+) -> dict[str, list[float]]:
     """Metric → low and high."""
     from eval import bootstrap
 
-    found: dict[str, Interval] = bootstrap.intervals([table], k=k, ks=ks)
-    return {name: [interval.low, interval.high] for name, interval in found.items()}
+    ranges: dict[str, Interval] = bootstrap.intervals([table], k=k, ks=ks, found=[found])
+    return {name: [interval.low, interval.high] for name, interval in ranges.items()}
 
 
 def _shown(entry: dict[str, Any]) -> str:
@@ -210,7 +216,7 @@ def _report(args: argparse.Namespace) -> None:
     from eval.report import report
 
     files = report(args.runs, args.out, k=args.k, title=args.title, published=args.published)
-    print(files[1].read_text(encoding="utf-8"))
+    print(files[0].with_suffix(".md").read_text(encoding="utf-8"))
     print(f"wrote {', '.join(str(path) for path in files)}")
 
 

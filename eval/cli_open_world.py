@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from eval.errors import ScoreTableError
 
 if TYPE_CHECKING:
-    from eval.bootstrap import Table
+    from eval.any_table import Table
 
 
 def add_options(metrics: argparse.ArgumentParser) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from eval import bootstrap, composed, czsl, matching, retrieval
-from eval.bootstrap import Interval, Table
+from eval.any_table import Table
+from eval.bootstrap import Interval
+from eval.composed import Ranks
 from eval.composed_table import ComposedScores
-from eval.czsl import Composition, CompositionScores, CurveKind
+from eval.composition import Composition, CompositionScores
+from eval.czsl import CurveKind
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
 from eval.remarks import remarks
@@ -174,12 +177,18 @@ def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
     for asked, groups in questions(runs).items():
         first = groups[0].tables[0]
         curve: CurveKind | None = "exact" if asked.kind == "czsl" else None
-        rows = _rows(groups, k)
-        lines, notes = chance(first, k), _notes(groups)
+        found = [[_ranks(table) for table in group.tables] for group in groups]
+        rows = _rows(groups, k, found)
+        lines, notes = chance(first, k, found[0][0]), _notes(groups)
         comparisons.append(Comparison(asked, k, curve, rows, lines, counts(first), notes))
         if isinstance(first, CompositionScores) and k <= first.seen.sum():
             comparisons.append(_legacy(comparisons[-1], k))
     return comparisons
+
+
+def _ranks(table: Table) -> Ranks | None:
+    """Of a composed table, whose rows lie on disk: they are read once for all that follows."""
+    return composed.ranks(table) if isinstance(table, ComposedScores) else None
 
 
 def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
@@ -191,13 +200,22 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
     return tuple(f"{', '.join(labels)}: {note}" for note, labels in found.items())
 
 
-def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
+def _rows(
+    groups: Sequence[Group], k: int, found: Sequence[Sequence[Ranks | None]]
+) -> tuple[Row, ...]:
     """Metrics with intervals, and differences to the same backbone's zero-shot; all on shared draws."""
-    resampled = [bootstrap.distribution(group.tables, k=k) for group in groups]
-    baselines = {g.backbone: d for g, d in zip(groups, resampled, strict=True) if g.is_baseline}
+    resampled = [
+        bootstrap.distribution(group.tables, k=k, found=known)
+        for group, known in zip(groups, found, strict=True)
+    ]
+    baselines = {
+        g.backbone: (g.tables[0], d)
+        for g, d in zip(groups, resampled, strict=True)
+        if g.is_baseline
+    }
     rows: list[Row] = []
-    for group, mine in zip(groups, resampled, strict=True):
-        values = tuple(evaluate(table, k) for table in group.tables)
+    for group, mine, known in zip(groups, resampled, found, strict=True):
+        values = tuple(evaluate(t, k, r) for t, r in zip(group.tables, known, strict=True))
         ranges = bootstrap.percentiles(mine)
         cells = {
             m: Cell(
@@ -207,9 +225,10 @@ def _rows(groups: Sequence[Group], k: int) -> tuple[Row, ...]:
             for m in values[0]
             if all(m in v for v in values)
         }
-        theirs = baselines.get(group.backbone)
         gain = None
-        if theirs is not None and not group.is_baseline:
+        if group.backbone in baselines and not group.is_baseline:
+            table, theirs = baselines[group.backbone]
+            bootstrap.same_items(group.tables[0], table)
             gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[_headline(cells)]
         rows.append(Row(group, values, cells, gain))
     return tuple(rows)
@@ -248,23 +267,23 @@ def _quietly_legacy(table: CompositionScores, k: int) -> tuple[dict[str, float],
     return values, [str(w.message) for w in caught]
 
 
-def evaluate(table: Table, k: int = 1) -> dict[str, float]:
-    """The task's own `evaluate`, on the exact curve and with its default K."""
+def evaluate(table: Table, k: int = 1, found: Ranks | None = None) -> dict[str, float]:
+    """The task's own `evaluate`, on the exact curve and with its default K; `found` as of `composed.evaluate`."""
     if isinstance(table, Composition):
         return czsl.evaluate(table, k=k)
     if isinstance(table, ComposedScores):
-        return composed.evaluate(table)
+        return composed.evaluate(table, found=found)
     return (
         matching.evaluate(table) if isinstance(table, MatchingScores) else retrieval.evaluate(table)
     )
 
 
-def chance(table: Table, k: int = 1) -> dict[str, float]:
-    """What random scores get."""
+def chance(table: Table, k: int = 1, found: Ranks | None = None) -> dict[str, float]:
+    """What random scores get; `found` as of `composed.evaluate`."""
     if isinstance(table, Composition):
         return czsl.chance(table, k=k)
     if isinstance(table, ComposedScores):
-        return composed.chance(table)
+        return composed.chance(table, found=found)
     return matching.chance(table) if isinstance(table, MatchingScores) else retrieval.chance(table)
 
 
@@ -283,10 +302,10 @@ def counts(table: Table) -> str:
         galleries = ", ".join(name for name in table.queries.gallery_names if name)
         ranked = f"gallery {galleries}" if galleries else "own candidates"
         return (
-            f"{len(table.ids)} queries of protocol {table.queries.protocol}, {table.scores.shape[1]} candidates; "
+            f"{len(table.ids)} queries of protocol {table.queries.protocol}, {table.shape[1]} candidates; "
             f"{ranked}"
         )
-    return f"{len(table.scores)} queries, {table.scores.shape[1]} candidates"
+    return f"{table.shape[0]} queries, {table.shape[1]} candidates"
 
 
 def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Composed retrieval: where does the target rank, given a reference image and an edit in words?
 
-    protocol    measured (protocols and what competes: `eval.composed_table`)
+    protocol    measured (protocols and what competes: `eval.composed_queries`)
     cirr        recall@1, 5, 10, 50; recall_subset@1, 2, 3; avg = (recall@5 + recall_subset@1) / 2
     fashioniq   recall@10, 50 of each category, their unweighted means macro_3, and avg of the two means
     circo       map@5, 10, 25, 50 over all targets, recall of the first; semantic_map@10 of each aspect
@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
+from eval.composed_queries import CATEGORIES, ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError
 from eval.table import chance_of_hit, chance_precision, checked_k
 
@@ -62,32 +63,50 @@ class Ranks:
     subset_right: NDArray[np.int64]
 
 
-def evaluate(scores: ComposedScores, *, ks: Sequence[int] | None = None) -> dict[str, float]:
+def evaluate(
+    scores: ComposedScores, *, ks: Sequence[int] | None = None, found: Ranks | None = None
+) -> dict[str, float]:
     """The protocol's metrics, as fractions; see the table above.
 
     Args:
         scores: the table.
         ks: the K of recall and map; None takes the protocol's, leaving out those above the number of candidates.
+        found: the table's `ranks`, where they are known: without them every row is read.
 
     Raises:
         ScoreTableError: targets that are unpublished, a K in `ks` above the number of candidates, scores that are
             not usable (see `ComposedScores.rows`).
 
     """
-    return summarise(scores.queries, _means(outcomes(scores, ks=ks)))
+    return summarise(scores.queries, _means(outcomes(scores, ks=ks, found=found)))
 
 
 def outcomes(
-    scores: ComposedScores, *, ks: Sequence[int] | None = None
+    scores: ComposedScores, *, ks: Sequence[int] | None = None, found: Ranks | None = None
 ) -> dict[str, Float[np.ndarray, " q"]]:
     """Per metric and query: hit or miss for recall, average precision for map; NaN where it does not apply."""
-    return measure(scores.queries, ranks(scores, ks), ks)
+    return measure(scores.queries, _known(scores, ks, found), ks)
 
 
-def chance(scores: ComposedScores, *, ks: Sequence[int] | None = None) -> dict[str, float]:
-    """What random orders of what competes get, averaged like the metrics themselves."""
-    expected = measure(scores.queries, ranks(scores, ks), ks, by_chance=True)
+def chance(
+    scores: ComposedScores, *, ks: Sequence[int] | None = None, found: Ranks | None = None
+) -> dict[str, float]:
+    """What random orders of what competes get, averaged like the metrics themselves; arguments as of `evaluate`."""
+    expected = measure(scores.queries, _known(scores, ks, found), ks, by_chance=True)
     return summarise(scores.queries, _means(expected))
+
+
+def _known(scores: ComposedScores, ks: Sequence[int] | None, found: Ranks | None) -> Ranks:
+    """The ranks given, if they are of so many queries and deep enough; else those of the table."""
+    if found is None:
+        return ranks(scores, ks)
+    q, k = len(scores.ids), _depth(scores.queries, ks)
+    if len(found.right) != q or found.right.shape[1] < k:
+        raise ScoreTableError(
+            f"ranks of {len(found.right)} queries to K = {found.right.shape[1]} were given for a table of {q} queries, "
+            f"measured to K = {k}; give `ranks(scores, ks)` of the same table and K"
+        )
+    return found
 
 
 def _means(parts: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
@@ -105,8 +124,8 @@ def ranks(scores: ComposedScores, ks: Sequence[int] | None = None) -> Ranks:
     asked = scores.queries
     refuse_unanswered(asked)
     q = len(asked.ids)
-    k = max(*KS[asked.protocol], SEMANTIC_K, *(ks or ()))
-    found = empty_ranks(q, k)
+    found = empty_ranks(q, _depth(asked, ks))
+    k = found.right.shape[1]
     for i, row in scores.rows():
         columns = scores.lookup(i)
         right = asked.right(i)
@@ -128,6 +147,11 @@ def ranks(scores: ComposedScores, ks: Sequence[int] | None = None) -> Ranks:
             found.subset_n[i] = len(few)
             found.subset_right[i] = sum(name in right for name in few)
     return found
+
+
+def _depth(asked: ComposedQueries, ks: Sequence[int] | None) -> int:
+    """The largest K that is measured."""
+    return max(*KS[asked.protocol], SEMANTIC_K, *(ks or ()))
 
 
 def empty_ranks(q: int, k: int) -> Ranks:

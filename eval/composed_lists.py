@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.composed import KS, SEMANTIC_K, empty_ranks, measure, refuse_unanswered, summarise
-from eval.composed_table import ComposedQueries, ComposedScores
+from eval.composed_queries import ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError
 
 Lists = Mapping[str, Sequence[str]]

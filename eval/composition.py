@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -31,11 +31,13 @@ class Composition(ABC):
         pairs: (C, 2) as (attr, obj), names or indices; no pair twice.
         seen: (C,) bool, True where the pair occurs in training.
         split, space, world, ids, meta: see `CompositionScores`.
+        kind: what a file with such a table says it holds.
 
     """
 
     __slots__ = ()
 
+    kind: ClassVar[str]
     target: NDArray[Any]
     pairs: NDArray[Any] | Sequence[Sequence[Any]]
     seen: NDArray[Any]
@@ -129,6 +131,8 @@ class CompositionScores(Composition):
         ScoreTableError: shapes that disagree, a pair twice, a target that is no column, NaN or +inf.
 
     """
+
+    kind: ClassVar[str] = "czsl"
 
     scores: NDArray[Any]
     target: NDArray[Any]

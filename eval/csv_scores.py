@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.bootstrap import Table
-from eval.czsl import CompositionScores
+from eval.any_table import Table
+from eval.composition import CompositionScores
 from eval.errors import ScoreTableError
 from eval.given import LINE_LIMIT, Given, lines_of, number_of, origin, unknown
 from eval.matching import MatchingScores

@@ -28,14 +28,11 @@ from eval.errors import ScoreTableError
 from eval.legacy import legacy_curve
 
 __all__ = [
-    "Composition",
     "CompositionScores",
-    "Curve",
     "CurveKind",
     "chance",
     "evaluate",
     "exact_curve",
-    "legacy_curve",
     "unbiased_hits",
 ]
 

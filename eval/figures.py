@@ -9,8 +9,9 @@ import numpy as np
 
 from eval import plots
 from eval.comparison import Comparison, Row
-from eval.czsl import Composition, exact_curve
-from eval.formats import plain
+from eval.composition import Composition
+from eval.czsl import exact_curve
+from eval.formats import csv_text
 from eval.markup import chip, data_link, text
 from eval.runs import Run
 
@@ -46,20 +47,18 @@ def _curve_figure(c: Comparison, series: Mapping[str, int]) -> str:
         ]
         for row in c.rows
     }
-    lines = ["row,seed,bias,seen,unseen"]
+    lines: list[Sequence[object]] = [("row", "seed", "bias", "seen", "unseen")]
     for row in c.rows:
         for run, points in zip(row.group.runs, curves[row.group.label], strict=True):
-            name = f'"{plain(row.group.label).replace(chr(34), chr(39))}"'
             numbers = zip(points.bias, points.seen, points.unseen, strict=True)
             lines += [
-                f"{name},{run.seed},{'' if np.isnan(b) else f'{b:.6g}'},{s:.6g},{u:.6g}"
-                for b, s, u in numbers
+                (row.group.label, run.seed, None if np.isnan(b) else b, s, u) for b, s, u in numbers
             ]
     what = f"Accuracy on seen pairs over accuracy on unseen pairs, {len(curves)} rows, {c.title}"
     caption = (
         f"<b>Seen–unseen curve</b>, {text(c.rows[0].group.backbone)}. Each line is one seed; the bias grows from left "
         f"to right. "
-        f"{data_link('curve', chr(10).join(lines))}"
+        f"{data_link('curve', csv_text(lines))}"
     )
     return _figure(plots.seen_unseen(curves, series, what), caption)
 
@@ -73,16 +72,15 @@ def _category_figure(
         for row in c.rows
     }
     chance = [c.chance.get(f"{metric}/{name}") for name in categories]
-    lines = ["row,category,estimate,low,high,chance"]
+    lines: list[Sequence[object]] = [("row", "category", "estimate", "low", "high", "chance")]
     for label, numbers in values.items():
-        name = f'"{plain(label).replace(chr(34), chr(39))}"'
         lines += [
-            f"{name},{plain(category)},{','.join(f'{v:.6g}' for v in line)},{line_chance}"
+            (label, category, *line, line_chance)
             for category, line, line_chance in zip(categories, numbers, chance, strict=True)
         ]
     caption = (
         f"<b>{text(metric)} by category</b>, {text(c.rows[0].group.backbone)}, with 95 % intervals; dashed: chance. "
-        f"{data_link(metric, chr(10).join(lines))}"
+        f"{data_link(metric, csv_text(lines))}"
     )
     what = f"{metric} by category, {c.title}"
     return _figure(plots.category_bars(categories, values, series, chance, what), caption)
@@ -135,13 +133,13 @@ def training_figure(runs: Sequence[Run], series: Mapping[str, int]) -> str:
     )
     task = first.facts.get("task")
     trained_on = f", {task}" if task else ""
-    rows = ["seed,step,loss,validation"]
+    rows: list[Sequence[object]] = [("seed", "step", "loss", "validation")]
     for run, loss, check in zip(runs, losses, checks, strict=True):
-        rows += [f"{run.seed},{step:g},{value:.6g}," for step, value in loss]
-        rows += [f"{run.seed},{step:g},,{value:.6g}" for step, value in check]
+        rows += [(run.seed, step, value, None) for step, value in loss]
+        rows += [(run.seed, step, None, value) for step, value in check]
     caption = (
         f"{chip(number)}<b>{text(label)}</b>{text(trained_on)}, {text(first.dataset)}: one line a seed. "
-        f"{data_link('training', chr(10).join(rows))}"
+        f"{data_link('training', csv_text(rows))}"
     )
     svg = plots.training(losses, checks, metric, number, f"Training of {label}{trained_on}")
     return _figure(svg, caption)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from eval.bootstrap import Interval
 from eval.comparison import Comparison, Row
@@ -107,9 +107,7 @@ def _cell(comparison: Comparison, row: Row, metric: str) -> str:
 
 def to_csv(comparisons: Sequence[Comparison]) -> str:
     """Every metric of every row, one a line, as fractions."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
+    rows: list[Sequence[object]] = [CSV_HEAD]
     for c in comparisons:
         q = c.question
         for row in c.rows:
@@ -122,8 +120,14 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
                 seeds = " ".join(
                     f"{r.seed}:{v:.6g}" for r, v in zip(row.group.runs, cell.seeds, strict=True)
                 )
-                cells = [*facts, len(cell.seeds), *numbers, seeds, "", ""]
-                writer.writerow([csv_cell(value) for value in cells])
+                rows.append([*facts, len(cell.seeds), *numbers, seeds, "", ""])
+    return csv_text(rows)
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows of values as CSV, a line each; see `csv_cell`."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(map(csv_cell, row) for row in rows)
     return buffer.getvalue()
 
 

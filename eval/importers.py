@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import arrays, csv_scores, trec
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.errors import ScoreTableError, ScoreTableNotFound
 from eval.given import Given
 

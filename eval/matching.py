@@ -16,7 +16,7 @@ negatives reach 90 % by the plausibility of captions).
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -58,6 +58,9 @@ class MatchingScores:
 
     """
 
+    kind: ClassVar[str] = "matching"
+    world: ClassVar[str] = ""
+
     scores: NDArray[Any]
     category: NDArray[Any] | Sequence[str]
     space: str
@@ -86,6 +89,11 @@ class MatchingScores:
         refuse_nan(scores, ids, ["caption"] * 2)
         for name, value in zip(("scores", "category", "ids"), (scores, category, ids), strict=True):
             object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the scores: (n, 2, 2) or (n, 2)."""
+        return self.scores.shape
 
     @property
     def categories(self) -> tuple[str, ...]:

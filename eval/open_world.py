@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval import czsl
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.composition import Composition, CompositionScores
 from eval.curve import summarise
 from eval.czsl import CurveKind
@@ -94,10 +94,20 @@ def select(
     def use(table: Table) -> Table:
         mine = _open(table)
         rho = _rho(mine, file)
+        if mine.split == chosen.split:
+            raise ScoreTableError(
+                f"the threshold was chosen on {name}, a table of split {chosen.split}, and is to filter that split, "
+                "where it would be fitted to the very images; filter another split"
+            )
         if mine.shape[1] != chosen.shape[1] or not np.array_equal(mine.seen, chosen.seen):
             raise ScoreTableError(
                 f"the {mine.split} table has other candidates ({mine.shape[1]}) than {name} ({chosen.shape[1]}); score "
                 "both in the open world of one data set"
+            )
+        if not np.array_equal(np.asarray(mine.pairs), np.asarray(chosen.pairs)):
+            raise ScoreTableError(
+                f"the {mine.split} table has other pairs in its columns than {name}; score both in the open world of "
+                "one data set"
             )
         bounded = found.threshold > -np.inf
         facts: dict[str, Any] = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.errors import ScoreTableError
 from eval.given import Given, lines_of, origin
 from eval.table import checked_scores, plain

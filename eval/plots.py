@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from eval.czsl import Curve
+from eval.curve import Curve
 
 INK, GRID = "#f00dfa", "#f00dfb"
 SERIES = tuple(f"#f00d0{i}" for i in range(8))

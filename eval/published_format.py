@@ -4,12 +4,10 @@ Nothing here is marked best: the rows share the data, the curve and the backbone
 the rule by which a checkpoint was selected.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 
 from eval.comparison import Comparison, Row
-from eval.formats import csv_cell, percent
+from eval.formats import csv_text, percent
 from eval.markup import text
 from eval.published import Beside, PublishedRow
 from eval.table import plain
@@ -96,8 +94,7 @@ def _theirs(row: PublishedRow, metric: str) -> str:
 
 def csv_lines(pairs: Sequence[tuple[Comparison, Beside | None]]) -> str:
     """Lines to stand behind `formats.to_csv` of the same comparisons, in its columns; fractions, with their sources."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    lines: list[Sequence[object]] = []
     for c, found in pairs:
         q = c.question
         for row in found.published if found else ():
@@ -105,6 +102,5 @@ def csv_lines(pairs: Sequence[tuple[Comparison, Beside | None]]) -> str:
                 facts = [q.dataset, q.kind, q.variant, q.split, q.world, c.k, c.curve]
                 facts += [row.backbone, row.method, "", c.name(metric), ""]
                 numbers = [value, None, None, None, c.chance.get(metric), *[None] * 4]
-                cells = [*facts, *numbers, row.source, row.note]
-                writer.writerow([csv_cell(cell) for cell in cells])
-    return buffer.getvalue()
+                lines.append([*facts, *numbers, row.source, row.note])
+    return csv_text(lines)

@@ -14,7 +14,7 @@ has no remark: that it is whole, held out and unfiltered is then its maker's cla
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.table import plain
 
 SHOWN = 3

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eval import page
 from eval.comparison import compare, metrics
+from eval.errors import ScoreTableError
 from eval.formats import markdown, to_csv
 from eval.published import Beside, beside
 from eval.published_format import as_html, as_markdown, csv_lines
@@ -29,25 +30,30 @@ def report(
 
     Args:
         runs: run directories, or directories of run directories.
-        out: the .html file; missing folders are made, old files replaced.
+        out: the .html or .htm file; missing folders are made, old files replaced.
         k: top-k of CZSL.
         title: heading of the page.
         published: print verified published numbers under the tables that they may be compared with, and under the
             others why none is shown.
 
     Returns:
-        The four files, the page first.
+        The four files: the page, .md, .csv, .json.
 
     Raises:
         RunError: a run that cannot be read, or two that are the same row and seed.
-        ScoreTableError: a damaged score table, or a k above the number of candidates.
+        ScoreTableError: `out` is no .html file, a damaged score table, or a k above the number of candidates.
 
     """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ScoreTableError(
+            f"a report was asked for as {out.name}, but it is a page with .md, .csv and .json beside it: name the "
+            f"page, such as {out.name}.html"
+        )
     found = read_runs(runs)
     comparisons = compare(found, k=k)
     theirs: list[Beside | None] = [beside(c) if published else None for c in comparisons]
     pairs = list(zip(comparisons, theirs, strict=True))
-    out = Path(out)
     texts = {
         out: page.render(found, comparisons, title, [as_html(*pair) for pair in pairs]),
         out.with_suffix(".md"): "\n".join(

@@ -12,7 +12,7 @@ captions of COCO with the first five, or a full ranking with a reranked one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -51,6 +51,9 @@ class RetrievalScores:
 
     """
 
+    kind: ClassVar[str] = "retrieval"
+    world: ClassVar[str] = ""
+
     scores: NDArray[Any]
     positives: NDArray[Any]
     space: str
@@ -71,6 +74,11 @@ class RetrievalScores:
             ("scores", "positives", "ids"), (scores, positives, ids), strict=True
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of queries and of candidates."""
+        return self.scores.shape
 
     @property
     def n_candidates(self) -> int:

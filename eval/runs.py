@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import score_io
-from eval.bootstrap import Table
-from eval.composition import Composition
+from eval.any_table import Table
+from eval.composed_table import ComposedScores
 from eval.errors import RunError
 from eval.matching import MatchingScores
 
@@ -119,7 +119,7 @@ class Question:
         kind: czsl, matching or retrieval.
         variant: "2×2" or "1×2" for matching, the direction for retrieval where it is known.
         split, world: of the score table; the world is empty outside CZSL.
-        items: digest of labels, candidates and ids.
+        items: digest of labels, candidates and ids; of composed retrieval, of everything that is asked.
 
     """
 
@@ -205,7 +205,7 @@ def read_run(path: Path) -> Run:
         ScoreTableError: a score table is damaged.
 
     """
-    facts = _json((path / "run.json").read_text(encoding="utf-8"), f"{path / 'run.json'}")
+    facts = _json(_text(path / "run.json"), f"{path / 'run.json'}")
     known = {"method": facts.get("method"), "seed": facts.get("seed")}
     known |= {"backbone": _backbone(facts), "dataset": _dataset(facts)}
     missing = [name for name, value in known.items() if value is None]
@@ -213,15 +213,28 @@ def read_run(path: Path) -> Run:
         raise RunError(
             f"{path / 'run.json'} does not say {', '.join(missing)}; it must say {', '.join(known)}"
         )
+    if not isinstance(facts["seed"], int) or isinstance(facts["seed"], bool):
+        raise RunError(
+            f"{path / 'run.json'} says seed {facts['seed']!r}; it must be an integer, as the rows of a report are told "
+            "apart by it"
+        )
     history: list[Mapping[str, Any]] = []
     if (path / "history.jsonl").exists():
-        lines = (path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = _text(path / "history.jsonl").splitlines()
         history = [
             _json(line, f"{path / 'history.jsonl'} line {i}") for i, line in enumerate(lines, 1)
         ]
     tables = {p.name: score_io.load(p) for p in sorted(path.glob("scores*.zarr"))}
     pictures = sorted(p for p in path.glob("pictures/*") if p.suffix in (".png", ".npz"))
     return Run(path, facts, tables, history, pictures)
+
+
+def _text(path: Path) -> str:
+    """A text file, or an error that names it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8 text") from error
 
 
 def _json(text: str, where: str) -> dict[str, Any]:
@@ -247,8 +260,7 @@ def question(run: Run, table: Table) -> Question:
         variant = (
             f"{variant} partial".strip()
         )  # examples were left out: not the split that others measure
-    shape = table.shape if isinstance(table, Composition) else table.scores.shape
-    digest = hashlib.sha256(repr(shape).encode())
+    digest = hashlib.sha256(repr(table.shape).encode())
     for name in ("ids", "target", "pairs", "seen", "category", "positives"):
         values: NDArray[Any] = np.asarray(getattr(table, name, ()))
         digest.update(f"{name} {values.shape}".encode())
@@ -257,12 +269,14 @@ def question(run: Run, table: Table) -> Question:
             if values.dtype.kind != "U"
             else "\0".join(values.ravel().tolist()).encode()
         )
+    if isinstance(table, ComposedScores):
+        digest.update(table.digest().encode())
     return Question(
         scored_on(run, table),
         kind,
         variant,
         table.split,
-        str(getattr(table, "world", "")),
+        table.world,
         digest.hexdigest()[:12],
     )
 

@@ -28,8 +28,9 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from eval.bootstrap import Table
-from eval.composed_table import ComposedQueries, ComposedScores
+from eval.any_table import Table
+from eval.composed_queries import ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
 from eval.czsl_summary import CompositionSummary
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
@@ -42,11 +43,14 @@ CHUNK_CELLS = 1 << 22
 """Scores in one chunk (16 MB of float32)."""
 
 KINDS: dict[str, type[Table]] = {
-    "czsl": CompositionScores,
-    "matching": MatchingScores,
-    "retrieval": RetrievalScores,
-    "composed": ComposedScores,
-    "czsl_summary": CompositionSummary,
+    cls.kind: cls
+    for cls in (
+        CompositionScores,
+        MatchingScores,
+        RetrievalScores,
+        ComposedScores,
+        CompositionSummary,
+    )
 }
 
 
@@ -58,12 +62,7 @@ SUMMARY_ARRAYS: dict[str, Any] = {
 
 def kind(scores: Table) -> str:
     """The task: czsl, matching, retrieval or composed."""
-    return stored_as(scores).removesuffix("_summary")
-
-
-def stored_as(scores: Table) -> str:
-    """What a file with this table says it holds."""
-    return next(name for name, cls in KINDS.items() if isinstance(scores, cls))
+    return scores.kind.removesuffix("_summary")
 
 
 def save(
@@ -95,7 +94,7 @@ def save(
     attributes = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": stored_as(scores),
+        "kind": scores.kind,
         "split": scores.split,
         "space": scores.space,
         "ids": [] if isinstance(scores, ComposedScores) else list(scores.ids),

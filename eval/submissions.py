@@ -20,7 +20,8 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from eval.composed_lists import Lists, check_lists, ranked, ranked_subset
-from eval.composed_table import ComposedQueries, ComposedScores
+from eval.composed_queries import ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
 
 LENGTHS = {"recall": 50, "recall_subset": 3}

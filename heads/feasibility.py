@@ -3,7 +3,7 @@
     text/pooled    g(a) = mean of the normalised embeddings of all prompts of a in the cache, minus the mean of all
                    prompts; g(o) likewise. Every backbone with a joint space has it; build with open-world prompts.
     word/states    a language model's states of the bare words (LLaVA): normed, averaged over tokens, then over parts.
-    a GloVe file   see eval/words.py.
+    a GloVe file   see eval/glove.py.
 
 Differs from CompCos and CSP, which read GloVe: averages of prompts are our choice. The common part is taken out because
 prompts of one template all point the same way, which would leave the grid of thresholds a narrow range.
@@ -19,7 +19,7 @@ from cache_builder import FeatureCache
 from cache_builder.datasets.base import CompositionTask
 from cache_builder.records import read_t7
 from eval.feasibility import Feasibility, feasibility
-from eval.words import UT_ZAPPOS, glove
+from eval.glove import UT_ZAPPOS, glove
 from heads.base import Needs
 from heads.errors import ConfigError, TaskError
 from heads.source import check_streams

@@ -7,7 +7,7 @@ An auxiliary word that is an attribute of the task has that attribute's row; one
 its own, because "orange" the colour is not the fruit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,10 @@ from cache_builder import FeatureCache
 from cache_builder.auxiliary import KEPT, Auxiliary, read_auxiliary
 from cache_builder.datasets.base import Pair
 from cache_builder.readout import pool_words
-from cache_builder.words import VOCABULARY, split
+from cache_builder.words import VOCABULARY
+from eval.errors import ScoreTableError
+from eval.glove import glove as glove_vectors
+from eval.glove import parts_of
 from heads.base import Context
 from heads.errors import ConfigError, MissingStream
 
@@ -181,24 +184,16 @@ def _refuse_missing(
 
 def _glove(path: Path, named: Sequence[Word]) -> Float[Tensor, "r v"]:
     """Vectors of a GloVe text file; every part of every word must be in it."""
-    parts = [[p.lower() for piece in split(name) for p in piece.split(".")] for _, name in named]
-    wanted = {part for some in parts for part in some}
-    found: dict[str, np.ndarray] = {}
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            word, _, rest = line.rstrip("\n").partition(" ")
-            if word in wanted:
-                found[word] = np.array(rest.split(), dtype=np.float32)
-    if missing := sorted(wanted - set(found)):
+    try:
+        found = glove_vectors(path, [name for _, name in named], parts=_parts)
+    except ScoreTableError as error:
         raise ConfigError(
-            f"{path} lacks {len(missing)} of {len(wanted)} words, the first: {missing[0]!r}; give a larger file "
-            "(head.glove), or choose head.words=llava or clip_text"
-        )
-    sizes: Mapping[int, str] = {len(vector): word for word, vector in found.items()}
-    if len(sizes) > 1:
-        raise ConfigError(
-            f"{path} has vectors of {' and '.join(map(str, sorted(sizes)))} numbers; it is damaged"
-        )
-    return torch.stack(
-        [torch.from_numpy(np.mean([found[p] for p in some], axis=0)) for some in parts]
-    )
+            f"{error}; the file is named by head.glove, and head.words=llava or clip_text needs none"
+        ) from error
+    return torch.from_numpy(found).float()
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Split as for feasibility, and at the dots of UT-Zappos' names, which nothing replaces here."""
+    found = tuple(word for part in parts_of(name) for word in part.split(".") if word)
+    return found or (name.lower(),)

@@ -8,8 +8,10 @@ import pytest
 from scipy import stats
 
 from eval import bootstrap, composed, czsl, matching, retrieval
-from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
-from eval.czsl import CompositionScores
+from eval.composed_queries import CATEGORIES, ComposedQueries
+from eval.composed_table import ComposedScores
+from eval.composition import CompositionScores
+from eval.draws import clusters, draws, strata
 from eval.errors import ScoreTableError
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores, both_directions
@@ -92,7 +94,7 @@ def test_estimates_are_the_metrics_themselves(table, evaluate):
 def test_a_resampled_curve_equals_the_curve_of_the_resampled_images():
     """The whole point of the weights: drawing an image twice is having it twice."""
     t = composition()
-    weights = next(bootstrap.draws(bootstrap.strata(t), 7, 3))
+    weights = next(draws(strata(t), 7, 3))
     fast = bootstrap.estimator(t)(weights)
     for r, counts in enumerate(weights.astype(int)):
         rows = np.repeat(np.arange(len(t.target)), counts)
@@ -104,7 +106,7 @@ def test_a_resampled_curve_equals_the_curve_of_the_resampled_images():
 
 def test_every_draw_keeps_the_sizes_of_its_groups():
     groups = np.array([0, 1, 1, 0, 1])
-    weights = np.concatenate(list(bootstrap.draws(groups, 50, 0)))
+    weights = np.concatenate(list(draws(groups, 50, 0)))
     assert weights.shape == (50, 5)
     assert (weights[:, groups == 0].sum(1) == 2).all()
     assert (weights[:, groups == 1].sum(1) == 3).all()
@@ -134,7 +136,7 @@ def test_a_second_caption_that_always_agrees_narrows_no_interval():
 def test_images_that_ask_for_their_captions_are_drawn_one_by_one():
     right = np.repeat(np.eye(5, dtype=bool), 2, axis=1)
     table = RetrievalScores(np.zeros((5, 10)), right, "cosine")
-    assert bootstrap.clusters(table).tolist() == list(range(5))
+    assert clusters(table).tolist() == list(range(5))
 
 
 def test_queries_are_drawn_together_along_chains_of_shared_answers():
@@ -142,18 +144,18 @@ def test_queries_are_drawn_together_along_chains_of_shared_answers():
     for query, candidate in [(0, 4), (1, 3), (2, 3), (2, 2), (4, 2), (4, 4)]:
         right[query, candidate] = True  # 0-4-2-1; 3 and 5 have no right answer
     table = RetrievalScores(np.zeros((6, 5)), right, "cosine")
-    assert bootstrap.clusters(table).tolist() == [0, 0, 0, 3, 0, 5]
-    weights = next(bootstrap.draws(np.zeros(6, dtype=int), 40, 0, bootstrap.clusters(table)))
+    assert clusters(table).tolist() == [0, 0, 0, 3, 0, 5]
+    weights = next(draws(np.zeros(6, dtype=int), 40, 0, clusters(table)))
     assert (weights[:, [0, 1, 2, 4]] == weights[:, :1]).all()
     assert (weights[:, [0, 3, 5]].sum(1) == 3).all()
-    assert bootstrap.clusters(pairs_of_captions(n=4)).tolist() == [0, 1, 2, 3]
+    assert clusters(pairs_of_captions(n=4)).tolist() == [0, 1, 2, 3]
 
 
 def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     groups = np.zeros(10, dtype=int)
-    whole = np.concatenate(list(bootstrap.draws(groups, 6, 0)))
-    monkeypatch.setattr(bootstrap, "CELLS_PER_DRAW", 20)
-    assert np.array_equal(np.concatenate(list(bootstrap.draws(groups, 6, 0))), whole)
+    whole = np.concatenate(list(draws(groups, 6, 0)))
+    monkeypatch.setattr("eval.draws.CELLS_PER_DRAW", 20)
+    assert np.array_equal(np.concatenate(list(draws(groups, 6, 0))), whole)
 
 
 def test_the_interval_of_a_mean_is_scipy_s():
@@ -288,7 +290,7 @@ def drawn_again(table, counts):
 )
 def test_resampled_metrics_are_those_of_the_resampled_items(table):
     """Means over types, categories and tasks, and avg, are worked out again from each draw."""
-    weights = next(bootstrap.draws(bootstrap.strata(table), 7, 3, bootstrap.clusters(table)))
+    weights = next(draws(strata(table), 7, 3, clusters(table)))
     fast = bootstrap.estimator(table)(weights)
     evaluate: Any = matching.evaluate if isinstance(table, MatchingScores) else composed.evaluate
     for r, counts in enumerate(weights.astype(int)):
@@ -303,16 +305,16 @@ def test_resampled_metrics_are_those_of_the_resampled_items(table):
 def test_every_draw_keeps_the_numbers_of_a_category_s_clusters():
     for protocol in ("fashioniq", "genecis"):
         t = questions(protocol)
-        groups, together = bootstrap.strata(t), bootstrap.clusters(t)
+        groups, together = strata(t), clusters(t)
         assert len(set(groups.tolist())) == len(CATEGORIES[protocol])
         for cluster in set(together.tolist()):
             assert len(set(groups[together == cluster].tolist())) == 1
         first = np.unique(together, return_index=True)[1]
-        weights = np.concatenate(list(bootstrap.draws(groups, 30, 0, together)))
+        weights = np.concatenate(list(draws(groups, 30, 0, together)))
         for group in set(groups.tolist()):
             mine = first[groups[first] == group]
             assert (weights[:, mine].sum(1) == len(mine)).all()
-    assert set(bootstrap.strata(questions("circo")).tolist()) == {0}
+    assert set(strata(questions("circo")).tolist()) == {0}
 
 
 def test_composed_queries_of_one_target_are_drawn_together():
@@ -325,22 +327,22 @@ def test_composed_queries_of_one_target_are_drawn_together():
         "all",
     )
     t = ComposedScores(np.zeros((6, 5)), ["r", "1", "2", "3", "4"], asked, "cosine")
-    assert bootstrap.clusters(t).tolist() == [0, 1, 0, 1, 4, 0]
+    assert clusters(t).tolist() == [0, 1, 0, 1, 4, 0]
     kinds = [["dress"], ["dress"], ["shirt"], ["toptee"], ["shirt"], ["shirt"]]
     asked = ComposedQueries(
         asked.ids, asked.reference, asked.targets, "fashioniq", "val", "s", kinds
     )
     t = ComposedScores(t.scores, t.candidates, asked, "cosine")
-    assert bootstrap.clusters(t).tolist() == [0, 1, 2, 3, 4, 2]
+    assert clusters(t).tolist() == [0, 1, 2, 3, 4, 2]
 
 
 def test_an_image_is_drawn_with_its_captions_in_both_directions():
     own = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
     both = both_directions(RetrievalScores(own * 1.0, own, "cosine"))
-    together = bootstrap.clusters(both)
+    together = clusters(both)
     assert together[:7].tolist() == [0, 1, 2, 0, 0, 1, 2]
     assert together[7] > 2  # a caption of no image
-    weights = next(bootstrap.draws(bootstrap.strata(both), 20, 0, together))
+    weights = next(draws(strata(both), 20, 0, together))
     for image, caption in ((0, 3), (0, 4), (1, 5), (2, 6)):
         assert (weights[:, image] == weights[:, caption]).all()
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from eval import cli, comparison, composed, score_io
 from eval.composed import evaluate
 from eval.composed_lists import evaluate_lists, ranked, ranked_subset
-from eval.composed_table import CATEGORIES, ComposedQueries, ComposedScores
+from eval.composed_queries import CATEGORIES, ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError
 from eval.runs import Run, questions
 
@@ -670,6 +671,7 @@ def test_what_goes_in_comes_out_and_rows_stay_on_disk(tmp_path, monkeypatch):
     assert back.meta == {"partial": False, "run": {"seed": 1}}
     assert evaluate(back) == evaluate(t)
     assert score_io.kind(back) == "composed"
+    assert (back.shape, back.world) == ((7, 9), "")
     again = score_io.load(score_io.save(back, path, overwrite=True))
     assert isinstance(again, ComposedScores)
     assert evaluate(again) == evaluate(t)
@@ -770,6 +772,78 @@ def test_a_comparison_shows_the_headline_its_categories_and_the_gain():
     assert cell.low is not None
     for name in c.columns:
         assert name in c.chance
+
+
+class CountedRows:
+    """Rows on disk that say how many of them were read."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape, self.dtype, self.read = values, values.shape, values.dtype, 0
+
+    def __getitem__(self, part):
+        self.read += len(self.values[part])
+        return self.values[part]
+
+
+def test_a_comparison_and_metrics_read_every_row_once(monkeypatch, tmp_path, capsys):
+    t = stored()
+    given = [CountedRows(t.scores), CountedRows(t.scores + _bonus(t))]
+    tables = [ComposedScores(s, t.candidates, t.queries, "cosine") for s in given]
+    comparison.compare(runs_of(dict(zip(("zero_shot", "ours"), tables, strict=True))))
+    assert [s.read for s in given] == [7, 7]
+    path = score_io.save(t, tmp_path / "scores.zarr")
+    once, passes = composed.ranks, []
+    monkeypatch.setattr(composed, "ranks", lambda *a: passes.append(a) or once(*a))
+    assert cli.main(["metrics", str(path), "--k", "2", "7", "--json"]) == 0
+    assert len(passes) == 1
+    [shown] = json.loads(capsys.readouterr().out)
+    assert shown["metrics"] == evaluate(t, ks=[2, 7])
+    assert shown["chance"] == composed.chance(t, ks=[2, 7])
+
+
+@quick
+@given(drawn)
+def test_known_ranks_change_no_number(drawn):
+    t = make(drawn)
+    found = composed.ranks(t)
+    for measured in (composed.evaluate, composed.chance):
+        try:
+            expected = measured(t)
+        except ScoreTableError:
+            continue  # no K of the protocol exists
+        assert measured(t, found=found) == expected
+
+
+def test_ranks_of_another_table_or_too_few_are_refused():
+    t = stored()
+    with pytest.raises(ScoreTableError, match=r"ranks of 5 queries to K = 10 .* of 7 queries"):
+        evaluate(t, found=composed.empty_ranks(5, 10))
+    with pytest.raises(ScoreTableError, match=r"to K = 10 were given .*measured to K = 12"):
+        composed.chance(t, ks=[12], found=composed.ranks(t))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference": [f"r{i}" for i in range(7)]},
+        {"targets": [row[:1] for row in stored().queries.targets]},
+        {"gallery": "others"},
+        {"protocol": "circo", "categories": ()},
+        {"categories": [["x"]] * 7},
+        {"candidates": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_questions_under_the_same_ids_are_another_comparison(change):
+    t = stored()
+    names = list(reversed(list(t.candidates))) if change.pop("candidates", False) else t.candidates
+    other = ComposedScores(t.scores, names, replace(t.queries, **change), "cosine")
+    runs = runs_of({"zero_shot": t, "ours": other})
+    assert len(questions(runs)) == 2
+    assert [row.gain for c in comparison.compare(runs) for row in c.rows] == [None, None]
+    groups = [group for found in questions(runs).values() for group in found]
+    with pytest.raises(ScoreTableError, match="the two tables differ in"):
+        comparison._rows(groups, 1, [[None]] * 2)
 
 
 def _bonus(t: ComposedScores) -> np.ndarray:

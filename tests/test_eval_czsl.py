@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from eval import composition as composition_table
 from eval import curve, czsl, legacy, table
-from eval.czsl import CompositionScores, evaluate
+from eval.composition import CompositionScores
+from eval.czsl import evaluate
 from eval.errors import EvalWarning, ScoreTableError
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
@@ -310,7 +311,7 @@ def test_the_legacy_curve_equals_its_numbered_steps(drawn, k):
     t = composition(*drawn)
     k = min(k, int(t.seen.sum()))
     slow = np.array(slow_legacy(t, k), dtype=np.float64)
-    fast = czsl.legacy_curve(t, k)
+    fast = legacy.legacy_curve(t, k)
     np.testing.assert_allclose(np.stack([fast.seen, fast.unseen, fast.bias], 1), slow, atol=1e-12)
     found = evaluate(t, k=k, curve="legacy")
     assert found["auc"] == pytest.approx(np.trapezoid(slow[:, 0], slow[:, 1]))
@@ -320,7 +321,7 @@ def test_the_legacy_curve_equals_its_numbered_steps(drawn, k):
 def test_about_twenty_legacy_biases_are_kept(n, kept):
     scores = np.stack([np.zeros(n), np.linspace(1, 2, n)], 1)
     t = composition(np.vstack([scores, [[5.0, 0.0]]]), [*[1] * n, 0], [True, False])
-    assert len(czsl.legacy_curve(t).bias) == kept + 1
+    assert len(legacy.legacy_curve(t).bias) == kept + 1
 
 
 def test_a_perfect_model_scores_0_979_on_the_legacy_curve_with_24_unseen_images():

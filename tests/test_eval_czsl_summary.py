@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import bootstrap, czsl, score_io
-from eval.czsl import CompositionScores
-from eval.czsl_summary import CompositionSummary, Layout, summarise
+from eval.composition import CompositionScores
+from eval.czsl_summary import CompositionSummary, summarise
 from eval.errors import ScoreTableError
 from eval.feasibility import filtered, grid
+from eval.reduction import Layout
 
 quick = settings(derandomize=True, deadline=None, max_examples=80)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eval.errors import ScoreTableError
 from eval.feasibility import Feasibility, feasibility, filtered, grid, kept, search
-from eval.words import UT_ZAPPOS, glove, parts_of
+from eval.glove import UT_ZAPPOS, glove, parts_of
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -231,6 +231,7 @@ def test_ut_zappos_names_are_replaced_and_others_left():
         (b"fur 1 2\n\xff 1 2\n", "line 2 is not a word and 2 numbers"),
         (b"a 1 2\n", "no vector for 1 of 1 words: fur .*'Fur'.*larger vocabulary"),
         (b"", "no vector for 1 of 1 words"),
+        (b"fur 1 2\nchain 1 2 3\n", "line 2 has 3 numbers behind its word, but line 1 has 2"),
         (b"fur" + b" 1" * (1 << 20), "line 1 is longer than 1048576 bytes"),
     ],
 )
@@ -238,6 +239,19 @@ def test_a_bad_file_of_word_vectors_is_refused_by_line(tmp_path, text, message):
     (tmp_path / "g.txt").write_bytes(text)
     with pytest.raises(ScoreTableError, match=message):
         glove(tmp_path / "g.txt", ["Fur"])
+
+
+def test_a_word_may_hold_blanks_as_some_of_glove_840b_do(tmp_path):
+    lines = ("the 1 2", ". . . 3 4", "at name@domain.com 5 6", " fur  7 8 ")
+    (tmp_path / "g.txt").write_text("\n".join(lines))
+    assert glove(tmp_path / "g.txt", ["fur", "the"]).tolist() == [[7, 8], [1, 2]]
+    with pytest.raises(ScoreTableError, match="no vector for 1 of 1 words: at"):
+        glove(tmp_path / "g.txt", ["at"])
+
+
+def test_who_asks_may_say_how_a_name_falls_apart(vectors):
+    found = glove(vectors, ["fake.fur"], parts=lambda name: name.split("."))
+    assert found.tolist() == [[0, 0.5, -0.5]]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):

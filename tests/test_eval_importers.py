@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from eval import cli, czsl, importers, matching, retrieval, score_io
 from eval.arrays import read_npy, read_npz
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.errors import ScoreTableError, ScoreTableNotFound
 from eval.matching import MatchingScores
 from eval.remarks import remarks

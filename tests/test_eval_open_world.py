@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from eval import cli, czsl, score_io
 from eval.comparison import compare
 from eval.composition import Composition, CompositionScores
-from eval.czsl_summary import CompositionSummary, Layout, summarise
+from eval.czsl_summary import CompositionSummary, summarise
 from eval.errors import EvalWarning, ScoreTableError
 from eval.feasibility import Feasibility, Mode, filtered, grid
 from eval.matching import MatchingScores
 from eval.open_world import search_threshold, select
+from eval.reduction import Layout
 from eval.report import report
 from eval.runs import read_runs
 
@@ -129,6 +130,22 @@ def test_tables_that_cannot_be_filtered_are_refused():
         ScoreTableError, match=r"test table has other candidates \(12\) than val \(12\)"
     ):
         select(val, file)(other)
+
+
+def test_the_split_that_chose_the_threshold_is_not_filtered_by_it():
+    (val, file), (more, _) = world(), world("val", 1)
+    for table in (val, more):
+        with pytest.raises(ScoreTableError, match="chosen on VAL, a table of split val"):
+            select(val, file, name="VAL")(table)
+
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_equal_seen_flags_do_not_make_other_pairs_the_same(brief):
+    (val, file), (test, _) = world(), world("test", 1)
+    pairs = [PAIRS[i] for i in (0, 2, 1, *range(3, 12))]
+    other = dataclasses.replace(reduced(test, file) if brief else test, pairs=pairs)
+    with pytest.raises(ScoreTableError, match="test table has other pairs in its columns than val"):
+        select(reduced(val, file) if brief else val, None if brief else file)(other)
 
 
 # ── the command line ─────────────────────────────────────────────────────────────────────────────────────────────────

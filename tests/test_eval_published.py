@@ -13,7 +13,7 @@ import pytest
 
 from eval import cli, published, score_io
 from eval.comparison import Comparison, compare
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.matching import MatchingScores
 from eval.published import Beside, beside, rows
 from eval.published_format import as_html, as_markdown

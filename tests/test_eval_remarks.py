@@ -9,8 +9,9 @@ import pytest
 
 from eval import cli, score_io
 from eval.comparison import compare
-from eval.composed_table import ComposedQueries, ComposedScores
-from eval.czsl import CompositionScores
+from eval.composed_queries import ComposedQueries
+from eval.composed_table import ComposedScores
+from eval.composition import CompositionScores
 from eval.errors import ScoreTableError
 from eval.formats import markdown
 from eval.remarks import is_partial, remarks

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from matplotlib.image import imsave
 from eval import cli, czsl, formats, matching, score_io
 from eval.bootstrap import Interval
 from eval.comparison import compare, metrics
-from eval.czsl import CompositionScores
-from eval.errors import RunError
+from eval.composition import CompositionScores
+from eval.errors import RunError, ScoreTableError
+from eval.figures import figures_of
 from eval.matching import MatchingScores
 from eval.plots import DASHES, SERIES, seen_unseen
 from eval.report import comparison_table, report
@@ -432,6 +434,19 @@ def test_the_page_is_whole_loads_nothing_and_has_no_script(files):
     assert sections <= set(page.anchors)
 
 
+@pytest.mark.parametrize("name", ["out.json", "out.md", "out.csv", "v1.2", "out"])
+def test_a_page_that_is_not_called_html_is_refused_and_nothing_written(name, runs, tmp_path):
+    with pytest.raises(ScoreTableError, match=rf"asked for as {name},.*such as {name}\.html"):
+        report([runs / "zero_shot-0-seed0"], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dot_in_the_page_s_name_stays(tmp_path):
+    write_run(tmp_path / "runs", "a")
+    files = report([tmp_path / "runs"], tmp_path / "v1.2.HTM")
+    assert [f.name for f in files] == ["v1.2.HTM", "v1.2.md", "v1.2.csv", "v1.2.json"]
+
+
 def test_the_same_runs_give_the_same_page(runs, files, tmp_path):
     again = report([runs], tmp_path / "report.html", title="A < B")
     assert [f.read_bytes() for f in again] == [f.read_bytes() for f in files]
@@ -484,6 +499,31 @@ def test_the_numbers_of_a_plot_come_with_it(files):
     bars = list(csv.DictReader(io.StringIO(data["group_score.csv"])))
     assert {r["category"] for r in bars} == {"add", "replace", "swap"}
     assert data["training.csv"].splitlines()[:2] == ["seed,step,loss,validation", "0,1,2,"]
+
+
+def data_of(html: str) -> dict[str, list[dict[str, str]]]:
+    """The CSV files inside a page, as rows."""
+    links = re.findall(r'download="([^"]+)" href="data:text/csv;base64,([^"]+)"', html)
+    texts = {name: base64.b64decode(code).decode() for name, code in links}
+    return {name: list(csv.DictReader(io.StringIO(text))) for name, text in texts.items()}
+
+
+def test_names_from_files_stay_in_their_cell_and_are_no_formulas(tmp_path):
+    kinds = ["left, right", "=cmd()", 'say "so"']
+    table = MatchingScores(np.random.default_rng(0).normal(size=(30, 2)), kinds * 10, "cosine")
+    write_run(tmp_path, "a", tables={"1": table, "2": czsl_table(0)}, label="=a, b")
+    found = {c.question.kind: c for c in compare(read_runs([tmp_path])) if c.curve != "legacy"}
+    series = {"=a, b · clip:demo": 0}
+    unknown = replace(found["matching"], chance={})
+    rows = data_of(figures_of(unknown, series))["accuracy.csv"]
+    assert [r["category"] for r in rows] == ["'=cmd()", "left, right", 'say "so"']
+    assert {(r["row"], r["chance"]) for r in rows} == {("'=a, b · clip:demo", "")}
+    assert all(None not in r for r in rows)
+    rows = data_of(figures_of(found["matching"], series))["accuracy.csv"]
+    assert {r["chance"] for r in rows} == {"0.5"}
+    rows = data_of(figures_of(found["czsl"], series))["curve.csv"]
+    assert {r["row"] for r in rows} == {"'=a, b · clip:demo"}
+    assert rows[0]["bias"] == ""
 
 
 def test_words_from_files_cannot_become_markup(tmp_path):
@@ -598,11 +638,21 @@ def test_runs_are_found_one_level_below(runs):
         ("run.json", "[1]", "must be a JSON object, but is a list"),
         ("run.json", '{"method": "a"}', "does not say seed, backbone, dataset"),
         ("history.jsonl", '{"step": 1}\n{"st', "history.jsonl line 2 is not JSON"),
+        ("run.json", b'{"method": "\xff"}', r"run\.json is not UTF-8"),
+        ("history.jsonl", b'{"step": "\xff"}', r"history\.jsonl is not UTF-8"),
+        *(
+            (
+                "run.json",
+                json.dumps({"method": "a", "seed": seed, "backbone": "b", "dataset": "c"}),
+                r"run\.json says seed .*; it must be an integer",
+            )
+            for seed in ("a", 0.5, True)
+        ),
     ],
 )
 def test_a_broken_run_is_named(name, content, message, tmp_path):
     run = write_run(tmp_path, "a")
-    (run / name).write_text(content)
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RunError, match=message):
         read_runs([run])
 

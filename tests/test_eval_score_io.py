@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from eval import score_io
-from eval.czsl import CompositionScores
+from eval.composition import CompositionScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
 from eval.matching import MatchingScores
 from eval.retrieval import RetrievalScores
@@ -58,9 +58,22 @@ def test_what_goes_in_comes_out(table, tmp_path):
             assert np.array_equal(mine, theirs), name
     assert back.scores.dtype == table.scores.dtype
     assert (back.split, back.space, back.ids) == (table.split, table.space, table.ids)
-    assert getattr(back, "world", None) == getattr(table, "world", None)
+    assert (back.kind, back.shape, back.world) == (table.kind, table.shape, table.world)
     assert back.meta == {**table.meta, "run": run}
     assert sorted(p.name for p in path.parent.iterdir()) == ["scores.zarr"]
+
+
+def test_a_table_says_its_kind_shape_and_world():
+    """The kinds are names on disk: they stay."""
+    assert list(score_io.KINDS) == ["czsl", "matching", "retrieval", "composed", "czsl_summary"]
+    found = {name: (t.kind, t.shape, t.world) for name, t in ALL.items()}
+    assert found == {
+        "czsl": ("czsl", (5, 3), "open"),
+        "indexed": ("czsl", (2, 2), "closed"),
+        "two": ("matching", (3, 2, 2), ""),
+        "one": ("matching", (3, 2), ""),
+        "find": ("retrieval", (3, 4), ""),
+    }
 
 
 def test_a_loaded_table_saved_again_keeps_its_run(tmp_path):

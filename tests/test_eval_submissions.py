@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eval import submissions
-from eval.composed_table import ComposedQueries, ComposedScores
+from eval.composed_queries import ComposedQueries
+from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
 from eval.submissions import (
     Metric,

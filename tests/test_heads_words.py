@@ -96,10 +96,25 @@ def test_a_word_of_glove_is_the_mean_of_its_parts(named: FeatureCache, tmp_path:
     path.write_text("chain 1 2\nlink 3 6\nother 9 9\nred 0 0.5\n")
     found = word_vectors(named, "glove", [("attr", "chain-link"), ("attr", "Red")], str(path))
     assert found.tolist() == [[2, 4], [0, 0.5]]
-    with pytest.raises(ConfigError, match="lacks 1 of 2 words, the first: 'cup'"):
+    with pytest.raises(ConfigError, match=r"no vector for 1 of 2 words: cup.*head\.glove"):
         word_vectors(named, "glove", [("attr", "red"), ("obj", "cup")], str(path))
     with pytest.raises(ConfigError, match=r"head\.glove"):
         word_vectors(named, "glove", [("attr", "red")])
+
+
+def test_glove_is_read_by_the_rules_of_feasibility(named: FeatureCache, tmp_path: Path) -> None:
+    """The first line of a word counts; dots part a name; what is no vector is refused in one sentence."""
+    path = tmp_path / "glove.txt"
+    path.write_text("faux 1 3\nfur 3 5\nfur 9 9\n. . 7 7\n")
+    found = word_vectors(named, "glove", [("attr", "Faux.Fur"), ("obj", "fur")], str(path))
+    assert found.tolist() == [[2, 4], [3, 5]]
+    assert found.dtype == torch.float32
+    for line, message in (("fur 1 x", "'x'"), ("fur 1 nan", "not finite"), ("fur 1", "1 numbers")):
+        path.write_text(f"faux 1 3\n{line}\n")
+        with pytest.raises(ConfigError, match=f"line 2 .*{message}"):
+            word_vectors(named, "glove", [("obj", "fur")], str(path))
+    with pytest.raises(ConfigError, match=r"nowhere\.txt: No such file"):
+        word_vectors(named, "glove", [("obj", "fur")], str(tmp_path / "nowhere.txt"))
 
 
 def test_the_table_has_a_row_by_role_and_word(named: FeatureCache, folder: Path) -> None:

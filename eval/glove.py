@@ -1,14 +1,16 @@
 """Word vectors of attributes and objects from a GloVe text file, read line by line.
 
     the 0.418 0.24968 -0.41242 …       one word a line, its numbers behind it, blanks between
+    . . . -0.1573 -0.29517 0.30453 …   a few words of glove.840B hold blanks themselves: line 1 says how many numbers
 
 A name is lower-cased, perhaps replaced (UT-Zappos), split at `_`, `-` and blanks; its vector is the mean of its parts'.
-Only the words asked for are kept, so a file of any length needs little memory.
+Of a word on several lines the first counts. Only the words asked for are kept, so a file of any length needs little
+memory.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -54,6 +56,8 @@ def glove(
     path: str | os.PathLike[str],
     names: Sequence[str],
     replacements: Mapping[str, str] | None = None,
+    *,
+    parts: Callable[[str], Sequence[str]] | None = None,
 ) -> Float[np.ndarray, "n d"]:
     """One vector a name, float64.
 
@@ -61,32 +65,33 @@ def glove(
         path: the text file, e.g. glove.6B.300d.txt; nothing is downloaded.
         names: attributes or objects, as the data set writes them.
         replacements: lower-cased name → what to look up instead, e.g. `UT_ZAPPOS`.
+        parts: words whose vectors a name is the mean of; None: `parts_of` with `replacements`.
 
     Raises:
         ScoreTableError: no such file, a malformed line (its number is named), or words without a vector.
 
     """
-    parts = [parts_of(name, replacements) for name in names]
-    wanted = {part for found in parts for part in found}
+    apart = [parts(name) if parts else parts_of(name, replacements) for name in names]
+    wanted = {part for found in apart for part in found}
     vectors: dict[str, Float[np.ndarray, " d"]] = {}
     for word, vector in _read(path, wanted):
         vectors.setdefault(word, vector)
     missing = sorted(wanted - vectors.keys())
     if missing:
         without = next(
-            name for name, found in zip(names, parts, strict=True) if missing[0] in found
+            name for name, found in zip(names, apart, strict=True) if missing[0] in found
         )
         raise ScoreTableError(
             f"{path} has no vector for {len(missing)} of {len(wanted)} words: {', '.join(missing[:5])} (the first is "
             f"of {without!r}); use a larger vocabulary, or give the names replacements"
         )
-    return np.stack([np.mean([vectors[part] for part in found], axis=0) for found in parts])
+    return np.stack([np.mean([vectors[part] for part in found], axis=0) for found in apart])
 
 
 def _read(
     path: str | os.PathLike[str], wanted: set[str]
 ) -> Iterator[tuple[str, Float[np.ndarray, " d"]]]:
-    """The lines of wanted words; every line must have as many fields as the first, and be text."""
+    """The lines of wanted words; every line must have as many numbers as the first, and be text."""
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
@@ -101,16 +106,18 @@ def _read(
                 raise ScoreTableError(
                     f"{where} is longer than {LINE_BYTES} bytes; not a GloVe file"
                 )
-            fields = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").split()
+            text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
+            fields = text.split() if size is None else text.rsplit(None, size)
             size = len(fields) - 1 if size is None else size
             if size < 2:
                 raise ScoreTableError(
                     f"{where} has {len(fields)} fields, but a GloVe file starts with a word and its numbers; remove "
                     "the header if this is another format"
                 )
-            if len(fields) != size + 1:
+            if len(fields) != size + 1 or _is_number(fields[0].split()[1:][-1:]):
                 raise ScoreTableError(
-                    f"{where} has {len(fields) - 1} numbers behind its word, but line 1 has {size}; the file is damaged"
+                    f"{where} has {len(text.split()) - 1} numbers behind its word, but line 1 has {size}; the file is "
+                    "damaged"
                 )
             try:
                 word = fields[0].decode("utf-8")
@@ -124,3 +131,11 @@ def _read(
             if not np.isfinite(vector).all():
                 raise ScoreTableError(f"{where} holds a number that is not finite")
             yield word, vector
+
+
+def _is_number(last: Sequence[bytes]) -> bool:
+    """Is what ends a word of several pieces (none: one piece) a number, so that the line has one too many?"""
+    try:
+        return bool([float(piece) for piece in last])
+    except ValueError:
+        return False
