@@ -128,7 +128,13 @@ def beside(c: Comparison) -> Beside | None:
     None for the exact curve: its legacy twin is what published numbers are compared with.
     """
     if c.curve == "exact":
-        return None
+        kept = [table.kind for row in c.rows for table in row.group.tables]
+        if "czsl_summary" not in kept:
+            return None
+        return Beside(
+            why="no published row is shown: they are of the legacy curve, which looks at every score, and this table "
+            "keeps the best ones; score again with --dense"
+        )
     asked = c.question
     found = [r for r in rows() if (r.dataset, r.task) == (asked.dataset, asked.kind)]
     if not found:

@@ -18,7 +18,7 @@ from typing import Any
 from cache_builder import FeatureCache
 from cache_builder.errors import CacheError
 from eval import score_io
-from eval.bootstrap import Table
+from eval.any_table import Table
 from eval.czsl import Composition
 from eval.czsl import evaluate as evaluate_czsl
 from eval.czsl_summary import KEEP
