@@ -122,7 +122,7 @@ def test_the_largest_number_is_allowed(scenes: Path) -> None:
     [
         ({"semantic_aspects": ["colour"]}, "semantic aspect 'colour' is not one of cardinality"),
         ({"semantic_aspects": "addition"}, "semantic_aspects is 'addition', not a list"),
-        ({"semantic_aspects": [3]}, "semantic_aspects holds 3, not a text"),
+        ({"semantic_aspects": [3]}, "semantic_aspects is 3; it must be a text"),
         ({"relative_caption": "  "}, "relative_caption is '  '; it must be a text"),
         ({"gt_img_ids": {"31": 1}}, "not a list"),
     ],
