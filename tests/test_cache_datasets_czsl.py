@@ -159,7 +159,7 @@ def test_the_metadata_decides_the_split_and_other_values_are_test(
 def test_seen_means_listed_for_train(module: ModuleType, tmp_path: Path) -> None:
     root = module.miniature(tmp_path / "m")
     found = task_of(module.load(root))
-    rewrite(root, lambda rows: [row.update(set="test") for row in rows])
+    rewrite(root, lambda rows: [row.update(set="test") for row in rows[1:]])
     assert task_of(module.load(root)).pairs["train"] == found.pairs["train"]
 
 
@@ -278,7 +278,7 @@ def test_a_repeated_image_is_one_record_with_two_examples(
     module: ModuleType, tmp_path: Path
 ) -> None:
     root = module.miniature(tmp_path / "m")
-    rewrite(root, lambda rows: rows.append({**rows[0], "set": "test"}))
+    rewrite(root, lambda rows: rows.append({**rows[0]}))
     dataset = module.load(root)
     assert (len(dataset.images), len(task_of(dataset).examples)) == (6, 7)
     assert dataset.counts["repeated images"] == "1"
@@ -748,3 +748,24 @@ def test_an_open_world_of_full_size_loads(table: str, tmp_path: Path) -> None:
     root = official_root(table, tmp_path / "set")
     dataset = module.load(root, check="none", require_images=False, world="open")
     assert len({text.id for text in dataset.texts}) == expected.open_world_pairs
+
+
+@each_set
+def test_a_set_that_would_train_on_nothing_is_refused(module: ModuleType, tmp_path: Path) -> None:
+    root = module.miniature(tmp_path / "m")
+    path = root / f"{METADATA}.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([r | {"attr": r["obj"] + "!", "obj": r["attr"]} for r in rows]))
+    with pytest.raises(DatasetError, match=r"none of split train shows a pair .*right way round"):
+        module.load(root, check="none", require_images=False)
+
+
+@each_set
+def test_an_image_in_two_splits_is_refused(module: ModuleType, tmp_path: Path) -> None:
+    root = module.miniature(tmp_path / "m")
+    path = root / f"{METADATA}.json"
+    rows = json.loads(path.read_text())
+    first = next(r for r in rows if r["set"] == "train")
+    path.write_text(json.dumps([*rows, first | {"set": "test"}]))
+    with pytest.raises(DatasetError, match=r"1 images have rows in two splits, e\.g\. "):
+        module.load(root)

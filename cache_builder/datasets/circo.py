@@ -111,7 +111,7 @@ def load(
     chosen = some_of("splits", splits, tuple(QUERIES))
     wanted = [f"annotations/{split}.json" for split in chosen] + [LIST] * require_images
     remedy = (
-        "Or name the splits that are there, e.g. splits=val; "
+        "Or name with splits= those that are there; "
         "require_images=false does without images and their list"
     )
     folder = require_files("circo", root, wanted, SOURCE, remedy)

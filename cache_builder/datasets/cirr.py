@@ -130,7 +130,7 @@ def load(
         for s in chosen
         for kind in ("captions/cap", "image_splits/split")
     ]
-    remedy = "Or name the splits that are there, e.g. splits=val"
+    remedy = "Or name with splits= those that are there"
     require_files("cirr", annotations, files, SOURCE, remedy)
     images: dict[str, ImageRecord] = {}
     examples: list[ComposedExample] = []

@@ -41,6 +41,7 @@ from cache_builder.datasets.files import (
     WITHOUT,
     Place,
     image_record,
+    listed,
     require_root,
     require_some_image,
 )
@@ -134,15 +135,26 @@ def read_compositions(
     root = require_root(layout.name, root, layout.source)
     metadata = _require_layout(root, layout, require_images)
     pairs = {s: _read_pairs(root / PAIR_FOLDER / f"{s}_pairs.txt", layout) for s in SPLITS}
-    union = {pair for listed in pairs.values() for pair in listed}
+    union = {pair for of in pairs.values() for pair in of}
     rows = _read_rows(metadata)
     kept = [r for r in rows if _usable(r, union)]
+    if not any(r["set"] == "train" for r in kept):
+        raise DatasetError(
+            f"{metadata} has {len(rows):,} rows, and none of split train shows a pair of the pair files; "
+            f"look whether attr and obj are the right way round; {layout.source}"
+        )
     examples = tuple(
         CompositionExample(r["image"], r["attr"], r["obj"], _split(r["set"])) for r in kept
     )
     task = CompositionTask(examples, pairs, prompts={})
+    torn = _in_two_splits(examples)
     words = {("attr", a) for a in task.attrs} | {("obj", o) for o in task.objs}
     published = known_by_half(layout.marks, words)
+    if torn and not published:  # what is published is what it is, and is told below
+        raise DatasetError(
+            f"{metadata}: {len(torn):,} images have rows in two splits, e.g. {', '.join(map(repr, torn[:3]))}; "
+            "an image belongs to one"
+        )
     told = judge(
         layout.name,
         root,
@@ -177,6 +189,7 @@ def read_compositions(
             **_with_odd_sets(with_papers(told, layout.papers if published else {}), kept),
             "rows dropped": f"{len(rows) - len(kept):,} of {len(rows):,} (NA, or pair not in the pair files)",
             "repeated images": f"{len(kept) - len(first_row):,}",
+            **({"images in two splits": listed(torn)} if torn else {}),
             "read from": metadata.name,
             **({} if require_images else NOT_LOOKED_FOR),
         },
@@ -283,6 +296,12 @@ def _places(root: Path, layout: Layout, row: Labels) -> tuple[Place, ...]:
 
 def _usable(row: Labels, union: set[Pair]) -> bool:
     return "NA" not in (row["attr"], row["set"]) and (row["attr"], row["obj"]) in union
+
+
+def _in_two_splits(examples: Sequence[CompositionExample]) -> list[str]:
+    first: dict[str, str] = {}
+    torn = (e.image for e in examples if first.setdefault(e.image, e.split) != e.split)
+    return list(dict.fromkeys(torn))
 
 
 def _split(value: str) -> str:

@@ -140,7 +140,7 @@ def load(
         for category in CATEGORIES
         for kind in ("captions/cap", "image_splits/split")
     ]
-    remedy = "Or name the splits that are there, e.g. splits=val"
+    remedy = "Or name with splits= those that are there"
     folder = require_files("fashioniq", root, files, SOURCE, remedy)
     examples: list[ComposedExample] = []
     texts: list[TextRecord] = []
