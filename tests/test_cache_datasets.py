@@ -240,9 +240,9 @@ def test_another_set_in_the_layout_is_read_without_counts_being_asserted(mit: Pa
 
 
 def test_the_published_counts_can_be_demanded(mit: Path) -> None:
-    with pytest.raises(DatasetError, match="attrs 115 expected, 3 found") as caught:
+    with pytest.raises(DatasetError, match="attrs: 115 expected, 3 found") as caught:
         mit_states.load(mit, check="official")
-    assert "train_images 30,338 expected, 3 found" in str(caught.value)
+    assert "train images: 30,338 expected, 3 found" in str(caught.value)
 
 
 def test_a_damaged_copy_of_the_published_set_is_recognised_by_its_names(mit: Path) -> None:
@@ -294,7 +294,7 @@ def test_the_published_pairs_have_the_published_counts(mit: Path) -> None:
         lines = "".join(f"{a} {o}\n" for a, o, seen in rows if seen == flag)
         (mit / PAIR_FOLDER / f"{split}_pairs.txt").write_text(lines)
     rewrite(mit, lambda table: table[0].update(attr=rows[0][0], obj=rows[0][1]))
-    with pytest.raises(DatasetError, match="train_images 30,338 expected") as caught:
+    with pytest.raises(DatasetError, match="train images: 30,338 expected") as caught:
         mit_states.load(mit)
     assert str(caught.value).count("expected,") == 1  # every count but that of the images agrees
 

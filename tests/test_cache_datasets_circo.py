@@ -122,7 +122,7 @@ def test_the_largest_number_is_allowed(scenes: Path) -> None:
     [
         ({"semantic_aspects": ["colour"]}, "semantic aspect 'colour' is not one of cardinality"),
         ({"semantic_aspects": "addition"}, "semantic_aspects is 'addition', not a list"),
-        ({"semantic_aspects": [3]}, "semantic_aspects holds 3, not a text"),
+        ({"semantic_aspects": [3]}, "semantic_aspects is 3; it must be a text"),
         ({"relative_caption": "  "}, "relative_caption is '  '; it must be a text"),
         ({"gt_img_ids": {"31": 1}}, "not a list"),
     ],
@@ -169,7 +169,9 @@ def test_an_id_of_circo_occurs_once_in_a_split(scenes: Path) -> None:
 def test_one_split_is_read_without_the_other(scenes: Path) -> None:
     (scenes / "annotations/test.json").unlink()
     assert len(circo.load(scenes, splits="val").tasks.composed) == 2
-    with pytest.raises(DatasetNotFound, match=r"annotations/test\.json .*splits=val"):
+    with pytest.raises(
+        DatasetNotFound, match=r"annotations/test\.json .*name with splits= those that are there"
+    ):
         circo.load(scenes)
 
 

@@ -22,9 +22,16 @@ from hypothesis import strategies as st
 from cache_builder.cli_build import options_of
 from cache_builder.datasets import cgqa, mit_states, ut_zappos, vaw_czsl
 from cache_builder.datasets.base import CompositionExample, CompositionTask, Dataset
-from cache_builder.datasets.composition_counts import Counts, assert_counts, count, describe
+from cache_builder.datasets.checking import SPLITS, judge
+from cache_builder.datasets.composition_counts import (
+    Counts,
+    count,
+    per_split,
+    table,
+    with_papers,
+)
 from cache_builder.datasets.composition_files import METADATA, PAIR_FOLDER
-from cache_builder.datasets.compositions import SPLITS, pair_id, prompt
+from cache_builder.datasets.compositions import pair_id, prompt
 from cache_builder.errors import CacheError, UnknownName
 from cache_builder.records import DatasetError, DatasetNotFound
 from cache_builder.testing import check_dataset
@@ -152,7 +159,7 @@ def test_the_metadata_decides_the_split_and_other_values_are_test(
 def test_seen_means_listed_for_train(module: ModuleType, tmp_path: Path) -> None:
     root = module.miniature(tmp_path / "m")
     found = task_of(module.load(root))
-    rewrite(root, lambda rows: [row.update(set="test") for row in rows])
+    rewrite(root, lambda rows: [row.update(set="test") for row in rows[1:]])
     assert task_of(module.load(root)).pairs["train"] == found.pairs["train"]
 
 
@@ -226,7 +233,8 @@ def test_the_published_counts_can_be_demanded(module: ModuleType, tmp_path: Path
     message = str(caught.value)
     for field in ("attrs", "objs", "train_pairs", "open_world_pairs"):
         expected = getattr(module.OFFICIAL, field)
-        assert f"{field} {expected:,} expected, {getattr(found, field):,} found" in message
+        what = field.replace("_", " ")
+        assert f"{what}: {expected:,} expected, {getattr(found, field):,} found" in message
     assert 'check="none"' in message
 
 
@@ -270,7 +278,7 @@ def test_a_repeated_image_is_one_record_with_two_examples(
     module: ModuleType, tmp_path: Path
 ) -> None:
     root = module.miniature(tmp_path / "m")
-    rewrite(root, lambda rows: rows.append({**rows[0], "set": "test"}))
+    rewrite(root, lambda rows: rows.append({**rows[0]}))
     dataset = module.load(root)
     assert (len(dataset.images), len(task_of(dataset).examples)) == (6, 7)
     assert dataset.counts["repeated images"] == "1"
@@ -285,7 +293,7 @@ def test_the_annotation_files_alone_give_the_same_samples(
 ) -> None:
     root = module.miniature(tmp_path / "m")
     whole = module.load(root)
-    assert "image files" not in whole.counts
+    assert "images missing" not in whole.counts
     assert module.load(root, require_images=False).images[0].open().size == (40, 36)
     for folder in ("images", "_images"):
         (root / folder).exists() and (root / folder).rename(tmp_path / folder)
@@ -293,7 +301,7 @@ def test_the_annotation_files_alone_give_the_same_samples(
         module.load(root)
     alone = module.load(root, require_images=False)
     assert alone.digest() == whole.digest()
-    assert alone.counts["image files"] == "images not looked for"
+    assert alone.counts["images missing"] == "images not looked for"
     with pytest.raises(FileNotFoundError):
         alone.images[0].open()
 
@@ -303,7 +311,7 @@ def test_a_switch_is_true_or_false(option: str, gqa: Path) -> None:
     """In a process of its own: the type checks of these tests would stop the value on its way."""
     code = f"from cache_builder.datasets import cgqa; cgqa.load({str(gqa)!r}, {option}='maybe')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert f"{option}='maybe' is not known; {option} is true or false" in done.stderr
+    assert f"{option}='maybe' is not known; choose one of true, false" in done.stderr
     assert options_of("cgqa", [f"{option}=false"]) == {option: False}
 
 
@@ -355,7 +363,7 @@ def test_a_picture_in_neither_place_names_the_missing_step(zappos: Path, tmp_pat
         slippers.open()
     (zappos / "images").rename(tmp_path / "away too")
     (zappos / "images").mkdir()
-    with pytest.raises(DatasetNotFound, match=f"found none of its 6 images; .*{step}"):
+    with pytest.raises(DatasetNotFound, match=f"found none of its 6 images: .*{step}"):
         ut_zappos.load(zappos)
 
 
@@ -549,7 +557,7 @@ def test_counts_are_those_of_the_definition(
         pairs_of_one_image=len([group for group in of_pair if len(group) == 1]),
         homographs=tuple(w for w in words if w in attrs and w in objs),
     )
-    lines = describe(task, found, Counts(), {})
+    lines = per_split(task)
     for split in ("val", "test"):
         old = [p for p in listed if p in task.pairs[split] and p in seen]
         new = [p for p in listed if p in task.pairs[split] and p not in seen]
@@ -572,20 +580,23 @@ def test_any_single_count_that_differs_is_refused_and_the_papers_never(
 ) -> None:
     task = made(train, val, test, rows)
     found = count(task)
-    where: dict[str, Any] = {"root": Path("R"), "name": "n", "source": "s"}
-    assert_counts(found, found, **where)
-    assert_counts(found, Counts(), **where)
+
+    def judged(official: Counts) -> dict[str, str]:
+        counts = table(found, official)
+        return judge("n", Path("R"), counts, recognised=False, check="official", source="s")
+
+    judged(found)
+    judged(Counts())
     value = getattr(found, name)
     other: Any = (*value, "z") if isinstance(value, tuple) else value + 1
     with pytest.raises(
-        DatasetError, match=f"^R is not the published n: {name} .* expected"
+        DatasetError, match=f"^R is not the published n: {name.replace('_', ' ')}: .* expected"
     ) as caught:
-        assert_counts(found, Counts(**{name: other}), **where)
+        judged(Counts(**{name: other}))
     assert str(caught.value).count("expected,") == 1
-    papers = dict.fromkeys(describe(task, found, Counts(), {}), "1,000,000")
-    assert all(
-        t.endswith("(papers: 1,000,000)") for t in describe(task, found, found, papers).values()
-    )
+    lines = judged(found) | per_split(task)
+    told = with_papers(lines, dict.fromkeys(lines, "1,000,000"))
+    assert all(t.endswith("(papers: 1,000,000)") for t in told.values())
 
 
 @each_set
@@ -593,7 +604,7 @@ def test_every_number_of_the_papers_has_a_line_to_stand_on(
     module: ModuleType, tmp_path: Path
 ) -> None:
     task = task_of(module.load(module.miniature(tmp_path / "m")))
-    assert set(module.PAPERS) <= set(describe(task, count(task), module.OFFICIAL, module.PAPERS))
+    assert set(module.PAPERS) <= {*table(count(task), module.OFFICIAL), *per_split(task)}
 
 
 # --- the published tables ---
@@ -696,7 +707,7 @@ def test_the_published_set_is_recognised_and_only_what_the_tables_lack_is_missin
         assert counts["train images"] == "11,175 (papers: 72,203)"
         assert counts["pairs"] == "15,785 (papers: at least 15,785)"
         return
-    with pytest.raises(DatasetError, match=r"published \w+: train_images \S+ expected") as caught:
+    with pytest.raises(DatasetError, match=r"published \w+: train images: \S+ expected") as caught:
         module.load(root, require_images=False)
     assert str(caught.value).count("expected,") == 1
 
@@ -737,3 +748,24 @@ def test_an_open_world_of_full_size_loads(table: str, tmp_path: Path) -> None:
     root = official_root(table, tmp_path / "set")
     dataset = module.load(root, check="none", require_images=False, world="open")
     assert len({text.id for text in dataset.texts}) == expected.open_world_pairs
+
+
+@each_set
+def test_a_set_that_would_train_on_nothing_is_refused(module: ModuleType, tmp_path: Path) -> None:
+    root = module.miniature(tmp_path / "m")
+    path = root / f"{METADATA}.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([r | {"attr": r["obj"] + "!", "obj": r["attr"]} for r in rows]))
+    with pytest.raises(DatasetError, match=r"none of split train shows a pair .*right way round"):
+        module.load(root, check="none", require_images=False)
+
+
+@each_set
+def test_an_image_in_two_splits_is_refused(module: ModuleType, tmp_path: Path) -> None:
+    root = module.miniature(tmp_path / "m")
+    path = root / f"{METADATA}.json"
+    rows = json.loads(path.read_text())
+    first = next(r for r in rows if r["set"] == "train")
+    path.write_text(json.dumps([*rows, first | {"set": "test"}]))
+    with pytest.raises(DatasetError, match=r"1 images have rows in two splits, e\.g\. "):
+        module.load(root)

@@ -99,7 +99,7 @@ def test_half_of_visual_genome_is_called_by_its_name(looks: Path) -> None:
     for part in genecis.GENOME[1:]:
         shutil.rmtree(looks / part)
     with pytest.raises(
-        DatasetNotFound, match=r"images of Visual Genome; .*VG_100K_all/61\.jpg and"
+        DatasetNotFound, match=r"images of Visual Genome: .*VG_100K_all/61\.jpg nor"
     ):
         genecis.load(looks)
 

@@ -172,8 +172,8 @@ def test_bivlc_is_known_by_its_captions(pairs: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DatasetError) as caught:
         bivlc.load(pairs)
     message = str(caught.value)
-    assert "replace_obj 1,200 expected, 1 found" in message
-    assert "rows 2,933 expected, 7 found" in message
+    assert "replace_obj: 1,200 expected, 1 found" in message
+    assert "rows: 2,933 expected, 7 found" in message
     counts = bivlc.load(pairs, check="none").counts
     assert counts["replace"] == "3 (published 2,099)"
     assert counts["rows"] == "7 (published 2,933)"
@@ -479,8 +479,12 @@ def test_several_tables_are_an_error_unless_one_is_named(own: Path) -> None:
         ("id", 1.5, "line 2: id is '1.5'; an id is"),
         ("category", "", "line 2: category is ''; it must be a text that is not blank"),
         ("caption_1", "\n", "line 2: caption_1 is "),
-        ("image_1", "../../etc/passwd", "line 2: image name '../../etc/passwd' holds a '..' comp"),
-        ("image_0", 3, "line 2: image_0 is '3'; it must be the name of an image file"),
+        (
+            "image_1",
+            "../../etc/passwd",
+            "line 2: image_1: image name '../../etc/passwd' holds a '..' comp",
+        ),
+        ("image_0", 3, "line 2: image_0 is 3; it must be the name of an image file"),
     ],
 )
 def test_a_malformed_row_is_refused_by_its_line(
@@ -556,7 +560,7 @@ def test_a_column_of_pictures_is_no_id(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data.parquet", [own_row(image_0=picture(7), image_1=picture(8))])
     with pytest.raises(DatasetError, match="row 0: image_0 is 'None'; an id is a text"):
         two_by_two.load(tmp_path, columns={"id": "image_0"})
-    with pytest.raises(DatasetError, match="row 0: image_1 is 'None'; it must be a text"):
+    with pytest.raises(DatasetError, match="row 0: image_1 is None; it must be a text"):
         two_by_two.load(tmp_path, columns={"category": "image_1"})
 
 

@@ -15,13 +15,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from cache_builder.datasets.base import Dataset, Tasks, TextRecord
-from cache_builder.datasets.matching import Official, check_options, judge, require_root
+from cache_builder.datasets.checking import Count, check_options, judge, known_by_one
+from cache_builder.datasets.files import require_root
 from cache_builder.datasets.two_images import Columns, Pictures, read_two_images
 from cache_builder.images import decode_rule
 from cache_builder.records import DatasetError, DatasetNotFound
@@ -37,20 +38,21 @@ CATEGORIES = {
 }
 """type_subtype → rows."""
 
-OFFICIAL = Official(
-    name="bivlc",
-    counts={
-        **CATEGORIES,
-        **{
-            kind: sum(n for category, n in CATEGORIES.items() if category.startswith(f"{kind}_"))
-            for kind in ("replace", "add", "swap")
-        },
-        "rows": 2933,
-    },
-    source=(
-        "get data/test-*.parquet, about 537 MB in two parts, with "
-        "`hf download imirandam/BiVLC --repo-type dataset --local-dir ROOT`"
-    ),
+
+def _sizes(categories: Mapping[str, int]) -> dict[str, int]:
+    """Rows by category, by type, and all."""
+    types = {
+        kind: sum(n for category, n in categories.items() if category.partition("_")[0] == kind)
+        for kind in ("replace", "add", "swap")
+    }
+    return {**categories, **types, "rows": sum(categories.values())}
+
+
+PUBLISHED = _sizes(CATEGORIES)
+
+SOURCE = (
+    "get data/test-*.parquet, about 537 MB in two parts, with "
+    "`hf download imirandam/BiVLC --repo-type dataset --local-dir ROOT`"
 )
 
 COLUMNS = Columns(
@@ -102,28 +104,26 @@ def load(
         DatasetError: a row is malformed, the counts are not the published ones, or pyarrow is missing.
         UnknownName: no such check.
     """
-    check_options("bivlc", check, require_images=require_images, follow_links=follow_links)
-    root = require_root("bivlc", root, OFFICIAL.source)
+    check_options(check=check, require_images=require_images, follow_links=follow_links)
+    root = require_root("bivlc", root, SOURCE)
     found = read_two_images(
         "bivlc",
         _tables(root),
         COLUMNS,
         Pictures(root / "images", by_row=True, required=require_images, follow_links=follow_links),
-        OFFICIAL.source,
+        SOURCE,
     )
     categories = Counter(example.category for example in found.examples)
-    types = Counter(category.partition("_")[0] for category in categories.elements())
     counts = judge(
-        OFFICIAL,
+        "bivlc",
+        root,
         {
-            **dict.fromkeys(CATEGORIES, 0),
-            **categories,
-            **{kind: types[kind] for kind in ("replace", "add", "swap")},
-            "rows": len(found.examples),
+            what: Count(n, PUBLISHED.get(what))
+            for what, n in (dict.fromkeys(PUBLISHED, 0) | _sizes(categories)).items()
         },
+        recognised=known_by_one(MARKS, {*marks(found.texts)}),
         check=check,
-        recognised=not MARKS.isdisjoint(marks(found.texts)),
-        root=root,
+        source=SOURCE,
     )
     return Dataset(
         name="bivlc",
@@ -188,7 +188,7 @@ def _tables(root: Path) -> list[Path]:
     if not parts and not lines:
         raise DatasetNotFound(
             f"bivlc looked in {folders[0]} and {root} for test-*.parquet, or test.jsonl, and found neither; "
-            f"{OFFICIAL.source}"
+            f"{SOURCE}"
         )
     if len({path.parent for path in [*parts, *lines]}) > 1 or (parts and lines) or len(lines) > 1:
         raise DatasetError(
@@ -220,7 +220,7 @@ def _whole(parts: Sequence[Path]) -> list[Path]:
     if missing or len(numbered) > max(totals):
         raise DatasetNotFound(
             f"bivlc looked in {parts[0].parent} for {max(totals)} parts test-*-of-{max(totals):05}.parquet and found "
-            f"{len(numbered)}; {OFFICIAL.source}"
+            f"{len(numbered)}; {SOURCE}"
         )
     return [numbered[n] for n in sorted(numbered)]
 

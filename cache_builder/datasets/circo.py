@@ -26,22 +26,27 @@ from pathlib import Path
 from PIL import Image
 
 from cache_builder.datasets.base import ComposedExample, Dataset, Gallery, Tasks, TextRecord
-from cache_builder.datasets.triplets import (
-    CHECKS,
+from cache_builder.datasets.checking import (
     Count,
-    Place,
-    Row,
-    as_row,
-    check_examples,
     check_options,
-    check_unique,
-    compare_counts,
-    harmless,
+    file_name,
+    judge,
+    known_by_one,
+)
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    Place,
     image_record,
-    not_looked_for,
+    require_some_image,
+)
+from cache_builder.datasets.triplets import (
+    Annotation,
+    as_annotation,
+    check_examples,
+    check_unique,
     read_rows,
     require_files,
-    require_some_image,
     some_of,
 )
 from cache_builder.images import decode_rule
@@ -77,8 +82,6 @@ SOURCE = (
     "images.cocodataset.org, unpacked below ROOT/COCO2017_unlabeled"
 )
 
-OPTIONS = {"check": CHECKS, "require_images": (True, False), "follow_links": (True, False)}
-
 
 def load(
     root: str | Path | None,
@@ -104,11 +107,11 @@ def load(
         DatasetError: a row is malformed, or the counts are not the published ones.
         UnknownName: no such split or check.
     """
-    check_options(OPTIONS, check=check, require_images=require_images, follow_links=follow_links)
+    check_options(check=check, require_images=require_images, follow_links=follow_links)
     chosen = some_of("splits", splits, tuple(QUERIES))
     wanted = [f"annotations/{split}.json" for split in chosen] + [LIST] * require_images
     remedy = (
-        "Or name the splits that are there, e.g. splits=val; "
+        "Or name with splits= those that are there; "
         "require_images=false does without images and their list"
     )
     folder = require_files("circo", root, wanted, SOURCE, remedy)
@@ -125,22 +128,25 @@ def load(
         places = {i: ((folder / PICTURES, f"{int(i):012d}.jpg"),) for i in named}
     galleries = {gallery: Gallery(tuple(places), with_reference=True)}
     check_examples("circo", examples, galleries)
-    told = compare_counts(
+    told = judge(
         "circo",
         folder,
         _counts(rows, examples, len(places) if whole else None),
-        marks=[(s, mark) for s in chosen for mark in MARKS[s]],
-        found={(s, row.number("reference_img_id")) for s in chosen for row in rows[s]},
+        recognised=known_by_one(
+            [(s, mark) for s in chosen for mark in MARKS[s]],
+            {(s, row.number("reference_img_id")) for s in chosen for row in rows[s]},
+        ),
         check=check,
         source=SOURCE,
     )
     if not whole:
         told["gallery"] = f"{len(places):,}, only what the annotations name: there is no {LIST}"
+    images = tuple(image_record(i, p, follow_links=follow_links) for i, p in places.items())
     if require_images:
-        require_some_image("circo", "unlabeled2017", places.values(), SOURCE)
+        require_some_image("circo", images, f"{SOURCE}; {WITHOUT}", of="unlabeled2017")
     return Dataset(
         name="circo",
-        images=tuple(image_record(i, p, follow_links=follow_links) for i, p in places.items()),
+        images=images,
         texts=tuple(
             TextRecord(f"{split}/{row.number('id')}", row.text("relative_caption"))
             for split in chosen
@@ -148,7 +154,7 @@ def load(
         ),
         tasks=Tasks(composed=tuple(examples), galleries=galleries),
         decode=decode_rule(upright=False),
-        counts=told | not_looked_for(require_images),
+        counts=told | ({} if require_images else NOT_LOOKED_FOR),
         root=str(folder),
     )
 
@@ -200,16 +206,16 @@ def _read_list(root: Path) -> dict[str, tuple[Place, ...]]:
     """Image → where it lies, in file order."""
     path = root / LIST
     found: dict[str, tuple[Place, ...]] = {}
-    for number, raw in enumerate(as_row(read_json(path), str(path)).list("images")):
-        row = as_row(raw, f"{path} image {number}")
+    for number, raw in enumerate(as_annotation(read_json(path), str(path)).list("images")):
+        row = as_annotation(raw, f"{path} image {number}")
         image = str(row.number("id"))
         if image in found:
             raise DatasetError(f"{row.place}: id {image} occurs twice")
-        found[image] = ((root / PICTURES, harmless(row.text("file_name"), row.place)),)
+        found[image] = ((root / PICTURES, file_name(row.text("file_name"), row.place)),)
     return found
 
 
-def _example(row: Row, split: str, gallery: str) -> ComposedExample:
+def _example(row: Annotation, split: str, gallery: str) -> ComposedExample:
     targets: tuple[int, ...] = ()
     aspects: tuple[str, ...] = ()
     if split != "test":
@@ -237,7 +243,9 @@ def _example(row: Row, split: str, gallery: str) -> ComposedExample:
 
 
 def _counts(
-    rows: Mapping[str, Sequence[Row]], examples: Sequence[ComposedExample], gallery: int | None
+    rows: Mapping[str, Sequence[Annotation]],
+    examples: Sequence[ComposedExample],
+    gallery: int | None,
 ) -> dict[str, Count]:
     counts: dict[str, Count] = {}
     for split, read in rows.items():

@@ -25,25 +25,37 @@ from pathlib import Path
 
 from PIL import Image
 
-from cache_builder.datasets.base import ComposedExample, Dataset, Gallery, Tasks, TextRecord
-from cache_builder.datasets.triplets import (
-    CHECKS,
+from cache_builder.datasets.base import (
+    ComposedExample,
+    Dataset,
+    Gallery,
+    ImageRecord,
+    Tasks,
+    TextRecord,
+)
+from cache_builder.datasets.checking import (
     SPLITS,
     Count,
-    Place,
-    Row,
-    check_examples,
     check_options,
-    check_unique,
-    checked_text,
-    compare_counts,
-    harmless,
+    file_name,
+    judge,
+    known_by_one,
+    text,
+)
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    Place,
     image_record,
-    not_looked_for,
-    read_rows,
-    require_files,
     require_root,
     require_some_image,
+)
+from cache_builder.datasets.triplets import (
+    Annotation,
+    check_examples,
+    check_unique,
+    read_rows,
+    require_files,
     some_of,
 )
 from cache_builder.images import decode_rule
@@ -73,9 +85,6 @@ SOURCE = (
 
 OPTIONS = {
     "layout": ("auto", *LAYOUTS),
-    "check": CHECKS,
-    "require_images": (True, False),
-    "follow_links": (True, False),
 }
 
 
@@ -121,50 +130,52 @@ def load(
         for s in chosen
         for kind in ("captions/cap", "image_splits/split")
     ]
-    remedy = "Or name the splits that are there, e.g. splits=val"
+    remedy = "Or name with splits= those that are there"
     require_files("cirr", annotations, files, SOURCE, remedy)
-    places: dict[str, tuple[Place, ...]] = {}
+    images: dict[str, ImageRecord] = {}
     examples: list[ComposedExample] = []
     texts: list[TextRecord] = []
     galleries: dict[str, Gallery] = {}
     counts: dict[str, Count] = {}
     for split in chosen:
-        listed = _read_images(annotations, split, pictures)
+        listed = {
+            image: image_record(image, places, follow_links=follow_links)
+            for image, places in _read_images(annotations, split, pictures).items()
+        }
         rows = read_rows(annotations / f"captions/cap.rc2.{FILES[split]}.json")
         found = [_example(row, split) for row in rows]
         if require_images:
-            require_some_image("cirr", split, listed.values(), SOURCE)
+            require_some_image("cirr", [*listed.values()], f"{SOURCE}; {WITHOUT}", of=split)
         texts += [
             TextRecord(e.id, r.text("caption", empty=True))
             for e, r in zip(found, rows, strict=True)
         ]
-        check_unique("cirr", "image names", (*places, *listed))
-        places |= listed
+        check_unique("cirr", "image names", (*images, *listed))
+        images |= listed
         examples += found
         galleries[split] = Gallery(tuple(listed), with_reference=False)
         counts[f"{split} queries"] = Count(len(rows), QUERIES[split], asserted=split != "train")
         counts[f"{split} images"] = Count(len(listed), IMAGES[split])
     check_unique("cirr", "pairids", (e.id for e in examples))
     check_examples("cirr", examples, galleries)
-    told = compare_counts(
+    told = judge(
         "cirr",
         folder,
         counts,
-        marks=[mark for s in chosen for mark in MARKS[s]],
-        found=places,
+        recognised=known_by_one([mark for s in chosen for mark in MARKS[s]], images),
         check=check,
         source=SOURCE,
     )
     blank = sum(not text.text for text in texts)
     return Dataset(
         name="cirr",
-        images=tuple(image_record(i, p, follow_links=follow_links) for i, p in places.items()),
+        images=tuple(images.values()),
         texts=tuple(texts),
         tasks=Tasks(composed=tuple(examples), galleries=galleries),
         decode=decode_rule(upright=False),
         counts=told
         | {"blank captions": f"{blank:,}", "layout": layout}
-        | not_looked_for(require_images),
+        | ({} if require_images else NOT_LOOKED_FOR),
         root=str(folder),
     )
 
@@ -228,14 +239,14 @@ def _read_images(annotations: Path, split: str, pictures: Path) -> dict[str, tup
     found: dict[str, tuple[Place, ...]] = {}
     for name, value in raw.items():
         place = f"{path} image {name!r:.80}"
-        folder, _, rest = checked_text(value, place).removeprefix("./").partition("/")
+        folder, _, rest = text(value, place).removeprefix("./").partition("/")
         if folder != FOLDERS[split]:
             raise DatasetError(f"{place} lies at {value!r:.80}, not below ./{FOLDERS[split]}/")
-        found[checked_text(name, place)] = ((pictures / folder, harmless(rest, place)),)
+        found[text(name, place)] = ((pictures / folder, file_name(rest, place)),)
     return found
 
 
-def _example(row: Row, split: str) -> ComposedExample:
+def _example(row: Annotation, split: str) -> ComposedExample:
     reference, members = row.text("reference"), row.inner("img_set").texts("members")
     if len(members) != 6 or len(set(members)) != 6 or reference not in members:
         raise DatasetError(

@@ -5,12 +5,11 @@ printed beside what was found.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from cache_builder.datasets.base import CompositionTask
-from cache_builder.records import DatasetError
+from cache_builder.datasets.checking import Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,47 +59,18 @@ def count(task: CompositionTask) -> Counts:
     )
 
 
-def assert_counts(found: Counts, official: Counts, *, root: Path, name: str, source: str) -> None:
-    """Refuse a set whose sizes are not the published ones.
-
-    Raises:
-        DatasetError: names every count that differs, expected and found.
-    """
-    wrong = [
-        f"{field.name} {_show(expected)} expected, {_show(value)} found"
-        for field in fields(Counts)
-        if (expected := getattr(official, field.name)) is not None
-        and expected != (value := getattr(found, field.name))
-    ]
-    if wrong:
-        raise DatasetError(
-            f"{root} is not the published {name}: {'; '.join(wrong)}. Get the whole set "
-            f'({source}), or pass check="none" if this is a subset or a set of your own'
+def table(found: Counts, official: Counts) -> dict[str, Count]:
+    """Every count beside the published one, for `checking.judge`."""
+    return {
+        field.name.replace("_", " "): Count(
+            getattr(found, field.name), getattr(official, field.name)
         )
+        for field in fields(Counts)
+    }
 
 
-def describe(
-    task: CompositionTask, found: Counts, official: Counts, papers: Mapping[str, str]
-) -> dict[str, str]:
-    """Every count as a line for people: what was found, and what is published or printed in papers beside it.
-
-    Args:
-        task: the labelled images and the pairs of every split; all examples name a listed pair.
-        found: `count(task)`.
-        official: A numbers, shown as "(published …)".
-        papers: P numbers by the line they belong to, shown as "(papers: …)".
-    """
-    lines: dict[str, str] = {}
-    for field in fields(Counts):
-        value, expected = getattr(found, field.name), getattr(official, field.name)
-        if expected is None:
-            beside = ""
-        elif isinstance(expected, tuple) and expected == value:
-            beside = f" (published {len(expected)}, the same)"
-        else:
-            beside = f" (published {_show(expected)})"
-        lines[field.name.replace("_", " ")] = _show(value) + beside
-    lines |= _per_split(task)
+def with_papers(lines: Mapping[str, str], papers: Mapping[str, str]) -> dict[str, str]:
+    """The lines, with P numbers as "(papers: …)" behind those they belong to; all of these must be there."""
     assert set(papers) <= set(lines), f"no such lines: {set(papers) - set(lines)}"
     return {
         line: f"{text} (papers: {papers[line]})" if line in papers else text
@@ -108,7 +78,7 @@ def describe(
     }
 
 
-def _per_split(task: CompositionTask) -> dict[str, str]:
+def per_split(task: CompositionTask) -> dict[str, str]:
     """What A does not cover: val and test, computed."""
     seen = set(task.pairs["train"])
     listed = {split: set(task.pairs[split]) for split in ("val", "test")}
@@ -125,10 +95,3 @@ def _per_split(task: CompositionTask) -> dict[str, str]:
     strays = sum((e.attr, e.obj) not in known[e.split] for e in task.examples)
     lines["images of no candidate"] = f"{strays:,}"
     return lines
-
-
-def _show(value: int | Sequence[str]) -> str:
-    """`1,262`, or `2 (orange, wool)`."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{len(value)} ({', '.join(value)})" if value else "0"

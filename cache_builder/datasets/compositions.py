@@ -21,17 +21,30 @@ from cache_builder.datasets.base import (
     Tasks,
     TextRecord,
 )
-from cache_builder.datasets.composition_counts import Counts, assert_counts, count, describe
+from cache_builder.datasets.checking import SPLITS, check_options, judge, known_by_half
+from cache_builder.datasets.composition_counts import (
+    Counts,
+    count,
+    per_split,
+    table,
+    with_papers,
+)
 from cache_builder.datasets.composition_files import (
     METADATA,
     PAIR_FOLDER,
-    Place,
-    Row,
+    Labels,
+    Spelling,
     as_written,
+)
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    Place,
     image_record,
+    listed,
+    require_root,
     require_some_image,
 )
-from cache_builder.errors import UnknownName
 from cache_builder.images import check_name, decode_rule
 from cache_builder.records import (
     DatasetError,
@@ -42,8 +55,6 @@ from cache_builder.records import (
     read_lines,
     read_t7,
 )
-
-SPLITS = ("train", "val", "test")
 
 PRESETS: Mapping[str, Callable[[str], str]] = {
     "plain": lambda name: " ".join(name.lower().replace(".", " ").replace("_", " ").split()),
@@ -62,7 +73,7 @@ class Layout:
         official: counted in the public files; asserted under `check`.
         marks: a few (role, word) of the official vocabulary, by which the set is recognised even when damaged.
         source: how to get the set, for the message when it is not there.
-        papers: numbers from papers, printed only, by the line of `composition_counts.describe` they stand beside.
+        papers: numbers from papers, printed only, by the line of the counts they stand beside.
         separator: between the two names of a pair line; None for blanks.
         places: where to look for the image of a row, in order.
         folders: image folders that `places` names; one of them has to be there.
@@ -77,7 +88,7 @@ class Layout:
     source: str
     papers: Mapping[str, str] = field(default_factory=dict)
     separator: str | None = None
-    places: Callable[[Row], tuple[Place, ...]] = as_written
+    places: Callable[[Labels], tuple[Spelling, ...]] = as_written
     folders: tuple[str, ...] = ("images",)
     step: str = ""
     short: Mapping[str, str] = field(default_factory=dict)
@@ -112,47 +123,62 @@ def read_compositions(
         UnknownName: no such world, preset or check, or an option that must be true or false is neither.
         UnsafeName: an image name leads out of its folder.
     """
-    _known("world", world, ("closed", "open"))
-    _known("names", names, (*PRESETS, "short") if layout.short else tuple(PRESETS))
-    _known("check", check, ("auto", "official", "none"))
-    for option, value in (("require_images", require_images), ("follow_links", follow_links)):
-        if value not in (True, False):
-            raise UnknownName(f"{option}={value!r} is not known; {option} is true or false")
-    root = _require_root(root, layout)
+    presets = (*PRESETS, "short") if layout.short else tuple(PRESETS)
+    check_options(
+        {"world": ("closed", "open"), "names": presets},
+        world=world,
+        names=names,
+        check=check,
+        require_images=require_images,
+        follow_links=follow_links,
+    )
+    root = require_root(layout.name, root, layout.source)
     metadata = _require_layout(root, layout, require_images)
     pairs = {s: _read_pairs(root / PAIR_FOLDER / f"{s}_pairs.txt", layout) for s in SPLITS}
-    union = {pair for listed in pairs.values() for pair in listed}
+    union = {pair for of in pairs.values() for pair in of}
     rows = _read_rows(metadata)
     kept = [r for r in rows if _usable(r, union)]
+    if not any(r["set"] == "train" for r in kept):
+        raise DatasetError(
+            f"{metadata} has {len(rows):,} rows, and none of split train shows a pair of the pair files; "
+            f"look whether attr and obj are the right way round; {layout.source}"
+        )
     examples = tuple(
         CompositionExample(r["image"], r["attr"], r["obj"], _split(r["set"])) for r in kept
     )
     task = CompositionTask(examples, pairs, prompts={})
-    published = _is_published(task, layout)
-    official = check == "official" or (check == "auto" and published)
-    found = count(task)
-    if official:
-        assert_counts(found, layout.official, root=root, name=layout.name, source=layout.source)
-    first_row: dict[str, Row] = {}
+    torn = _in_two_splits(examples)
+    words = {("attr", a) for a in task.attrs} | {("obj", o) for o in task.objs}
+    published = known_by_half(layout.marks, words)
+    if torn and not published:  # what is published is what it is, and is told below
+        raise DatasetError(
+            f"{metadata}: {len(torn):,} images have rows in two splits, e.g. {', '.join(map(repr, torn[:3]))}; "
+            "an image belongs to one"
+        )
+    told = judge(
+        layout.name,
+        root,
+        table(count(task), layout.official),
+        recognised=published,
+        check=check,
+        source=layout.source,
+    )
+    told |= per_split(task)
+    first_row: dict[str, Labels] = {}
     for row in kept:
         first_row.setdefault(row["image"], row)
-    places = {image: layout.places(row) for image, row in first_row.items()}
+    images = tuple(
+        image_record(image, _places(root, layout, row), layout.step, follow_links=follow_links)
+        for image, row in first_row.items()
+    )
     if require_images:
-        require_some_image(root, places, name=layout.name, remedy=layout.step or layout.source)
+        require_some_image(layout.name, images, f"{layout.source}; {WITHOUT}")
     prompted = sorted(union) if world == "closed" else product(task.attrs, task.objs)
     prompts = {pair: pair_id(*pair) for pair in prompted}
     written = _written(names, task, layout)
-    counts = (
-        describe(task, found, layout.official, layout.papers)
-        if published
-        else describe(task, found, Counts(), {})
-    )
     return Dataset(
         name=layout.name,
-        images=tuple(
-            image_record(image, root, tried, step=layout.step, follow_links=follow_links)
-            for image, tried in places.items()
-        ),
+        images=images,
         texts=tuple(
             TextRecord(text_id, _sentence(written[attr], written[obj]))
             for (attr, obj), text_id in prompts.items()
@@ -160,12 +186,12 @@ def read_compositions(
         tasks=Tasks(czsl=CompositionTask(examples, pairs, prompts)),
         decode=decode_rule(upright=False),
         counts={
-            "set": _identity(official=official, published=published),
-            **_with_odd_sets(counts, kept),
+            **_with_odd_sets(with_papers(told, layout.papers if published else {}), kept),
             "rows dropped": f"{len(rows) - len(kept):,} of {len(rows):,} (NA, or pair not in the pair files)",
             "repeated images": f"{len(kept) - len(first_row):,}",
+            **({"images in two splits": listed(torn)} if torn else {}),
             "read from": metadata.name,
-            **({} if require_images else {"image files": "images not looked for"}),
+            **({} if require_images else NOT_LOOKED_FOR),
         },
         root=str(root),
     )
@@ -209,21 +235,6 @@ def pair_id(attr: str, obj: str) -> str:
     return "+".join(name.replace("%", "%25").replace("+", "%2B") for name in (attr, obj))
 
 
-def _known(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UnknownName(f"{option}={value!r} is not known; choose one of {', '.join(known)}")
-
-
-def _require_root(root: str | Path | None, layout: Layout) -> Path:
-    if root is None:
-        raise DatasetNotFound(
-            f"{layout.name} needs the folder it lies in (--root); {layout.source}"
-        )
-    if not Path(root).is_dir():
-        raise DatasetNotFound(f"{layout.name}: there is no folder {root}; {layout.source}")
-    return Path(root)
-
-
 def _require_layout(root: Path, layout: Layout, require_images: bool) -> Path:
     """The metadata file, once everything else is known to be there."""
     # A JSON copy wins: somebody made it because the .t7 could not be read.
@@ -259,7 +270,7 @@ def _read_pairs(path: Path, layout: Layout) -> tuple[Pair, ...]:
     return tuple(found)
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[Labels]:
     raw = {".t7": read_t7, ".json": read_json, ".jsonl": lambda p: [r for _, r in read_jsonl(p)]}[
         path.suffix
     ](path)
@@ -278,8 +289,19 @@ def _read_rows(path: Path) -> list[Row]:
     return raw
 
 
-def _usable(row: Row, union: set[Pair]) -> bool:
+def _places(root: Path, layout: Layout, row: Labels) -> tuple[Place, ...]:
+    """Where to look for the image of a row; a name that could lead out of its folder is refused at once."""
+    return tuple((root / folder, check_name(name)) for folder, name in layout.places(row))
+
+
+def _usable(row: Labels, union: set[Pair]) -> bool:
     return "NA" not in (row["attr"], row["set"]) and (row["attr"], row["obj"]) in union
+
+
+def _in_two_splits(examples: Sequence[CompositionExample]) -> list[str]:
+    first: dict[str, str] = {}
+    torn = (e.image for e in examples if first.setdefault(e.image, e.split) != e.split)
+    return list(dict.fromkeys(torn))
 
 
 def _split(value: str) -> str:
@@ -287,18 +309,7 @@ def _split(value: str) -> str:
     return value if value in ("train", "val") else "test"
 
 
-def _is_published(task: CompositionTask, layout: Layout) -> bool:
-    words = {("attr", a) for a in task.attrs} | {("obj", o) for o in task.objs}
-    return 2 * len(layout.marks & words) >= len(layout.marks)
-
-
-def _identity(*, official: bool, published: bool) -> str:
-    if official:
-        return "the published one, its counts asserted"
-    return "published names, counts not asserted" if published else "another set in this layout"
-
-
-def _with_odd_sets(counts: Mapping[str, str], kept: Sequence[Row]) -> dict[str, str]:
+def _with_odd_sets(counts: Mapping[str, str], kept: Sequence[Labels]) -> dict[str, str]:
     """The counts, with the values of `set` that were read as test for want of a better rule."""
     odd = sorted({r["set"] for r in kept} - set(SPLITS))
     including = f" (including set = {', '.join(map(repr, odd))})" if odd else ""

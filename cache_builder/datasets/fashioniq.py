@@ -24,24 +24,29 @@ from pathlib import Path
 from PIL import Image
 
 from cache_builder.datasets.base import ComposedExample, Dataset, Gallery, Tasks, TextRecord
-from cache_builder.datasets.triplets import (
-    CHECKS,
+from cache_builder.datasets.checking import (
     SPLITS,
     Count,
-    Place,
-    Row,
-    check_examples,
     check_options,
-    check_unique,
-    checked_text,
-    compare_counts,
-    harmless,
+    file_name,
+    judge,
+    known_by_one,
+    text,
+)
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    Place,
     image_record,
-    not_looked_for,
+    require_some_image,
+)
+from cache_builder.datasets.triplets import (
+    Annotation,
+    check_examples,
+    check_unique,
     read_list,
     read_rows,
     require_files,
-    require_some_image,
     some_of,
 )
 from cache_builder.errors import UnknownName
@@ -82,9 +87,6 @@ SOURCE = (
 OPTIONS = {
     "gallery": tuple(GALLERIES),
     "orders": ("both", "single"),
-    "check": CHECKS,
-    "require_images": (True, False),
-    "follow_links": (True, False),
 }
 
 
@@ -138,7 +140,7 @@ def load(
         for category in CATEGORIES
         for kind in ("captions/cap", "image_splits/split")
     ]
-    remedy = "Or name the splits that are there, e.g. splits=val"
+    remedy = "Or name with splits= those that are there"
     folder = require_files("fashioniq", root, files, SOURCE, remedy)
     examples: list[ComposedExample] = []
     texts: list[TextRecord] = []
@@ -165,29 +167,32 @@ def load(
         of_val = GALLERIES[gallery][category] if split == "val" else None
         counts[f"{split} {category} gallery {gallery}"] = Count(len(listed), of_val)
     check_examples("fashioniq", examples, galleries)
-    told = compare_counts(
+    told = judge(
         "fashioniq",
         folder,
         counts,
-        marks=[mark for s in chosen for mark in MARKS[s]],
-        found={e.reference for e in examples},
+        recognised=known_by_one(
+            [mark for s in chosen for mark in MARKS[s]], {e.reference for e in examples}
+        ),
         check=check,
         source=SOURCE,
     )
     images = dict.fromkeys(image for g in galleries.values() for image in g.images)
-    places = {image: _places(folder, image) for image in images}
+    records = tuple(
+        image_record(image, _places(folder, image), follow_links=follow_links) for image in images
+    )
     if require_images:
-        require_some_image("fashioniq", " and ".join(chosen), places.values(), SOURCE)
-        told["images not there"] = _missing(folder, images)
+        require_some_image("fashioniq", records, f"{SOURCE}; {WITHOUT}", of=" and ".join(chosen))
+        told["images missing"] = _missing(folder, images)
     return Dataset(
         name="fashioniq",
-        images=tuple(image_record(i, p, follow_links=follow_links) for i, p in places.items()),
+        images=records,
         texts=tuple(texts),
         tasks=Tasks(composed=tuple(examples), galleries=galleries),
         decode=decode_rule(upright=False),
         counts=told
         | {"queries with an empty caption": f"{empty:,}"}
-        | not_looked_for(require_images),
+        | ({} if require_images else NOT_LOOKED_FOR),
         root=str(folder),
     )
 
@@ -235,14 +240,14 @@ def miniature(root: str | Path) -> Path:
 
 
 def _read_gallery(path: Path) -> tuple[str, ...]:
-    listed = tuple(checked_text(one, str(path)) for one in read_list(path))
+    listed = tuple(text(one, str(path)) for one in read_list(path))
     check_unique("fashioniq", f"images of {path.name}", listed)
     for one in listed:
-        harmless(one, str(path))
+        file_name(one, str(path))
     return listed
 
 
-def _captions(row: Row) -> tuple[str, str]:
+def _captions(row: Annotation) -> tuple[str, str]:
     said = row.list("captions")
     if len(said) != 2 or not all(isinstance(one, str) for one in said):
         raise DatasetError(f"{row.place}: captions are {said!r:.80}, not two texts")
@@ -258,7 +263,12 @@ def _wordings(name: str, said: tuple[str, str], orders: str) -> list[TextRecord]
 
 
 def _example(
-    row: Row, name: str, wordings: Sequence[TextRecord], category: str, split: str, gallery: str
+    row: Annotation,
+    name: str,
+    wordings: Sequence[TextRecord],
+    category: str,
+    split: str,
+    gallery: str,
 ) -> ComposedExample:
     return ComposedExample(
         id=name,

@@ -19,8 +19,9 @@ import json
 from pathlib import Path
 
 from cache_builder.datasets.base import Dataset
+from cache_builder.datasets.checking import SPLITS
 from cache_builder.datasets.karpathy import read_karpathy
-from cache_builder.datasets.karpathy_files import SPLITS, Layout, draw, write_karpathy
+from cache_builder.datasets.karpathy_files import Layout, draw, write_karpathy
 
 LAYOUT = Layout(
     name="flickr30k",

@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,16 @@ from cache_builder.datasets.base import (
     CompositionExample,
     CompositionTask,
     Dataset,
-    ImageRecord,
     Pair,
     RetrievalExample,
     Tasks,
     TextRecord,
 )
-from cache_builder.datasets.compositions import PRESETS, SPLITS, pair_id, prompt
-from cache_builder.errors import UnknownName
+from cache_builder.datasets.checking import SPLITS, check_options, file_name, text
+from cache_builder.datasets.compositions import PRESETS, pair_id, prompt
+from cache_builder.datasets.files import image_record, require_root, require_some_image
 from cache_builder.images import (
-    UnsafeName,
-    check_name,
     decode_rule,
-    image_path,
-    image_size,
-    open_image,
 )
 from cache_builder.records import DatasetError, DatasetNotFound, read_csv, read_jsonl
 
@@ -86,17 +80,14 @@ def load(
         DatasetNotFound: no ROOT/images, or a table that lists none of its files.
         DatasetError: a malformed table, or one that contradicts itself; names the first three offenders.
     """
-    if root is None:
-        raise DatasetNotFound(f"folder needs the folder your pictures lie in (--root); {HOW}")
-    root = Path(root)
-    if world not in ("closed", "open") or names not in PRESETS:
-        raise UnknownName(
-            f"folder was asked for world={world!r}, names={names!r}; "
-            f"world is closed or open, names {' or '.join(PRESETS)}"
-        )
-    for key, value in (("upright", upright), ("follow_links", follow_links)):
-        if value not in (True, False):
-            raise UnknownName(f"folder was asked for {key}={value!r}; {key} is true or false")
+    root = require_root("folder", root, HOW)
+    check_options(
+        {"world": ("closed", "open"), "names": tuple(PRESETS)},
+        world=world,
+        names=names,
+        upright=upright,
+        follow_links=follow_links,
+    )
     if not (root / "images").is_dir():
         raise DatasetNotFound(
             f"folder looked for pictures in {root / 'images'} and found no such folder; {HOW}"
@@ -104,7 +95,15 @@ def load(
     rows, counts = _read_table(root)
     on_disk = _list_images(root / "images")
     images = tuple(dict.fromkeys(row.image for row in rows)) if rows else on_disk
-    _require_some(images, root)
+    if not images:
+        raise DatasetNotFound(f"folder found no picture below {root / 'images'}; {HOW}")
+    records = tuple(
+        image_record(name, [(root / "images", name)], follow_links=follow_links, upright=upright)
+        for name in images
+    )
+    if rows:
+        where = f"image names are relative to {root / 'images'}"
+        require_some_image("folder", records, where, of="the table")
     if rows:
         counts["images without a row"] = f"{len(set(on_disk) - set(images)):,}"
     if any(row.pair for row in rows):
@@ -115,15 +114,7 @@ def load(
             counts["pairs.csv"] = "not read: it adds candidates to labels, and there are none"
     return Dataset(
         name="folder",
-        images=tuple(
-            ImageRecord(
-                name,
-                partial(_open, root / "images", name, upright, follow_links),
-                partial(_measure, root / "images", name, upright, follow_links),
-                partial(image_path, root / "images", name, follow_links=follow_links),
-            )
-            for name in images
-        ),
+        images=records,
         texts=texts,
         tasks=tasks,
         decode=decode_rule(upright=upright),
@@ -160,14 +151,6 @@ def miniature(root: str | Path, *, kind: str = "labels") -> Path:
     return root
 
 
-def _open(images: Path, name: str, upright: bool, follow_links: bool) -> Image.Image:
-    return open_image(image_path(images, name, follow_links=follow_links), upright=upright)
-
-
-def _measure(images: Path, name: str, upright: bool, follow_links: bool) -> tuple[int, int]:
-    return image_size(image_path(images, name, follow_links=follow_links), upright=upright)
-
-
 def _list_images(images: Path) -> tuple[str, ...]:
     r"""Names of the picture files below a folder, in code-point order; links to folders are not entered.
 
@@ -181,18 +164,6 @@ def _list_images(images: Path) -> tuple[str, ...]:
         if file.lower().endswith(SUFFIXES)
     }
     return tuple(sorted(found))
-
-
-def _require_some(images: tuple[str, ...], root: Path) -> None:
-    if not any(os.path.exists(root / "images" / name) for name in images):
-        what = (
-            f"none of the {len(images):,} images of the table, e.g. {images[0]!r}"
-            if images
-            else "no picture"
-        )
-        raise DatasetNotFound(
-            f"folder found {what} below {root / 'images'}; image names are relative to that folder"
-        )
 
 
 def _read_table(root: Path) -> tuple[list[Row], dict[str, str]]:
@@ -239,11 +210,8 @@ def _rows(records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Row]:
 
 def _row(record: Mapping[str, Any], place: str) -> Row:
     """One checked row."""
-    image = _text(record, "image", place)
-    try:
-        check_name(image)
-    except UnsafeName as error:
-        raise DatasetError(f"{place}: {error}") from error
+    image = text(record.get("image"), f"{place}: image")
+    file_name(image, f"{place}: image")
     labelled = "attr" in record or "obj" in record
     captioned = "caption" in record or "captions" in record
     if labelled == captioned:
@@ -258,22 +226,18 @@ def _row(record: Mapping[str, Any], place: str) -> Row:
     if split not in SPLITS:
         raise DatasetError(f"{place}: split {split!r} is not one of {', '.join(SPLITS)}")
     if labelled:
-        pair = (_text(record, "attr", place), _text(record, "obj", place))
+        pair = (
+            text(record.get("attr"), f"{place}: attr"),
+            text(record.get("obj"), f"{place}: obj"),
+        )
         return Row(place, image, split, pair, ())
     listed = record.get("captions")
     if listed is None:
         listed = [record.get("caption")]
     if not isinstance(listed, list) or not listed:
         raise DatasetError(f"{place}: captions is {str(listed)[:60]!r}, not a list of texts")
-    captions = tuple(_text({"caption": c}, "caption", place) for c in listed)
+    captions = tuple(text(c, f"{place}: caption") for c in listed)
     return Row(place, image, split, None, captions)
-
-
-def _text(record: Mapping[str, Any], key: str, place: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise DatasetError(f"{place}: {key} is {value!r}; it must be a text that is not empty")
-    return value.strip()
 
 
 def _refuse(offenders: Iterable[str], what: str, remedy: str) -> None:
@@ -331,7 +295,10 @@ def _add_pairs(path: Path, pairs: Mapping[str, dict[Pair, None]], counts: dict[s
         place = f"{path.name} line {number}"
         if (split := record.get("split", "")) not in SPLITS:
             raise DatasetError(f"{place}: split {split!r} is not one of {', '.join(SPLITS)}")
-        pair = (_text(record, "attr", place), _text(record, "obj", place))
+        pair = (
+            text(record.get("attr"), f"{place}: attr"),
+            text(record.get("obj"), f"{place}: obj"),
+        )
         if split == "train" and pair not in pairs["train"]:
             unseen.append(f"{' '.join(pair)} in {place}")
         pairs[split][pair] = None

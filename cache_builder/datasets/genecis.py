@@ -25,21 +25,21 @@ from pathlib import Path
 from PIL import Image
 
 from cache_builder.datasets.base import ComposedExample, Dataset, ImageRecord, Tasks, TextRecord
-from cache_builder.datasets.triplets import (
-    CHECKS,
-    Count,
+from cache_builder.datasets.checking import Count, check_options, judge, known_by_one
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
     Place,
-    Row,
-    as_row,
-    check_examples,
-    check_options,
-    compare_counts,
     first_path,
     image_record,
-    not_looked_for,
+    require_some_image,
+)
+from cache_builder.datasets.triplets import (
+    Annotation,
+    as_annotation,
+    check_examples,
     read_rows,
     require_files,
-    require_some_image,
     some_of,
 )
 from cache_builder.images import MAX_PIXELS, MAX_SIDE, BadImage, decode_rule, image_size, open_image
@@ -89,8 +89,6 @@ SOURCE = (
     "ROOT/VG_100K_2"
 )
 
-OPTIONS = {"check": CHECKS, "require_images": (True, False), "follow_links": (True, False)}
-
 Box = tuple[float, float, float, float]
 
 
@@ -117,13 +115,13 @@ def load(
         DatasetError: a row is malformed, or the counts are not the published ones.
         UnknownName: no such task or check.
     """
-    check_options(OPTIONS, check=check, require_images=require_images, follow_links=follow_links)
+    check_options(check=check, require_images=require_images, follow_links=follow_links)
     chosen = some_of("tasks", tasks, TASKS)
     remedy = "Or name the tasks that are there, e.g. tasks=focus_object,change_object"
     wanted = [f"genecis/{task}.json" for task in chosen]
     folder = require_files("genecis", root, wanted, SOURCE, remedy)
     images: dict[str, ImageRecord] = {}
-    places: dict[str, list[Sequence[Place]]] = {"COCO": [], "Visual Genome": []}
+    files: dict[str, list[ImageRecord]] = {"COCO": [], "Visual Genome": []}
     conditions: dict[str, None] = {}
     examples: list[ComposedExample] = []
     counts: dict[str, Count] = {}
@@ -134,13 +132,14 @@ def load(
         with_all = 0
         for number, row in enumerate(rows):
             entries = [row.inner("reference"), row.inner("target")]
-            entries += [as_row(one, f"{row.place}: gallery") for one in row.list("gallery")]
+            entries += [as_annotation(one, f"{row.place}: gallery") for one in row.list("gallery")]
             ids = []
             for entry in entries:
                 image, where, box = _image(entry, folder, task)
                 if image not in images:
                     images[image] = _record(image, where, box, follow_links)
-                    places["COCO" if box is None else "Visual Genome"].append(where)
+                    whole = image_record(image, where, follow_links=follow_links)
+                    files["COCO" if box is None else "Visual Genome"].append(whole)
                 ids.append(image)
             condition = row.text("condition")
             conditions.setdefault(condition)
@@ -154,19 +153,21 @@ def load(
         counts[f"{task} rows"] = expected(len(rows), ROWS[task])
         counts[f"{task} rows with {DISTRACTORS[task]} distractors"] = expected(with_all, ROWS[task])
     check_examples("genecis", examples, {})
-    told = compare_counts(
+    told = judge(
         "genecis",
         folder,
         counts,
-        marks=[(t, *mark) for t in chosen for mark in MARKS.get(t, ())],
-        found={(e.categories[0], e.reference, e.targets[0]) for e in examples},
+        recognised=known_by_one(
+            [(t, *mark) for t in chosen for mark in MARKS.get(t, ())],
+            {(e.categories[0], e.reference, e.targets[0]) for e in examples},
+        ),
         check=check,
         source=SOURCE,
     )
     if require_images:
-        for what, tried in places.items():
-            require_some_image("genecis", what, tried, SOURCE)
-    cropped = "; " + CROP_RULE if places["Visual Genome"] else ""
+        for what, listed in files.items():
+            require_some_image("genecis", listed, f"{SOURCE}; {WITHOUT}", of=what)
+    cropped = "; " + CROP_RULE if files["Visual Genome"] else ""
     return Dataset(
         name="genecis",
         images=tuple(images.values()),
@@ -175,7 +176,7 @@ def load(
         decode=decode_rule(upright=False) + cropped,
         counts=told
         | {"rows that list an image twice": f"{repeated:,}"}
-        | not_looked_for(require_images),
+        | ({} if require_images else NOT_LOOKED_FOR),
         root=str(folder),
     )
 
@@ -252,7 +253,7 @@ def miniature(root: str | Path) -> Path:
     return root
 
 
-def _image(entry: Row, root: Path, task: str) -> tuple[str, tuple[Place, ...], Box | None]:
+def _image(entry: Annotation, root: Path, task: str) -> tuple[str, tuple[Place, ...], Box | None]:
     """An image's id, where its file may lie, and its box if it is a crop."""
     if task.endswith("object"):
         number = entry.number("val_image_id")
@@ -262,7 +263,7 @@ def _image(entry: Row, root: Path, task: str) -> tuple[str, tuple[Place, ...], B
     return image, tuple((root / part, f"{number}.jpg") for part in GENOME), box
 
 
-def _box(entry: Row) -> Box:
+def _box(entry: Annotation) -> Box:
     values = entry.list("instance_bbox")
     if (
         len(values) != 4

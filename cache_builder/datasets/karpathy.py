@@ -5,29 +5,37 @@ captions of different images are texts of their own. Layout: `karpathy_files.py`
 image-text retrieval readers.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from cache_builder.datasets.base import Dataset, ImageRecord, RetrievalExample, Tasks, TextRecord
+from cache_builder.datasets.checking import (
+    SPLITS,
+    Count,
+    check_options,
+    judge,
+    known_by_one,
+)
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    image_record,
+    require_root,
+    require_some_image,
+)
 from cache_builder.datasets.karpathy_files import (
     PARTS,
-    SPLITS,
     Layout,
-    Row,
+    Listing,
     Sentence,
     annotation_files,
     place_of,
     read_rows,
 )
-from cache_builder.errors import UnknownName
-from cache_builder.images import decode_rule, image_path, image_size, open_image
-from cache_builder.records import DatasetError, DatasetNotFound
+from cache_builder.images import decode_rule
+from cache_builder.records import DatasetError
 
 FIRST = 5
 """Captions an image that `captions="first5"` keeps."""
@@ -69,15 +77,15 @@ def read_karpathy(
         DatasetError: a row is malformed, an image is in two splits, or the counts are not the published ones.
         UnknownName: no such value of an option.
     """
-    _known("captions", captions, ("all", "first5"))
-    _known("check", check, ("auto", "official", "none"))
-    for option, value in (
-        ("follow_links", follow_links),
-        ("require_images", require_images),
-        ("with_restval", with_restval),
-    ):
-        _known(option, value, (True, False))
-    root = _require_root(root, layout)
+    check_options(
+        {"captions": ("all", "first5")},
+        captions=captions,
+        check=check,
+        follow_links=follow_links,
+        require_images=require_images,
+        with_restval=with_restval,
+    )
+    root = require_root(layout.name, root, layout.source)
     files = annotation_files(root, layout)
     rows, empty = _joined(row for split, path in files for row in read_rows(path, split, layout))
     if not rows:
@@ -92,27 +100,35 @@ def read_karpathy(
         )
     found = count(rows)
     listed = SPLITS if whole else tuple(str(split) for split, _ in files)
-    published = any(place_of(row.image)[1] in layout.marks for row in rows)
-    asserted = check == "official" or (check == "auto" and published)
-    if asserted:
-        _assert_counts(found, listed, layout, root)
+    published = known_by_one(layout.marks, {place_of(row.image)[1] for row in rows})
+    told = judge(
+        layout.name,
+        root,
+        _counts(found, listed, layout, expected=published or check == "official"),
+        recognised=published,
+        check=check,
+        source=layout.source,
+    )
     kept = [row for row in rows if with_restval or row.part != "restval"]
+    images = {row.image: _record(root, row.image, follow_links) for row in kept}
     if require_images:
-        _require_images(root, kept, layout)
+        for folder in dict.fromkeys(place_of(image)[0] for image in images):
+            inside = [record for image, record in images.items() if place_of(image)[0] == folder]
+            remedy = f"{layout.source}; {WITHOUT}"
+            require_some_image(layout.name, inside, remedy, of=str(root / folder))
     texts, examples = _tasks(kept, FIRST if captions == "first5" else None)
     return Dataset(
         name=layout.name,
-        images=tuple(_record(root, row.image, follow_links) for row in kept),
+        images=tuple(images.values()),
         texts=texts,
         tasks=Tasks(retrieval=examples),
         decode=decode_rule(upright=False),
         counts={
-            "set": _identity(published, asserted),
-            **_shown_counts(found, listed, layout, published),
+            **told,
             **({} if with_restval else {"restval": "left out of train"}),
             "captions": f"{'all' if captions == 'all' else 'the first five of an image'}: {len(texts):,}",
             "empty captions dropped": f"{empty:,}",
-            **({} if require_images else {"images on disk": "images not looked for"}),
+            **({} if require_images else NOT_LOOKED_FOR),
             "read from": ", ".join(path.name for _, path in files),
         },
         root=str(root),
@@ -134,23 +150,7 @@ def count(rows: Iterable[Captioned]) -> dict[str, int]:
     return dict(found)
 
 
-def _known(option: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        choices = ", ".join(str(k) for k in known)
-        raise UnknownName(f"{option}={value!r} is not known; choose one of {choices}")
-
-
-def _require_root(root: str | Path | None, layout: Layout) -> Path:
-    if root is None:
-        raise DatasetNotFound(
-            f"{layout.name} needs the folder it lies in (--root); {layout.source}"
-        )
-    if not Path(root).is_dir():
-        raise DatasetNotFound(f"{layout.name}: there is no folder {root}; {layout.source}")
-    return Path(root)
-
-
-def _joined(rows: Iterable[Row]) -> tuple[list[Captioned], int]:
+def _joined(rows: Iterable[Listing]) -> tuple[list[Captioned], int]:
     """One entry an image, captions of its rows in file order, stripped; and how many were empty and dropped."""
     found: dict[str, Captioned] = {}
     empty = 0
@@ -169,35 +169,6 @@ def _joined(rows: Iterable[Row]) -> tuple[list[Captioned], int]:
             f"{len(twice):,} images are in two splits: {'; '.join(list(twice.values())[:3])}"
         )
     return list(found.values()), empty
-
-
-def _assert_counts(
-    found: Mapping[str, int], listed: Sequence[str], layout: Layout, root: Path
-) -> None:
-    wrong = [
-        f"{expected:,} {name} expected, {found.get(name, 0):,} found"
-        for name, expected in layout.official.items()
-        if name.split()[0] in listed and found.get(name, 0) != expected
-    ]
-    if wrong:
-        raise DatasetError(
-            f"{root} is not the published {layout.name}: {'; '.join(wrong)}. Get the whole set ({layout.source}), or "
-            'pass check="none" if this is a subset or a set of your own'
-        )
-
-
-def _require_images(root: Path, rows: Sequence[Captioned], layout: Layout) -> None:
-    """A folder without a single listed image is a half-downloaded set, not 80,000 bad files."""
-    folders: dict[str, list[str]] = {}
-    for row in rows:
-        folder, name = place_of(row.image)
-        folders.setdefault(folder, []).append(name)
-    for folder, names in folders.items():
-        if not any(os.path.exists(root / folder / name) for name in names):
-            raise DatasetNotFound(
-                f"{layout.name} found none of the {len(names):,} images listed of {root / folder}, the first of them "
-                f"{names[0]}; {layout.source}; captions alone are read with require_images=false"
-            )
 
 
 def _tasks(
@@ -223,39 +194,24 @@ def _tasks(
 
 def _record(root: Path, image: str, follow_links: bool) -> ImageRecord:
     folder, name = place_of(image)
-    path = partial(image_path, root / folder, name, follow_links=follow_links)
-    return ImageRecord(image, partial(_open, path), partial(_measure, path), path)
+    return image_record(image, [(root / folder, name)], follow_links=follow_links)
 
 
-def _open(path: "partial[Path]") -> Image.Image:
-    return open_image(path())
-
-
-def _measure(path: "partial[Path]") -> tuple[int, int]:
-    return image_size(path())
-
-
-def _identity(published: bool, asserted: bool) -> str:
-    if asserted:
-        return "the published one, its counts asserted"
-    return "published images, counts not asserted" if published else "another set in this layout"
-
-
-def _shown_counts(
-    found: Mapping[str, int], listed: Sequence[str], layout: Layout, published: bool
-) -> dict[str, str]:
-    """Found numbers, for people; beside them the published ones, if it is that set."""
-    expected = {
-        **{name: f"{n:,} published" for name, n in layout.official.items()},
-        **{name: f"{n:,} in papers" for name, n in layout.papers.items()},
-    }
+def _counts(
+    found: Mapping[str, int], listed: Sequence[str], layout: Layout, *, expected: bool
+) -> dict[str, Count]:
+    """Found numbers, and of the splits there are the published ones, where those are `expected`."""
     names = dict.fromkeys(
-        [*(f"{p} {what}" for p in PARTS for what in ("images", "captions")), *found]
+        [
+            *(f"{part} {what}" for part in PARTS for what in ("images", "captions")),
+            *found,
+            *(layout.official if expected else ()),
+        ]
     )
     parts = {*listed, *(name.split()[0] for name in found)}
+    published = {**layout.papers, **layout.official}
     return {
-        name: f"{found.get(name, 0):,}"
-        + (f" ({expected[name]})" if published and name in expected else "")
+        name: Count(found.get(name, 0), published.get(name), asserted=name in layout.official)
         for name in names
         if name.split()[0] in parts
     }

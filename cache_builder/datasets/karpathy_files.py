@@ -16,15 +16,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cache_builder.datasets.checking import SPLITS, file_name, number, text
 from cache_builder.images import check_name
 from cache_builder.records import MAX_JSON, DatasetError, DatasetNotFound, read_json, read_lines
 
-SPLITS = ("train", "val", "test")
 PARTS = ("train", "restval", "val", "test")
 """Splits as Karpathy's files name them: restval is the part of COCO's validation images that trains."""
-
-MAX_NUMBER = 10**12
-"""Numbers of images and sentences are below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ class Sentence(NamedTuple):
     number: int | None
 
 
-Row = tuple[str, str, list[Sentence]]
+Listing = tuple[str, str, list[Sentence]]
 """Image, part, captions as written."""
 
 
@@ -85,7 +82,7 @@ def annotation_files(root: Path, layout: Layout) -> list[tuple[str | None, Path]
     return found
 
 
-def read_rows(path: Path, split: str | None, layout: Layout) -> Iterator[Row]:
+def read_rows(path: Path, split: str | None, layout: Layout) -> Iterator[Listing]:
     """Rows of one file, in its order; `split` is None for the file of all splits.
 
     Raises:
@@ -103,38 +100,39 @@ def read_rows(path: Path, split: str | None, layout: Layout) -> Iterator[Row]:
     if not isinstance(listed, list):
         under = ' under "images"' if split is None else ""
         raise DatasetError(f"{path} holds no list of rows{under}")
-    for number, row in enumerate(listed):
+    for n, row in enumerate(listed):
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}, not an object")
             image, part, sentences = _of_karpathy(row) if split is None else _of_list(row, split)
             yield _placed(image, layout), part, sentences
         except ValueError as error:
-            raise DatasetError(f"{path} row {number}: {error}") from error
+            raise DatasetError(f"{path} row {n}: {error}") from error
 
 
-def _of_karpathy(row: Mapping[str, Any]) -> Row:
+def _of_karpathy(row: Mapping[str, Any]) -> Listing:
     """One image of dataset_NAME.json; `ValueError` says what is wrong with it."""
     if "cocoid" in row:
-        _number(row["cocoid"], "cocoid")
+        number(row["cocoid"], "cocoid")
     part = row.get("split")
     if part not in PARTS:
         raise ValueError(f"split is {part!r}, not one of {', '.join(PARTS)}")
-    name, listed = _text(row, "filename"), row.get("sentences")
-    image = f"{_text(row, 'filepath')}/{name}" if "filepath" in row else name
+    name, listed = file_name(row.get("filename"), "filename"), row.get("sentences")
+    if "filepath" in row:
+        name = f"{file_name(row['filepath'], 'filepath')}/{name}"
     if not isinstance(listed, list) or not all(isinstance(s, dict) for s in listed):
         raise ValueError(f"sentences is {str(listed)[:60]!r}, not a list of objects")
     sentences = [
         Sentence(
-            _text(s, "raw", empty=True),
-            _number(s["sentid"], "sentid") if "sentid" in s else None,
+            text(s.get("raw"), "raw", empty=True),
+            number(s["sentid"], "sentid") if "sentid" in s else None,
         )
         for s in listed
     ]
-    return image, part, sentences
+    return name, part, sentences
 
 
-def _of_list(row: Mapping[str, Any], split: str) -> Row:
+def _of_list(row: Mapping[str, Any], split: str) -> Listing:
     """One row of a split's list, in either spelling."""
     said = row.get("split", split)
     if said != split:
@@ -145,45 +143,28 @@ def _of_list(row: Mapping[str, Any], split: str) -> Row:
     if not isinstance(listed, list):
         raise ValueError(f"{several} is {str(listed)[:60]!r}, not a list of texts")
     return (
-        _text(row, one),
+        file_name(row.get(one), one),
         split,
-        [Sentence(_text({several: c}, several, empty=True), None) for c in listed],
+        [Sentence(text(c, several, empty=True), None) for c in listed],
     )
 
 
-def _read_lines(path: Path, split: str, layout: Layout) -> Iterator[Row]:
+def _read_lines(path: Path, split: str, layout: Layout) -> Iterator[Listing]:
     """Lines of name.jpg,caption. What follows the first `.jpg,` is the caption, commas and quotes included."""
-    for at, (number, line) in enumerate(read_lines(path, MAX_JSON)):
+    for at, (n, line) in enumerate(read_lines(path, MAX_JSON)):
         name, comma, caption = line.partition(".jpg,")
         if at == 0:
             if comma:
-                raise DatasetError(
-                    f"{path} line {number} is a row; the first line must be the header"
-                )
+                raise DatasetError(f"{path} line {n} is a row; the first line must be the header")
             continue
         if not comma:
             raise DatasetError(
-                f"{path} line {number}: {line[:80]!r} is not of the form name.jpg,caption"
+                f"{path} line {n}: {line[:80]!r} is not of the form name.jpg,caption"
             )
         try:
             yield _placed(f"{name}.jpg", layout), split, [Sentence(caption, None)]
         except ValueError as error:
-            raise DatasetError(f"{path} line {number}: {error}") from error
-
-
-def _text(row: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not (value or empty):
-        raise ValueError(f"{key} is {str(value)[:60]!r}, not a text")
-    return value
-
-
-def _number(value: object, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_NUMBER:
-        raise ValueError(
-            f"{key} is {str(value)[:60]!r}, not an integer from 0 and below {MAX_NUMBER:,}"
-        )
-    return value
+            raise DatasetError(f"{path} line {n}: {error}") from error
 
 
 def _placed(image: str, layout: Layout) -> str:

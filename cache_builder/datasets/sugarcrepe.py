@@ -14,22 +14,26 @@ Source: Hsieh et al., arXiv 2306.14610, MIT licence; pictures are those of COCO 
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from cache_builder.datasets.base import Dataset, MatchingExample, Tasks, TextRecord
-from cache_builder.datasets.matching import (
-    Official,
+from cache_builder.datasets.checking import (
+    Count,
     check_options,
-    file_record,
-    image_name_of,
+    file_name,
     judge,
+    known_by_one,
+    text,
+)
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    image_record,
     listed,
     missing_images,
     require_root,
-    text_of,
 )
 from cache_builder.images import decode_rule
 from cache_builder.records import DatasetError, DatasetNotFound, read_json
@@ -54,13 +58,11 @@ MARKS = frozenset(
 )
 """Ten COCO pictures of many items: whatever has one of them is the published set or part of it."""
 
-OFFICIAL = Official(
-    name="sugarcrepe",
-    counts={**SUBSETS, "items": 7511, "images": 1560},
-    source=(
-        "the seven JSON files are in the folder data of github.com/RAIVNLab/sugar-crepe; the pictures are COCO's "
-        "val2017.zip from images.cocodataset.org/zips, unpacked as ROOT/val2017, or anywhere with images=FOLDER"
-    ),
+PUBLISHED = {**SUBSETS, "items": 7511, "images": 1560}
+
+SOURCE = (
+    "the seven JSON files are in the folder data of github.com/RAIVNLab/sugar-crepe; the pictures are COCO's "
+    "val2017.zip from images.cocodataset.org/zips, unpacked as ROOT/val2017, or anywhere with images=FOLDER"
 )
 
 
@@ -87,8 +89,8 @@ def load(
         DatasetError: an item is malformed, or the counts are not the published ones.
         UnknownName: no such check.
     """
-    check_options("sugarcrepe", check, require_images=require_images, follow_links=follow_links)
-    root = require_root("sugarcrepe", root, OFFICIAL.source)
+    check_options(check=check, require_images=require_images, follow_links=follow_links)
+    root = require_root("sugarcrepe", root, SOURCE)
     folder = _folder_of(root)
     pictures = _pictures_of(root, images, require_images)
     texts: list[TextRecord] = []
@@ -104,31 +106,36 @@ def load(
         # Items, never a range over the keys: one is missing.
         for key, item in items.items():
             place = f"{subset}.json item {key!r}"
-            name = image_name_of(item, "filename", place)
-            pair = text_of(item, "caption", place), text_of(item, "negative_caption", place)
+            name = file_name(item.get("filename"), f"{place}: filename")
+            keys = "caption", "negative_caption"
+            pair = tuple(text(item.get(key), f"{place}: {key}") for key in keys)
             ids = f"{subset}/{key}/caption", f"{subset}/{key}/negative_caption"
             names[name] = None
             texts += map(TextRecord, ids, pair)
             examples.append(MatchingExample(f"{subset}/{key}", (name,), ids, subset, "test"))
             unsolvable += [f"{subset}/{key}"] * (pair[0] == pair[1])
-    records = tuple(file_record(name, pictures, [name], follow_links) for name in names)
+    records = tuple(
+        image_record(name, [(pictures, name)], follow_links=follow_links) for name in names
+    )
+    sizes = {**found, "items": len(examples), "images": len(names)}
+    expected = _of_copy(older)
     counts = judge(
-        _of_copy(older),
-        {**found, "items": len(examples), "images": len(names)},
+        "sugarcrepe",
+        root,
+        {what: Count(n, expected[what]) for what, n in sizes.items()},
+        recognised=known_by_one(MARKS, names),
         check=check,
-        recognised=not MARKS.isdisjoint(names),
-        root=root,
+        source=SOURCE,
     )
     if older:
         counts["older copy"] = (
             f"swap_obj has key {REMOVED!r}, which the release has since removed: 7,512 items"
         )
     counts["unsolvable items"] = listed(unsolvable)
-    counts["images missing"] = (
-        missing_images(records, "sugarcrepe", OFFICIAL.source)
-        if require_images
-        else "images not looked for"
-    )
+    if require_images:
+        counts["images missing"] = missing_images("sugarcrepe", records, f"{SOURCE}; {WITHOUT}")
+    else:
+        counts |= NOT_LOOKED_FOR
     return Dataset(
         name="sugarcrepe",
         images=records,
@@ -185,12 +192,12 @@ def _folder_of(root: Path) -> Path:
     if not begun:
         raise DatasetNotFound(
             f"sugarcrepe looked in {root} and {root / 'data'} for add_att.json and the six like it and found none; "
-            f"{OFFICIAL.source}"
+            f"{SOURCE}"
         )
     if missing[begun[0]]:
         raise DatasetNotFound(
             f"sugarcrepe looked in {begun[0]} for {', '.join(missing[begun[0]])} and found nothing of the kind; "
-            f"{OFFICIAL.source}"
+            f"{SOURCE}"
         )
     return begun[0]
 
@@ -204,7 +211,7 @@ def _pictures_of(root: Path, images: str | None, required: bool) -> Path:
     if found is None and required:
         raise DatasetNotFound(
             f"sugarcrepe looked for the pictures in {' and '.join(map(str, tried))} and found no such folder; "
-            f"{OFFICIAL.source}; require_images=false reads the texts alone"
+            f"{SOURCE}; require_images=false reads the texts alone"
         )
     return found or tried[0]
 
@@ -221,11 +228,7 @@ def _read_items(path: Path) -> Mapping[str, Mapping[str, object]]:
     return items
 
 
-def _of_copy(older: bool) -> Official:
+def _of_copy(older: bool) -> dict[str, int]:
     """What to expect: the release, or the older copy with one item and one picture more."""
-    if not older:
-        return OFFICIAL
-    more = {
-        what: n + (what in ("swap_obj", "items", "images")) for what, n in OFFICIAL.counts.items()
-    }
-    return replace(OFFICIAL, counts=more)
+    more = ("swap_obj", "items", "images") if older else ()
+    return {what: n + (what in more) for what, n in PUBLISHED.items()}

@@ -1,8 +1,7 @@
-"""toy_world: procedural pictures of one or two things, with all four tasks, from one seed and
-without a download.
+"""toy_world: procedural pictures of one or two things, with all four tasks, from one seed and without a download.
 
 One record, a two_by_two item whose captions have one held-out pair each (image i shows caption i,
-in a layout of its own)::
+in a layout of its own):
 
     MatchingExample(id="two_by_two/test/unseen/swap_att/00018",
                     images=("two_by_two/test/00018/0", "two_by_two/test/00018/1"),
@@ -12,15 +11,12 @@ in a layout of its own)::
 
 Counts at scale 1, for any seed:
 
-    =========================  =====  =====  =====  ==============================================================
     task                       train    val   test  images
-    =========================  =====  =====  =====  ==============================================================
     czsl                       2,400    500  1,000  its own, one thing each; val and test half seen, half unseen
     two_by_two                 1,200    200    400  its own, two an item, two things each
     matching                     600    200    300  those of retrieval
     retrieval, 2 captions      3,000    200    300  its own (train: 600, and those of two_by_two)
     composed                     300    100    300  its own, two an item
-    =========================  =====  =====  =====  ==============================================================
 
 17 attributes × 15 objects; 187 pairs occur in training, 34 are first met in val and 34 in test; the
 partition belongs to the world's version. Everything of a train split is made of train pairs. In val
@@ -64,7 +60,7 @@ from cache_builder.demo.world import (
     pairs_of,
     sample_scene,
 )
-from cache_builder.records import DatasetError, read_json
+from cache_builder.records import DatasetError, DatasetNotFound, read_json
 
 MARKER = "toy_world.json"
 SPLITS = ("train", "val", "test")
@@ -88,13 +84,13 @@ def load(
             (never below one item of each kind); item i is the same at every scale.
 
     Raises:
-        FileNotFoundError: `root` is given and holds no `toy_world.json`.
+        DatasetNotFound: `root` is given and holds no `toy_world.json`.
     """
     options = {"seed": 0, "scale": 1.0}
     if root:
         path = Path(root) / MARKER
         if not path.is_file():
-            raise FileNotFoundError(
+            raise DatasetNotFound(
                 f"toy_world was given root {root}, which has no {MARKER}; leave the root out, or write the file"
             )
         found = read_json(path)
@@ -121,8 +117,9 @@ def load(
     )
 
 
-def miniature(root: Path) -> Path:
+def miniature(root: str | Path) -> Path:
     """Write the options of a world of a few dozen pictures."""
+    root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).write_text(json.dumps({"seed": 0, "scale": 0.01}) + "\n")
     return root

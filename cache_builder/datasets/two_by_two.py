@@ -18,7 +18,8 @@ from pathlib import Path
 from PIL import Image
 
 from cache_builder.datasets.base import Dataset, Tasks
-from cache_builder.datasets.matching import check_options, require_root
+from cache_builder.datasets.checking import check_options
+from cache_builder.datasets.files import require_root
 from cache_builder.datasets.two_images import Columns, Pictures, read_two_images
 from cache_builder.errors import UnknownName
 from cache_builder.images import UnsafeName, check_name, decode_rule
@@ -109,7 +110,7 @@ def load(
         DatasetError: several tables, a column that is not there, a malformed row, an id twice; pyarrow is missing.
         UnknownName: no such preset, or `columns` for something else.
     """
-    check_options("two_by_two", require_images=require_images, follow_links=follow_links)
+    check_options(require_images=require_images, follow_links=follow_links)
     if preset not in PRESETS:
         raise UnknownName(f"preset={preset!r} is not known; choose one of {', '.join(PRESETS)}")
     known = PRESETS[preset]

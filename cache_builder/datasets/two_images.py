@@ -14,12 +14,13 @@ from typing import Any
 from PIL.Image import Image
 
 from cache_builder.datasets.base import ImageRecord, MatchingExample, TextRecord
-from cache_builder.datasets.matching import (
-    file_record,
-    image_name_of,
+from cache_builder.datasets.checking import file_name, text
+from cache_builder.datasets.files import (
+    NOT_LOOKED_FOR,
+    WITHOUT,
+    image_record,
     listed,
     missing_images,
-    text_of,
 )
 from cache_builder.images import decode
 from cache_builder.parquet import ParquetTable
@@ -78,12 +79,16 @@ class TwoImages:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Line:
     """One line: its place for messages, its cells, and the opener of embedded pictures."""
 
     place: str
     cells: Mapping[str, Any]
     embedded: Mapping[str, Callable[[], bytes]]
+
+    def text(self, column: str) -> str:
+        """The text in a cell."""
+        return text(self.cells.get(column), f"{self.place}: {column}")
 
 
 def read_two_images(
@@ -104,7 +109,7 @@ def read_two_images(
         DatasetNotFound: the folder of the pictures, or all of them, are missing.
         DatasetError: a column, text or name is missing or malformed, or an id occurs twice.
     """
-    rows: list[Row] = []
+    rows: list[Line] = []
     named: set[str] = set()
     for path in paths:
         rows += _rows(path, columns, named)
@@ -123,20 +128,20 @@ def read_two_images(
             if column in row.embedded:
                 record, shared = ImageRecord(own_id, partial(_open, row.embedded[column])), False
             else:
-                file = image_name_of(row.cells, column, row.place)
-                names = [file + suffix for suffix in pictures.suffixes]
+                file = file_name(row.cells.get(column), f"{row.place}: {column}")
+                places = [(pictures.folder, file + suffix) for suffix in pictures.suffixes]
                 image_id, shared = (own_id, False) if pictures.by_row else (file, True)
-                record = file_record(image_id, pictures.folder, names, pictures.follow_links)
+                record = image_record(image_id, places, follow_links=pictures.follow_links)
             if record.id in images and not (shared and images[record.id].path):
                 raise DatasetError(
                     f"{row.place}: {record.id!r} is the id of two pictures; rename the id or the file"
                 )
             images.setdefault(record.id, record)
             pair.append(record.id)
-        captions = [text_of(row.cells, column, row.place) for column in columns.captions]
+        captions = [row.text(column) for column in columns.captions]
         text_ids = [f"{row_id}/{column}" for column in columns.captions]
         texts += map(TextRecord, text_ids, captions)
-        words = [text_of(row.cells, column, row.place) for column in columns.category]
+        words = [row.text(column) for column in columns.category]
         category = "_".join(words) or NO_CATEGORY
         examples.append(
             MatchingExample(row_id, tuple(pair), (text_ids[0], text_ids[1]), category, "test")
@@ -147,7 +152,12 @@ def read_two_images(
             f"{name} looked for pictures in {pictures.folder} and found no such folder; {source}; "
             "require_images=false reads the texts alone"
         )
-    missing = missing_images(files, name, source) if pictures.required else "images not looked for"
+    remedy = f"{source}; {WITHOUT}"
+    missing = (
+        {"images missing": missing_images(name, files, remedy)}
+        if pictures.required
+        else NOT_LOOKED_FOR
+    )
     ignored = sorted(named - {*columns.images, *columns.captions, *columns.category, columns.id})
     return TwoImages(
         images=tuple(images.values()),
@@ -156,7 +166,7 @@ def read_two_images(
         counts={
             "rows": f"{len(rows):,}",
             "images": f"{len(images):,}",
-            "images missing": missing,
+            **missing,
             "unsolvable: captions alike": listed(_captions_alike(examples, texts)),
             "unsolvable: images alike": _images_alike(
                 examples, rows, columns, images, pictures.required
@@ -167,12 +177,12 @@ def read_two_images(
     )
 
 
-def _rows(path: Path, columns: Columns, named: set[str]) -> Iterator[Row]:
+def _rows(path: Path, columns: Columns, named: set[str]) -> Iterator[Line]:
     """Rows of one file; adds the names of all its columns to `named`."""
     if path.suffix != ".parquet":
         for n, cells in (read_csv if path.suffix == ".csv" else read_jsonl)(path):
             named |= set(cells)
-            yield Row(f"{path.name} line {n}", cells, {})
+            yield Line(f"{path.name} line {n}", cells, {})
         return
     table = ParquetTable(path)
     named |= set(table.kinds)
@@ -190,10 +200,10 @@ def _rows(path: Path, columns: Columns, named: set[str]) -> Iterator[Row]:
     embedded = [column for column, kind in kinds.items() if kind == "image"]
     for n, cells in enumerate(table.rows(plain)):
         cell = {column: partial(table.cell, column, n) for column in embedded}
-        yield Row(f"{path.name} row {n}", cells, cell)
+        yield Line(f"{path.name} row {n}", cells, cell)
 
 
-def _present(columns: Columns, rows: Sequence[Row]) -> Columns:
+def _present(columns: Columns, rows: Sequence[Line]) -> Columns:
     """The columns with what the table has of the optional ones; a column that some row lacks is an error."""
     first = rows[0]
     of = columns.id
@@ -218,7 +228,7 @@ def _present(columns: Columns, rows: Sequence[Row]) -> Columns:
     return Columns(columns.images, columns.captions, category, of)
 
 
-def _id(row: Row, column: str | None, number: int) -> str:
+def _id(row: Line, column: str | None, number: int) -> str:
     value = row.cells.get(column) if column else number
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -229,8 +239,8 @@ def _id(row: Row, column: str | None, number: int) -> str:
     return value.strip()
 
 
-def _refuse_repeated(ids: Sequence[str], rows: Sequence[Row]) -> None:
-    first: dict[str, Row] = {}
+def _refuse_repeated(ids: Sequence[str], rows: Sequence[Line]) -> None:
+    first: dict[str, Line] = {}
     twice = [
         f"{row_id!r} in {first[row_id].place} and {row.place}"
         for row_id, row in zip(ids, rows, strict=True)
@@ -254,7 +264,7 @@ def _captions_alike(examples: Sequence[MatchingExample], texts: Sequence[TextRec
 
 def _images_alike(
     examples: Sequence[MatchingExample],
-    rows: Sequence[Row],
+    rows: Sequence[Line],
     columns: Columns,
     images: Mapping[str, ImageRecord],
     look: bool,
@@ -268,7 +278,7 @@ def _images_alike(
     return listed(alike) + ("" if look else " by name; their bytes not compared")
 
 
-def _same_bytes(row: Row, columns: Columns, records: Sequence[ImageRecord]) -> bool:
+def _same_bytes(row: Line, columns: Columns, records: Sequence[ImageRecord]) -> bool:
     """Do two pictures have the same bytes? What cannot be read is left to the build."""
     cells = [row.embedded[column] for column in columns.images if column in row.embedded]
     paths = [record.path for record in records if record.path]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cache_builder.datasets.base import Dataset
 from cache_builder.datasets.composition_counts import Counts
-from cache_builder.datasets.composition_files import Place, Row, as_written, write_miniature
+from cache_builder.datasets.composition_files import Labels, Spelling, as_written, write_miniature
 from cache_builder.datasets.compositions import Layout, read_compositions
 
 OFFICIAL = Counts(
@@ -90,7 +90,7 @@ SHORT = {
 """Preset `short`: names as people say them, the idea of CAILA (arXiv 2305.16681); the words are our choice."""
 
 
-def image_or_original(row: Row) -> tuple[Place, ...]:
+def image_or_original(row: Labels) -> tuple[Spelling, ...]:
     """The reorganised picture, then the one in the original tree, unpacked as ROOT/_images."""
     original = row.get("_image")
     return (*as_written(row), ("_images", original)) if original else as_written(row)
