@@ -45,10 +45,21 @@ def pool_image(
     """
     if "image/pool.latent" not in readout:
         assert prefix is not None, "a class token is pooled, but there is no prefix"
-        return _project(readout, "image", _norm(readout, "image", prefix[:, 0]))
+        return project_view(readout, _norm(readout, "image", prefix[:, 0]))
     rows = patches if prefix is None else torch.cat([prefix, patches], 1)
-    pooled = _attention_pool(readout, _norm(readout, "image", rows), mask)
-    return _project(readout, "image", pooled)
+    return project_view(readout, view_image(readout, rows, mask))
+
+
+def view_image(
+    readout: Readout, rows: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"] | None = None
+) -> Float[Tensor, "b w"]:
+    """What the attention pool sees of all raw rows, prefix first; `mask` is True where a row is real."""
+    return _attention_pool(readout, _norm(readout, "image", rows), mask)
+
+
+def project_view(readout: Readout, view: Float[Tensor, "b w"]) -> Float[Tensor, "b d"]:
+    """A normed class token, or what `view_image` returned, in the joint space."""
+    return _project(readout, "image", view)
 
 
 def pool_text(readout: Readout, rows: Float[Tensor, "b v"]) -> Float[Tensor, "b d"]:

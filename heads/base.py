@@ -33,6 +33,8 @@ class Needs:
 
     Attributes:
         queries, candidates: streams of their rows.
+        unless_none: those of `queries` that are left out where the backbone makes none: image/prefix, of a backbone
+            without prefix rows.
         live: sides of the backbone that the head runs itself, frozen, through `heads/live.py`: {"text"} for prompts.
         partners: kinds of other examples that its loss wants beside every query, with the streams of queries; of
             `samplers.PARTNERS`, for czsl.
@@ -41,6 +43,7 @@ class Needs:
 
     queries: frozenset[str]
     candidates: frozenset[str]
+    unless_none: frozenset[str] = frozenset()
     live: frozenset[str] = frozenset()
     partners: frozenset[str] = frozenset()
 
@@ -169,11 +172,15 @@ class CrossHead(Head, ABC):
 
 
 class SetHead(Head, ABC):
-    """A head whose score of a candidate depends on which others there are: probabilities over the candidates.
+    """A head that must know the whole candidate set before it meets a query.
 
-    Cutting the candidates into blocks would change its scores, so it is scored in two steps: it gathers the whole set
-    once, part by part, and then meets the queries, some at a time. A table is the same for any cut.
+    As a rule because its scores are probabilities over the candidates: cutting them into blocks would change them. So
+    it is scored in two steps: it gathers the whole set once, part by part, and then meets the queries, some at a time.
+    A table is the same for any cut.
     """
+
+    relative: ClassVar[bool] = True
+    """Does a candidate's score depend on which others there are? False: the set is gathered once to save work alone."""
 
     @abstractmethod
     def gather(self, parts: Iterable[Features]) -> Any:

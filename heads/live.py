@@ -72,10 +72,17 @@ class LiveBackbone:
         self, embedded: Float[Tensor, "c l v"], end: Int[Tensor, " c"]
     ) -> Float[Tensor, "c d"]:
         """Pooled texts of embedded tokens, read at row `end`; in the type of the autocast around, else float32."""
+        return self.states(embedded, end)[1]
+
+    def states(
+        self, embedded: Float[Tensor, "c l v"], end: Int[Tensor, " c"]
+    ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
+        """Raw states of all rows, before the final norm, and what `encode` returns."""
         backbone, kind = self.on(embedded.device), embedded.device.type
         if torch.is_autocast_enabled(kind):
             backbone = _computing_in(backbone, torch.get_autocast_dtype(kind))
-        return backbone.encode_embedded(embedded, end)["pooled"]
+        found = backbone.encode_embedded(embedded, end)
+        return found["tokens"], found["pooled"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveBackbone":
         """A copied head runs the same backbone."""

@@ -134,7 +134,7 @@ def score_open(
         ScoreTableError: the feasibility is not of these pairs.
     """
     _check(head, data, None)
-    if feasibility and isinstance(head, SetHead):
+    if feasibility and isinstance(head, SetHead) and head.relative:
         raise TaskError(
             f"{method_name(head)} scores by probabilities over all candidates given; leaving some out afterwards, by "
             "feasibility, would not be its score over the others"

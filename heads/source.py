@@ -42,7 +42,7 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
     Raises:
         MissingStream: names the streams, and the command that builds a cache with them.
     """
-    asked = {DERIVED.get(s, s) for s in needs.queries | needs.candidates}
+    asked = {DERIVED.get(s, s) for s in query_streams(cache, needs) | needs.candidates}
     missing = sorted(asked - set(cache.streams))
     if missing:
         backbone = cache.spec.backbone
@@ -56,6 +56,13 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
             )
         command = cache.header.command(Path("NEW.zarr"), sorted(asked | set(cache.streams)))
         raise MissingStream(f"{held}; build a cache that has it: {command}")
+
+
+def query_streams(cache: FeatureCache, needs: Needs) -> frozenset[str]:
+    """Streams that queries have in this cache: `needs.queries`, less those that its backbone has no rows for."""
+    bare = cache.spec.backbone.dims.get("prefix", 0) == 0
+    none = {"image/prefix"} - set(cache.streams) if bare else set()
+    return needs.queries - (needs.unless_none & none)
 
 
 def context_of(cache: FeatureCache, backbone: str | None = None) -> Context:
@@ -160,7 +167,7 @@ class Source:
     ) -> None:
         check_streams(cache, needs, "this head")
         self.cache, self.device = cache, torch.device(device)
-        self.queries = _expanded(needs.queries, "image")
+        self.queries = _expanded(query_streams(cache, needs), "image")
         self.candidates = _expanded(needs.candidates, "text")
         rows = {"image": np.unique(image_rows), "text": np.unique(text_rows)}
         left = {

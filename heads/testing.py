@@ -325,7 +325,8 @@ def _one_query_and_one_candidate_work(head: Head) -> None:
     want = head(queries, candidates)[:1, :1]
     if isinstance(head, SetHead):
         _a_set_may_come_in_parts(head, queries, candidates, got)
-        return
+        if head.relative:
+            return
     _require(
         got.shape == (1, 1) and _close(want, got),
         head,

@@ -7,6 +7,8 @@ test compares the two). Written out here because three callers need what that mo
 (shared between pairs of one item), row 0 alone (all that a score reads from the last block), and attention weights.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -24,12 +26,20 @@ class Block(nn.Module):
         heads: attention heads; must divide `dim`.
         ffn: hidden width of the feed-forward part.
         dropout: probability, 0 to 1.
+        activation: of the hidden units.
 
     """
 
-    def __init__(self, dim: int, heads: int, ffn: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ffn: int,
+        dropout: float,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.activation = heads, activation
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -93,4 +103,4 @@ class Block(nn.Module):
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.out(attended))
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + self.dropout(self.fc2(self.activation(self.fc1(self.norm2(x)))))

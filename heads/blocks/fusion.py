@@ -6,7 +6,7 @@
 With λ at 0 and fresh intra blocks, whose outputs start at zero, nothing changes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -25,19 +25,28 @@ OTHER = {"attr": "obj", "obj": "attr"}
 class CrossBlock(nn.Module):
     """CA(q, kv) = u + MLP(LN(q + u)) with u = attention(LN q, LN kv); the caller adds q, so this is the change alone.
 
-    One norm serves q and kv: with a single key no other path would train a norm of q's own. GELU, and dropout on both
-    outputs (our choice).
+    With q added it is a pre-LN block of cross-attention. One norm serves q and kv: with a single key no other path
+    would train a norm of q's own. Dropout on both outputs (our choice).
 
     Args:
         dim: width of all rows.
         heads: attention heads; must divide `dim`.
         dropout: probability.
         zero_output: start as the zero map.
+        activation: of the hidden units.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float, *, zero_output: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dropout: float,
+        *,
+        zero_output: bool = False,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.activation = heads, activation
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -70,7 +79,7 @@ class CrossBlock(nn.Module):
         seen = None if mask is None else mask[:, None, None, :]
         looked = F.scaled_dot_product_attention(*rows, attn_mask=seen)
         u = self.dropout(self.out(looked.transpose(1, 2).flatten(2)))
-        return u + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(q + u)))))
+        return u + self.dropout(self.fc2(self.activation(self.fc1(self.norm2(q + u)))))
 
 
 class Fusion(nn.Module):

@@ -139,24 +139,34 @@ class SoftPrompts(nn.Module):
             words: what `words()` returned.
             rows: what `rows()` returned.
         """
+        return self.states(template, words, rows)[1]
+
+    def states(
+        self, template: str, words: Float[Tensor, "w v"], rows: Int[Tensor, "c k"]
+    ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
+        """Raw states of the rows up to the one that is pooled, which comes last, and what `encode` returns.
+
+        Rows behind it are left out: a causal tower pools without them, and they would hang on the prompt's length.
+        """
         layout, frozen = self.layouts[template], self.get_buffer(f"rows_{template}")
         context = self.contexts[template] if template in self.contexts else frozen[layout.context]
 
         def some(
             rows: Int[Tensor, "c k"], words: Float[Tensor, "w v"], context: Float[Tensor, "m v"]
-        ) -> Float[Tensor, "c d"]:
+        ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
             embedded = frozen.repeat(len(rows), 1, 1)
             embedded[:, layout.context] = context
             embedded[:, list(layout.slots)] = words[rows]
             end = torch.full((len(rows),), layout.end, device=rows.device)
-            return self.live.encode(embedded, end)
+            states, pooled = self.live.states(embedded, end)
+            return states[:, : layout.end + 1], pooled
 
         parts = rows.split(self.chunk)
         if len(parts) == 1 or not torch.is_grad_enabled():
-            return torch.cat([some(part, words, context) for part in parts])
+            return _joined([some(part, words, context) for part in parts])
         # The tower draws nothing, so its random state needs no keeping.
         again = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([again(part, words, context) for part in parts])
+        return _joined([again(part, words, context) for part in parts])
 
 
 def spell(attrs: Sequence[str], objs: Sequence[str], preset: str) -> list[str]:
@@ -233,6 +243,11 @@ def _sentence(backbone: OpenBackbone, text: str) -> tuple[Int[Tensor, " l"], int
     behind = (backbone.ends(both) == both.shape[1] - 1).int()
     start, eos = (backbone.lengths(both) - 1 - behind).tolist()
     return both[1], start, eos
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    states, pooled = zip(*parts, strict=True)
+    return torch.cat(states), torch.cat(pooled)
 
 
 def _mean_embedding(backbone: OpenBackbone, word: str) -> Float[Tensor, " v"]:

@@ -3,10 +3,16 @@
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cache_builder.readout import final_norm, project_patches, project_tokens
+from cache_builder.readout import (
+    final_norm,
+    project_patches,
+    project_tokens,
+    project_view,
+    view_image,
+)
 from heads.errors import ConfigError
 
 
@@ -69,6 +75,28 @@ class Readout(nn.Module):
         project = project_patches if side == "image" else project_tokens
         with torch.autocast(raw.device.type, enabled=False):
             return project(self._tensors(), raw.float())
+
+    def pools_all_rows(self) -> bool:
+        """Does a learned query pool all image rows? Else row 0, the class token, is what is pooled."""
+        return self.has("image/pool.latent")
+
+    def view(
+        self, rows: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b w"]:
+        """What the backbone's learned query sees of all raw image rows, prefix first.
+
+        Args:
+            rows: of the image tower.
+            mask: True where a row is real; None is everywhere.
+        """
+        with torch.autocast(rows.device.type, enabled=False):
+            return view_image(self._tensors(), rows.float(), mask)
+
+    def image(self, row: Float[Tensor, "b w"]) -> Float[Tensor, "b d"]:
+        """The pooled embedding that a `view`, or a raw class token where there is no such query, leads to."""
+        view = row if self.pools_all_rows() else self.norm("image", row)
+        with torch.autocast(row.device.type, enabled=False):
+            return project_view(self._tensors(), view.float())
 
     def joint_width(self, side: str) -> int:
         """Width of the space that `joint` leads to: D, or the language model's where patches are projected into it."""
