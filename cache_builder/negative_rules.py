@@ -30,7 +30,7 @@ UNPAINTED = frozenset({"anybody", "person", "role", "ground", "room", "cover", "
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the captions of an image say.
+    """What the captions of an image say, the one at hand among them.
 
     Attributes:
         barred: groups that are named, and those that the same thing may belong to.
@@ -65,7 +65,7 @@ class Vocabulary:
         """Another noun of the same kind and number, which no caption of the image names."""
         others = {w.group for w in self.nouns.get(like.kind, ())} - {like.group}
         kinds = [like.kind] if len(others) >= FEW else sorted(set(self.nouns) - PEOPLE)
-        found = _drawn(self.nouns, kinds, told.barred | near(like.group), rng)
+        found = _drawn(self.nouns, kinds, told.barred, rng)
         return plural_of(found) if found and like.plural else found
 
     def adjective(
@@ -233,10 +233,9 @@ def _replace_att(
         return Refusal("nothing described")
     old = found[rng.integers(len(found))]
     assert old.entry
-    barred = told.barred | near(old.entry.group)
-    new = vocabulary.adjective([old.entry.kind], barred, rng)
+    new = vocabulary.adjective([old.entry.kind], told.barred, rng)
     if new is None and old.entry.kind in FREE:
-        new = vocabulary.adjective(sorted(FREE), barred, rng)
+        new = vocabulary.adjective(sorted(FREE), told.barred, rng)
     if new is None:
         return Refusal("no other adjective that no caption names")
     return [Edit(old.start, old.stop, new)]

@@ -151,10 +151,22 @@ def test_a_replaced_word_is_of_its_kind_and_number_and_nothing_else_changes(seed
     assert rule("replace_obj", "a dog", "a cat", seed=seed) not in {"a dog", "a cat", "a man"}
     painted = rule("replace_att", "a red car", "it is green", "a blue car", seed=seed)
     assert painted in {"a white car", "an orange car"}
-    assert rule("add_att", "a car", "it is green", seed=seed).endswith(" car")
+    colours = {"red", "blue", "white", "orange", "striped", "dotted"}
+    assert rule("add_att", "a car", "it is green", seed=seed) in {
+        f"{'an' if c == 'orange' else 'a'} {c} car" for c in colours
+    }
     added = rule("add_obj", "a dog.", "a cat", seed=seed)
     assert re.fullmatch(r"a dog and an? \w+\.", added)
     assert "cat" not in added
+
+
+def test_a_kind_that_is_used_up_gives_way_to_others_but_never_to_what_is_named() -> None:
+    few = Vocabulary([read(f"a {word} car") for word in ("red", "striped", "dotted", "young")])
+    reading = read("a red car")
+    told = Told.by([reading, read("it is striped")])
+    for seed in range(8):
+        edits = RULES["replace"]["att"](reading, told, few, np.random.default_rng(seed))
+        assert edited(reading.text, list(edits)) == "a dotted car"
 
 
 def test_words_are_drawn_as_often_as_captions_say_them() -> None:
