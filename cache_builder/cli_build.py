@@ -116,8 +116,8 @@ def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the data set, e.g. world=open, or words=FILE (or words=vocabulary) of any with a czsl task: "
-        "bare words among its texts; may be repeated",
+        help="an option of the data set, e.g. world=open; or of any: words=FILE or words=vocabulary (bare words of a "
+        "czsl task), negatives=rules (false captions), segments=rules (parts of captions, for sgi); may be repeated",
     )
     build.add_argument(
         "--dry-run", action="store_true", help="print what it would cost; write nothing"
@@ -276,11 +276,12 @@ def options_of(dataset: str, settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         UnknownName: no such option; names the nearest.
     """
+    from cache_builder import ADDED
     from cache_builder.plugins import find
 
     load: Callable[..., Any] = find("cache_builder.datasets", dataset).load
     parameters = inspect.signature(load).parameters.values()
-    known = [*(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), "words"]
+    known = [*(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), *ADDED]
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -16,14 +16,22 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cache_builder import FeatureCache
+from heads import segments
 from heads.base import Context, Needs
 from heads.coded import Coded, read_stored
 from heads.errors import MissingStream
 from heads.features import Features
 from heads.gather import Gatherer
 
-DERIVED = {"text/ids": "text/tokens", "text/mask": "text/tokens"}
-"""Streams that come with another one."""
+DERIVED = {
+    "text/ids": "text/tokens",
+    "text/mask": "text/tokens",
+    segments.STREAM: segments.PARTS_OF,
+}
+"""Streams that come with another one, or are made of it."""
+
+SIDES = {"image": ("image", "crop"), "text": ("text", "segment")}
+"""What the rows of a side have: a picture its crops too, a caption its parts."""
 
 
 def quarter_of_free_memory() -> int:
@@ -40,10 +48,15 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
     """Refuse a cache that lacks a stream in `needs`.
 
     Raises:
-        MissingStream: names the streams, and the command that builds a cache with them.
+        MissingStream: names the streams, or what else is missing, and the command that builds a cache with them.
     """
     asked = {DERIVED.get(s, s) for s in query_streams(cache, needs) | needs.candidates}
     missing = sorted(asked - set(cache.streams))
+    streams = sorted(asked | set(cache.streams))
+    if segments.STREAM in needs.candidates:
+        command = segments.command(cache, streams)
+    else:
+        command = cache.header.command(Path("NEW.zarr"), streams)
     if missing:
         backbone = cache.spec.backbone
         held = (
@@ -54,8 +67,12 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
                 f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose a method that "
                 "reads tokens, for instance tf_local, or another backbone"
             )
-        command = cache.header.command(Path("NEW.zarr"), sorted(asked | set(cache.streams)))
         raise MissingStream(f"{held}; build a cache that has it: {command}")
+    if segments.STREAM in needs.candidates and not segments.has_segments(cache):
+        raise MissingStream(
+            f"{who} reads parts of captions, and {cache.place} has no text of any part; build a cache with them: "
+            f"{command}"
+        )
 
 
 def query_streams(cache: FeatureCache, needs: Needs) -> frozenset[str]:
@@ -170,6 +187,10 @@ class Source:
         self.queries = _expanded(query_streams(cache, needs), "image")
         self.candidates = _expanded(needs.candidates, "text")
         rows = {"image": np.unique(image_rows), "text": np.unique(text_rows)}
+        rows["crop"] = rows["image"]
+        if segments.STREAM in self.candidates:
+            self.segments = segments.Segments(cache, rows["text"])
+            rows["segment"] = self.segments.rows
         left = {
             "device": half_of_free_device_memory(self.device)
             if device_limit is None
@@ -186,7 +207,8 @@ class Source:
             found[place].append(stream)
             held = torch.device("cpu") if place == "memory" else self.device
             wanted = None if place == "disk" else rows[stream.split("/")[0]]
-            self.streams[stream] = Stream(cache, stream, wanted, held, self.device)
+            stored = segments.PARTS_OF if stream == segments.STREAM else stream
+            self.streams[stream] = Stream(cache, stored, wanted, held, self.device)
         self.on_device = tuple(found["device"])
         self.on_disk = tuple(reversed(found["disk"]))
 
@@ -212,13 +234,19 @@ class Source:
             if stream in given:
                 out[stream] = given[stream]
                 continue
-            out[stream], mask = self.streams[stream].take(rows)
+            if stream == segments.STREAM:
+                parts, table = self.segments.of(rows)
+                values, _ = self.streams[stream].take(parts)
+                out[stream], mask = segments.padded(values, table)
+            else:
+                out[stream], mask = self.streams[stream].take(rows)
             if mask is not None:
                 out[f"{stream.rpartition('/')[0]}/mask"] = mask
         return Features(out)
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
         n = len(rows)
+        stream = segments.PARTS_OF if stream == segments.STREAM else stream
         if self.cache.is_ragged(stream):
             offsets = self.cache.offsets(stream)
             n = int((offsets[rows + 1] - offsets[rows]).sum())
@@ -228,7 +256,7 @@ class Source:
 
 def _expanded(streams: frozenset[str], side: str) -> list[str]:
     """Streams to read for a role, sorted; the mask comes with its tokens."""
-    wrong = sorted(s for s in streams if not s.startswith(f"{side}/"))
+    wrong = sorted(s for s in streams if s.partition("/")[0] not in SIDES[side])
     if wrong:
         raise MissingStream(
             f"a head asks for {', '.join(wrong)} where rows are {side}s; in czsl, matching and retrieval queries are "

@@ -21,9 +21,13 @@ from heads.base import Context, Head, HeadConfig, SetHead
 from heads.features import Batch, Features, Partner
 from heads.live import LiveBackbone, tiny
 
+RAGGED = ("crop/pooled", "segment/pooled")
+"""Streams of rows that differ in length, besides tokens of texts."""
+
 A, O = 3, 2
 B, M = 5, 6
 D, N, W, L, V = 8, 7, 10, 4, 9
+K, S = 6, 3
 
 TOLERANCE = 2e-5
 """Largest difference allowed where only the shape of a float32 matrix product changed, for scores of order 1 to 100."""
@@ -53,6 +57,8 @@ def small_context() -> Context:
         "image/pooled": (D,),
         "text/pooled": (D,),
         "text/tokens": (L, V),
+        "crop/pooled": (K, D),
+        "segment/pooled": (S, D),
     }
     return Context(shapes, readout, ("red", "wet", "old"), ("cup", "dog"))
 
@@ -81,6 +87,10 @@ def small_features(n: int, seed: int, streams: frozenset[str], context: Context)
     out: dict[str, Tensor] = {}
     for stream in sorted(streams - {"text/mask", "text/ids"}):
         out[stream] = 3 * torch.randn(n, *context.shapes[stream], generator=g)
+        if stream in RAGGED:
+            mask = torch.arange(out[stream].shape[1]) < (torch.arange(n) % 3 + 1)[:, None]
+            out[stream] = out[stream] * mask[..., None]
+            out[f"{stream.partition('/')[0]}/mask"] = mask
     if streams & {"text/tokens", "text/mask", "text/ids"}:
         length = context.shapes["text/tokens"][0]
         mask = torch.arange(length) < (torch.arange(n) % (length - 1) + 2)[:, None]
@@ -365,6 +375,8 @@ def _rows_do_not_see_each_other(head: Head) -> None:
 def _padding_is_invisible(head: Head) -> None:
     """Garbage where the mask is False, and one more column of it, change nothing."""
     queries, candidates = _sides(head)
+    want, got = head(queries, candidates), head(_spoiled(queries), _spoiled(candidates))
+    _require(_close(want, got), head, f"padding changes scores, by {_gap(want, got)}")
     if "text/tokens" not in candidates.streams:
         return
     tokens, mask = candidates["text/tokens"], candidates["text/mask"]
@@ -381,6 +393,17 @@ def _padding_is_invisible(head: Head) -> None:
         for text in (short, noisy)
     )
     _require(_close(want, got), head, f"padding of texts changes scores, by {_gap(want, got)}")
+
+
+def _spoiled(features: Features) -> Features:
+    """The same rows with one more column in their ragged streams, and garbage wherever there is no entry."""
+    streams = dict(features.streams)
+    for name in set(RAGGED) & set(streams):
+        home = name.partition("/")[0]
+        mask = torch.nn.functional.pad(streams[f"{home}/mask"], (0, 1))
+        values = torch.nn.functional.pad(streams[name], (0, 0, 0, 1))
+        streams |= {name: torch.where(mask[..., None], values, 50.0), f"{home}/mask": mask}
+    return replace(features, streams=streams)
 
 
 def _state_round_trips(head: Head, method: ModuleType, context: Context) -> None:
