@@ -421,14 +421,15 @@ def test_the_counts_of_a_head(contexts: dict[str, Context]) -> None:
 
     down, base = w * v + 3 * v, (3 + 2) * v + 3 * letters * v
     semantic, visual = 2 * (2 * block(v) + down), 2 * (block(v) + down)
-    for config, want in (
+    counts: list[tuple[dict[str, Any], int]] = [
         ({}, 3 * block(w) + semantic + visual),
         ({"conditional": "semantic"}, 3 * block(w) + semantic),
         ({"conditional": "visual"}, 3 * block(w) + visual),
         ({"conditional": "none"}, 3 * block(w)),
         ({"conditional": "none", "branches": ("pair",), "n_blocks": 3}, 3 * block(w)),
         ({"conditional": "none", "branches": ()}, 0),
-    ):
+    ]
+    for config, want in counts:
         assert head_of(contexts["clip"], **config).n_trained() == base + want
 
 
