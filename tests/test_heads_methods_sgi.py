@@ -18,7 +18,7 @@ from heads.methods import sgi
 from heads.runs import score_run, train_run
 from heads.score import score
 from heads.source import Source, check_streams, context_of
-from heads.tasks import load_task
+from heads.tasks import CompositionData, MatchingData, load_task
 from heads.testing import check_head, small_context, small_features
 
 STREAMS = ["crop/pooled", "image/pooled", "text/pooled"]
@@ -134,9 +134,9 @@ def test_a_table_from_a_cache_is_that_of_the_slow_loop(
     cache: FeatureCache, task: str, alpha: float
 ) -> None:
     data = load_task(cache, task, "val")
+    assert not isinstance(data, CompositionData)
     head = sgi.Head(sgi.Config(alpha=alpha), context_of(cache))
-    asked = {"direction": "i2t"} if task == "retrieval" else {}
-    table = torch.from_numpy(np.asarray(score(head, data, **asked).scores)).float()
+    table = torch.from_numpy(np.asarray(score(head, data, direction="i2t").scores)).float()
     crops, bounds = cache.read_ragged("crop/pooled", np.arange(len(cache.image_ids)))
     crops = torch.from_numpy(np.asarray(crops)).float()
     image = torch.from_numpy(
@@ -165,6 +165,7 @@ def test_a_table_from_a_cache_is_that_of_the_slow_loop(
 
 def test_parts_read_from_disk_are_those_held_in_memory(cache: FeatureCache) -> None:
     data = load_task(cache, "two_by_two", "test")
+    assert isinstance(data, MatchingData)
     needs = sgi.Head.needs(sgi.Config())
     captions = data.captions.reshape(-1)
     held = Source(cache, needs, data.images.reshape(-1), captions)
@@ -206,5 +207,6 @@ def test_a_cache_without_crops_or_parts_is_refused_with_the_command_that_builds_
     ):
         check_streams(whole, needs, "sgi")
     data = load_task(cache, "two_by_two", "train")
+    assert isinstance(data, MatchingData)
     with pytest.raises(MissingStream, match=r"lacks \d+ parts of these \d+ captions, the first: "):
         Source(cache, needs, data.images.reshape(-1), data.captions.reshape(-1))
