@@ -252,6 +252,11 @@ def _counts(
         counts[f"{split} queries"] = Count(len(read), QUERIES[split])
         in_place = sum(row.number("id") == place for place, row in enumerate(read))
         counts[f"{split} ids in order"] = Count(in_place, QUERIES[split])
+        if split != "test":
+            ahead = sum(r.numbers("gt_img_ids")[0] == r.number("target_img_id") for r in read)
+            counts[f"{split} ground truths that begin with the target"] = Count(
+                ahead, QUERIES[split]
+            )
     sizes = [len(e.targets) for e in examples if e.split == "val"]
     if sizes:
         found = {"fewest": min(sizes), "most": max(sizes), "in all": sum(sizes)}
