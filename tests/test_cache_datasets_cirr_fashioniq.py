@@ -362,7 +362,7 @@ def test_an_edit_of_fashioniq_that_ends_where_it_starts_is_refused(clothes: Path
     ("names", "message"),
     [
         (["../../etc/passwd"], "'..' component"),
-        ([3], "not a text"),
+        ([3], "it must be a text"),
         (["B0DRV0000", "B0DRV0000"], "occur twice"),
         ({"a": 1}, "not a list"),
     ],
