@@ -58,7 +58,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a ring of links": (loop, "no usable path"),
     "a link out of the folder": (outside, "leaves"),
     "a link into /dev": (lambda p: p.symlink_to("/dev/zero"), "leaves"),
-    "a link to nothing": (lambda p: p.symlink_to("nowhere.png"), "No such file"),
+    "a link to nothing": (lambda p: p.symlink_to("nowhere.png"), "no such file"),
     "a link to a folder": (lambda p: p.symlink_to("c"), ""),
     "a folder called .jpg": (lambda p: p.mkdir(), ""),
     "a sparse file of 10 GiB": (lambda p: [p.touch(), os.truncate(p, 10 << 30)], "more than the"),

@@ -20,7 +20,9 @@ from heads.samplers import PARTNERS, PartnerSampler
 from heads.tasks import load_task
 
 TRIPLETS = Needs(
-    frozenset({"image/patches", "image/pooled"}), frozenset(), frozenset({"same_attr", "same_obj"})
+    frozenset({"image/patches", "image/pooled"}),
+    frozenset(),
+    partners=frozenset({"same_attr", "same_obj"}),
 )
 SEVERAL_POOLS: dict[str, Any] = {"ram_limit": 30_000}
 LABELS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=25)
@@ -195,7 +197,9 @@ def test_a_head_without_partners_pays_nothing(cache: FeatureCache) -> None:
     batch = next(loader(cache, Needs(TRIPLETS.queries, frozenset())).epoch(0))
     assert batch.partners == {}
     only = next(
-        loader(cache, Needs(TRIPLETS.queries, frozenset(), frozenset({"same_obj"}))).epoch(0)
+        loader(cache, Needs(TRIPLETS.queries, frozenset(), partners=frozenset({"same_obj"}))).epoch(
+            0
+        )
     )
     assert list(only.partners) == ["same_obj"]
 
