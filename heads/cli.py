@@ -174,7 +174,7 @@ def _train(args: argparse.Namespace) -> None:
     from heads.config import parse, read_settings
     from heads.runs import train_run
     from heads.tasks import task_of
-    from heads.train import TrainConfig
+    from heads.train_config import TrainConfig
 
     sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
     settings = read_settings(args.config, sets)

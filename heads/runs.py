@@ -44,7 +44,8 @@ from heads.tasks import (
     splits_of,
     task_of,
 )
-from heads.train import FitResult, TrainConfig, fit, seed_everything
+from heads.train import FitResult, fit, seed_everything
+from heads.train_config import TrainConfig
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
 

@@ -7,7 +7,7 @@ No array of a cache has this name: captions are cut anew when read (`cache_build
 looked up among the texts, where `--set segments=rules` put them at the build.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,9 @@ from heads.errors import MissingStream
 
 STREAM, PARTS_OF = "segment/pooled", "text/pooled"
 """What a head asks for, and what is read for it."""
+
+Taken = tuple[Tensor, Tensor | None]
+"""Values of rows, and the mask of what is real where rows differ in length."""
 
 
 class Segments:
@@ -51,14 +54,18 @@ class Segments:
         self.parts = {row: [place[prefixed(p)] for p in parts] for row, parts in found.items()}
         self.rows = np.unique([p for parts in self.parts.values() for p in parts]).astype(np.int64)
 
-    def of(
-        self, captions: Int[np.ndarray, " b"]
-    ) -> tuple[Int[np.ndarray, " total"], Bool[Tensor, "b m"]]:
-        """Text rows of the parts of captions, one after the other, and where they stand in a padded table."""
+    def take(self, texts: Callable[[np.ndarray], Taken], captions: Int[np.ndarray, " b"]) -> Taken:
+        """Parts of captions (b, m, D), padded with zeros, and the mask (b, m), True where one is real.
+
+        Args:
+            texts: values of text rows.
+            captions: text rows.
+        """
         parts = [self.parts[row] for row in captions.tolist()]
+        values, _ = texts(np.array([row for some in parts for row in some], dtype=np.int64))
         lengths = torch.tensor([len(some) for some in parts], dtype=torch.int64)
         mask = torch.arange(int(lengths.max()) if len(parts) else 0) < lengths[:, None]
-        return np.array([row for some in parts for row in some], dtype=np.int64), mask
+        return padded(values, mask)
 
 
 def padded(

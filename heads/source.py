@@ -7,7 +7,8 @@ streams are padded to the longest row asked for:
                                                                                  [a a a]        [1 1 1]
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +189,9 @@ class Source:
         self.candidates = _expanded(needs.candidates, "text")
         rows = {"image": np.unique(image_rows), "text": np.unique(text_rows)}
         rows["crop"] = rows["image"]
-        if segments.STREAM in self.candidates:
-            self.segments = segments.Segments(cache, rows["text"])
-            rows["segment"] = self.segments.rows
+        cut = segments.Segments(cache, rows["text"]) if segments.STREAM in self.candidates else None
+        if cut:
+            rows["segment"] = cut.rows
         left = {
             "device": half_of_free_device_memory(self.device)
             if device_limit is None
@@ -198,7 +199,7 @@ class Source:
             "memory": quarter_of_free_memory() if ram_limit is None else ram_limit,
         }
         sizes = {s: self._bytes(s, rows[s.split("/")[0]]) for s in self.queries + self.candidates}
-        self.streams: dict[str, Stream] = {}
+        self.take: dict[str, Callable[[np.ndarray], tuple[Tensor, Tensor | None]]] = {}
         found: dict[str, list[str]] = {"device": [], "memory": [], "disk": []}
         for stream, size in sorted(sizes.items(), key=lambda item: item[1]):
             place = next((p for p in left if size <= left[p]), "disk")
@@ -207,8 +208,9 @@ class Source:
             found[place].append(stream)
             held = torch.device("cpu") if place == "memory" else self.device
             wanted = None if place == "disk" else rows[stream.split("/")[0]]
-            stored = segments.PARTS_OF if stream == segments.STREAM else stream
-            self.streams[stream] = Stream(cache, stored, wanted, held, self.device)
+            self.take[stream] = Stream(cache, _stored(stream), wanted, held, self.device).take
+        if cut:
+            self.take[segments.STREAM] = partial(cut.take, self.take[segments.STREAM])
         self.on_device = tuple(found["device"])
         self.on_disk = tuple(reversed(found["disk"]))
 
@@ -222,7 +224,7 @@ class Source:
 
     def dense(self, stream: str, rows: np.ndarray) -> Tensor:
         """One fixed-shape stream of rows."""
-        values, mask = self.streams[stream].take(rows)
+        values, mask = self.take[stream](rows)
         assert mask is None
         return values
 
@@ -234,24 +236,24 @@ class Source:
             if stream in given:
                 out[stream] = given[stream]
                 continue
-            if stream == segments.STREAM:
-                parts, table = self.segments.of(rows)
-                values, _ = self.streams[stream].take(parts)
-                out[stream], mask = segments.padded(values, table)
-            else:
-                out[stream], mask = self.streams[stream].take(rows)
+            out[stream], mask = self.take[stream](rows)
             if mask is not None:
                 out[f"{stream.rpartition('/')[0]}/mask"] = mask
         return Features(out)
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
         n = len(rows)
-        stream = segments.PARTS_OF if stream == segments.STREAM else stream
+        stream = _stored(stream)
         if self.cache.is_ragged(stream):
             offsets = self.cache.offsets(stream)
             n = int((offsets[rows + 1] - offsets[rows]).sum())
         arrays = [a for a in (stream, f"{stream}_scale") if a in self.cache.header.arrays]
         return n * sum(self.cache.layout(a).row_bytes for a in arrays)
+
+
+def _stored(stream: str) -> str:
+    """The array of a cache that a stream is read from."""
+    return segments.PARTS_OF if stream == segments.STREAM else stream
 
 
 def _expanded(streams: frozenset[str], side: str) -> list[str]:

@@ -9,138 +9,22 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from heads.base import Head
 from heads.errors import ConfigError, TrainingDiverged
 from heads.loader import Loader
+from heads.optimizer import optimizer_of, rate_of
+from heads.train_config import TrainConfig
 
 Validate = Callable[[Head], dict[str, float]]
-
-
-class TrainConfig(BaseModel):
-    """How a head is trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(
-        default=10, ge=1, description="passes over the training data (released code of BiVLC)"
-    )
-    steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="optimiser steps; overrides `epochs` when given (our choice: none)",
-    )
-    batch_size: int = Field(
-        default=64,
-        ge=1,
-        description="rows (images) of a batch; the last of an epoch may be smaller (our choice)",
-    )
-    negatives: Literal["auto", "none", "text", "image_text"] = Field(
-        default="auto",
-        description="hard negatives in a batch; auto: image_text for two_by_two, text for matching, else none (our "
-        "choice)",
-    )
-    optimizer: Literal["adamw", "adam"] = Field(
-        default="adamw",
-        description="adamw: weight decay apart from the gradient; adam: as L2 penalty within it, as released CZSL code "
-        "has it (released code of BiVLC)",
-    )
-    lr: float = Field(
-        default=1e-4,
-        gt=0,
-        description="peak learning rate; a method may train some parameters at a share of it (our choice)",
-    )
-    weight_decay: float = Field(
-        default=0.1,
-        ge=0,
-        description="adamw: not on biases, norms and scalars; adam: on all parameters (released code of BiVLC)",
-    )
-    betas: tuple[float, float] = Field(
-        default=(0.9, 0.98), description="moment decays of Adam (released code of BiVLC)"
-    )
-    eps: float = Field(default=1e-6, gt=0, description="epsilon of Adam (released code of BiVLC)")
-    schedule: Literal["cosine", "step", "constant"] = Field(
-        default="cosine",
-        description="learning rate after warm-up: cosine to 0, times `gamma` at each of `milestones`, or constant "
-        "(released code of BiVLC)",
-    )
-    milestones: tuple[int, ...] = Field(
-        default=(),
-        description="schedule step: epochs, counted from 0, that begin with the next rate (our choice: none)",
-    )
-    gamma: float = Field(
-        default=0.1,
-        gt=0,
-        description="schedule step: factor at a milestone (our choice: torch's default)",
-    )
-    warmup_steps: int = Field(
-        default=500,
-        ge=0,
-        description="linear warm-up, before `schedule`; at most a tenth of all steps is used (our choice)",
-    )
-    clip: float = Field(
-        default=1.0, gt=0, description="largest gradient norm; larger ones are scaled (our choice)"
-    )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="bf16: autocast inside, float32 scores and losses (our choice: safe on any CPU)",
-    )
-    seed: int = Field(
-        default=42,
-        ge=0,
-        description="initialisation, order, dropout and sampling (released code of BiVLC)",
-    )
-    device: str = Field(
-        default="auto",
-        description="torch device; auto: cuda when there is one, else cpu (our choice)",
-    )
-    select: str | None = Field(
-        default=None,
-        description="validation metric whose best weights are kept, earliest on equality; none: the first that "
-        "validation returns (our choice)",
-    )
-    patience: int | None = Field(
-        default=None,
-        ge=1,
-        description="validations without a new best before stopping early (our choice: none)",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
-        if (self.schedule == "step") != bool(self.milestones):
-            raise ValueError(
-                f"milestones belong to schedule 'step', and it needs some; schedule is {self.schedule!r} and "
-                f"milestones {list(self.milestones)}"
-            )
-        if (
-            list(self.milestones) != sorted({*self.milestones})
-            or min(self.milestones, default=1) < 1
-        ):
-            raise ValueError(
-                f"milestones rise from 1 on, without repeats, not {list(self.milestones)}"
-            )
-        return self
-
-    def torch_device(self) -> torch.device:
-        """The device meant by `device`."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"train.device {self.device!r} cannot be used here: {reason}"
-            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +92,7 @@ def fit(
             "split, or leave patience out"
         )
 
-    optimizer = _optimizer(head, config)
+    optimizer = optimizer_of(head, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = config.steps or config.epochs * len(batches)
     history: list[dict[str, Any]] = []
@@ -219,7 +103,7 @@ def fit(
     while step < total:
         head.train()
         for batch in islice(batches.epoch(epoch), total - step):
-            lr = _rate(config, step, total, epoch)
+            lr = rate_of(config, step, total, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["share"]
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -327,61 +211,6 @@ class _Best:
         if self.record:
             head.config = self.config
             head.load_state_dict(self.state)
-
-
-def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam in the form asked for; every group knows its share of the learning rate."""
-    adam = config.optimizer == "adam"
-    form = torch.optim.Adam if adam else torch.optim.AdamW
-    groups = _parameter_groups(head, config.weight_decay, head.lr_shares(), everywhere=adam)
-    return form(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-
-
-def _parameter_groups(
-    head: nn.Module,
-    weight_decay: float,
-    shares: Mapping[str, float] | None = None,
-    *,
-    everywhere: bool = False,
-) -> list[dict[str, Any]]:
-    """Trained parameters by their share of the rate and by decay: matrices, or `everywhere` also what has fewer axes.
-
-    Biases, norms and scalars, all below two axes, otherwise do not decay.
-    """
-    trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ConfigError(
-            f"{type(head).__module__} has no trainable parameter under this configuration"
-        )
-    shares = shares or {}
-    unknown = sorted(set(shares) - set(trained))
-    assert not unknown, f"lr_shares names {unknown}, which are no trained parameters"
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for decays in (True, False):
-        for name, p in trained.items():
-            if decays == (everywhere or p.ndim >= 2):
-                key = shares.get(name, 1.0), weight_decay if decays else 0.0
-                groups.setdefault(key, []).append(p)
-    return [
-        {"params": members, "weight_decay": decay, "share": share}
-        for (share, decay), members in groups.items()
-    ]
-
-
-def _rate(config: TrainConfig, step: int, total: int, epoch: int) -> float:
-    """Learning rate of a step and its epoch, both counted from 0."""
-    warmup = min(config.warmup_steps, total // 10)
-    if config.schedule == "cosine":
-        return config.lr * _schedule(step, warmup, total)
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    return config.lr * rise * config.gamma ** sum(epoch >= at for at in config.milestones)
-
-
-def _schedule(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at a step counted from 0: linear up, cosine down to 0 after the last step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def _diverged(what: str, value: Tensor, parts: dict[str, Tensor], step: int, lr: float) -> str:

@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import functools
 import os
 import sys
 import tempfile
@@ -13,10 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import `stand_in`
 
+from drawn import LIVE_FAMILIES, make_live
 from faults import SEED, TALLY, table
 from stand_in import StandIn, dataset
 
 from cache_builder import FeatureCache, build
+from heads.base import Context
+from heads.miniature import live_context
 
 torch.set_num_threads(1)  # two threads spin on a busy two-core machine
 
@@ -45,6 +49,19 @@ def make_cache(fast_path: Path) -> Callable[..., FeatureCache]:
         return build(path=fast_path / name, progress=False, **{**given, **options})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Context]:
+    """Family → the small context of a head that runs its miniature's text tower."""
+    folder = tmp_path_factory.mktemp("contexts")
+    return {family: live_context(family, folder / family) for family in LIVE_FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def live_cache(fast_folder: Path) -> Callable[[str], FeatureCache]:
+    """The cache of `drawn()` under a family's miniature, built when first asked for."""
+    return functools.cache(lambda family: make_live(fast_folder, family))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

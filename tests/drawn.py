@@ -37,6 +37,10 @@ def make_drawn(path: Path, broken: tuple[str, ...] = (), **options: Any) -> Feat
     )
 
 
+LIVE_FAMILIES = ("clip", "siglip2", "pe")
+"""Families whose text tower heads can run."""
+
+
 def make_live(folder: Path, family: str) -> FeatureCache:
     """The cache of `drawn()` under a family's miniature, whose files stay, so that heads can run its text tower."""
     files = folder / f"{family}-files"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cache_builder import plugins
-from heads import load_method, testing
+from heads import load_method, miniature, testing
 from heads.base import EmbeddingHead, HeadConfig, Needs
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
@@ -61,7 +61,7 @@ class Honest(EmbeddingHead):
 
     def __init__(self, config: HeadConfig, context: Any) -> None:
         super().__init__(config, context)
-        self.map = nn.Linear(testing.D, testing.D)
+        self.map = nn.Linear(miniature.D, miniature.D)
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
@@ -107,7 +107,7 @@ class OtherPairs(Honest):
 class Unsaved(Honest):
     def __init__(self, config: HeadConfig, context: Any) -> None:
         super().__init__(config, context)
-        self.noise = torch.rand(testing.D) + torch.rand(testing.D)
+        self.noise = torch.rand(miniature.D) + torch.rand(miniature.D)
 
     def embed_queries(self, queries: Any) -> Tensor:
         return self.map(queries["image/pooled"]) + self.noise

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from heads import load_method
 from heads.config import describe_cache, git_commit, parse, read_settings, versions
 from heads.errors import ConfigError
-from heads.train import TrainConfig
+from heads.train_config import TrainConfig
 
 
 def test_overrides_come_after_the_file_and_need_no_quotes(tmp_path: Path) -> None:

@@ -14,16 +14,11 @@ from heads.config import parse
 from heads.errors import ConfigError, TrainingDiverged
 from heads.features import Batch, Features
 from heads.loader import Loader
+from heads.optimizer import cosine_share, optimizer_of, parameter_groups, rate_of
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.train import (
-    TrainConfig,
-    _optimizer,
-    _parameter_groups,
-    _rate,
-    _schedule,
-    seed_everything,
-)
+from heads.train import seed_everything
+from heads.train_config import TrainConfig
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12}
 TOY = TrainConfig(epochs=3, batch_size=4, lr=1e-2, device="cpu", seed=7)
@@ -180,7 +175,7 @@ def test_a_loss_that_is_not_finite_names_its_step(cache: FeatureCache) -> None:
 
 def test_biases_and_norms_do_not_decay() -> None:
     head = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
-    decayed, kept = _parameter_groups(head, 0.1)
+    decayed, kept = parameter_groups(head, 0.1)
     assert [tuple(p.shape) for p in decayed["params"]] == [(5, 3)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert len(kept["params"]) == 3
@@ -188,7 +183,7 @@ def test_biases_and_norms_do_not_decay() -> None:
 
 def test_adam_decays_every_parameter_and_a_named_one_learns_at_its_share() -> None:
     head = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
-    slow, rest = _parameter_groups(head, 0.2, {"0.weight": 0.25}, everywhere=True)
+    slow, rest = parameter_groups(head, 0.2, {"0.weight": 0.25}, everywhere=True)
     assert [tuple(p.shape) for p in slow["params"]] == [(5, 3)]
     assert (slow["share"], slow["weight_decay"]) == (0.25, 0.2)
     assert (rest["share"], rest["weight_decay"], len(rest["params"])) == (1.0, 0.2, 3)
@@ -230,7 +225,7 @@ def test_the_step_schedule_is_torch_s_multi_step_lr(cache: FeatureCache) -> None
 def test_adam_and_adamw_are_torch_s(cache: FeatureCache) -> None:
     for name, form in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         config = TrainConfig(**{**TOY.model_dump(), "optimizer": name, "steps": 1})
-        optimizer = _optimizer(linear(cache), config)
+        optimizer = optimizer_of(linear(cache), config)
         assert type(optimizer) is form
         assert optimizer.defaults["betas"] == config.betas
         assert optimizer.defaults["eps"] == config.eps
@@ -240,7 +235,7 @@ def test_adam_and_adamw_are_torch_s(cache: FeatureCache) -> None:
 
 def test_a_constant_rate_stays_where_the_warm_up_ends() -> None:
     config = TOY.model_copy(update={"schedule": "constant", "warmup_steps": 4})
-    rates = [_rate(config, step, 100, step // 10) for step in range(100)]
+    rates = [rate_of(config, step, 100, step // 10) for step in range(100)]
     assert rates[:4] == pytest.approx([config.lr * share for share in (0.25, 0.5, 0.75, 1)])
     assert set(rates[4:]) == {config.lr}
 
@@ -255,11 +250,11 @@ def test_milestones_and_the_step_schedule_need_each_other(values: dict[str, Any]
 
 
 def test_the_learning_rate_rises_linearly_and_falls_to_zero() -> None:
-    shares = [_schedule(step, 2, 12) for step in range(12)]
+    shares = [cosine_share(step, 2, 12) for step in range(12)]
     assert shares[:3] == [0.5, 1.0, 1.0]
     assert shares == sorted(shares[:2]) + sorted(shares[2:], reverse=True)
     assert 0 < shares[-1] < 0.03
-    assert _schedule(12, 2, 12) == 0
+    assert cosine_share(12, 2, 12) == 0
 
 
 def test_warm_up_takes_at_most_a_tenth(cache: FeatureCache) -> None:

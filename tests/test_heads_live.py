@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cache_builder import FeatureCache, build
 from cache_builder.backbones import clip, llava
-from heads import cli, testing
+from heads import cli, miniature, testing
 from heads.base import Context, Needs
 from heads.checkpoint import check_cache, load, save
 from heads.errors import CheckpointMismatch, ConfigError, MissingStream
@@ -245,7 +245,7 @@ def test_check_head_sees_a_live_side_that_is_not_as_declared(
 ) -> None:
     method = ModuleType("broken")
     vars(method).update(Head=broken, Config=csp.Config)
-    context = testing.live_context("clip", tmp_path / "clip")
+    context = miniature.live_context("clip", tmp_path / "clip")
     with pytest.raises(testing.NotConforming, match=promise):
         testing.check_head(method, csp.Config(), context)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn import PAIRS, drawn, make_live
+from drawn import LIVE_FAMILIES, PAIRS, drawn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +16,7 @@ from cache_builder import FeatureCache, build, load_backbone
 from cache_builder.readout import pool_image, project_tokens
 from eval.composition import CompositionScores
 from eval.feasibility import Feasibility
-from heads import load_method, score, testing
+from heads import load_method, miniature, score, testing
 from heads.base import Context
 from heads.blocks.attention import Block
 from heads.blocks.branches import Branch, ConditionedView, ConditionedWords, quick_gelu
@@ -24,6 +24,7 @@ from heads.blocks.fusion import CrossBlock
 from heads.checkpoint import load
 from heads.errors import ConfigError, MissingStream
 from heads.features import Batch, Features
+from heads.live import tiny
 from heads.loader import Loader
 from heads.methods import branch_blocks
 from heads.methods.branch_blocks import PARTNER, Config, Gathered, Head
@@ -32,7 +33,6 @@ from heads.score import score_open
 from heads.source import context_of
 from heads.tasks import load_task
 
-FAMILIES = ("clip", "siglip2", "pe")
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"conditional": "semantic", "n_blocks": 2, "branches": ("obj",)},
@@ -40,26 +40,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"conditional": "none", "branches": (), "weight_conditional": 0.0},
     {"chunk": 2, "weight_primitive": 0.0},
 ]
-
-
-@pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Context]:
-    folder = tmp_path_factory.mktemp("contexts")
-    return {family: testing.live_context(family, folder / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def caches(fast_folder: Path) -> Callable[[str], FeatureCache]:
-    made: dict[str, FeatureCache] = {}
-
-    def cache(family: str) -> FeatureCache:
-        if family not in made:
-            folder = fast_folder / f"branch-{family}"
-            folder.mkdir()
-            made[family] = make_live(folder, family)
-        return made[family]
-
-    return cache
 
 
 def head_of(context: Context, seed: int = 0, **config: Any) -> Any:
@@ -80,7 +60,7 @@ def batch_of(head: Head, n: int = 5) -> Batch:
     """Images of the pairs 0, 1, 2, …; candidates are four of the six pairs, out of order."""
     labels = {"attr": torch.tensor([2, 0, 1, 0]), "obj": torch.tensor([1, 0, 1, 1])}
     target = torch.arange(n) % 4
-    rows = testing.small_features(n, 1, head.needs(head.config).queries, head.context)
+    rows = miniature.small_features(n, 1, head.needs(head.config).queries, head.context)
     queries = Features(rows.streams, {k: v[target] for k, v in labels.items()})
     ignore = torch.zeros(n, 4, dtype=torch.bool)
     none = torch.empty(n, 0, dtype=torch.long)
@@ -212,7 +192,7 @@ def slow_loss(head: Any, batch: Batch, found: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "values"),
-    [*((f, VARIANTS[0]) for f in FAMILIES), *(("clip", v) for v in VARIANTS[1:4])],
+    [*((f, VARIANTS[0]) for f in LIVE_FAMILIES), *(("clip", v) for v in VARIANTS[1:4])],
 )
 def test_score_and_loss_follow_the_equations_at_the_start_and_after_a_step(
     contexts: dict[str, Context], family: str, values: dict[str, Any]
@@ -252,7 +232,7 @@ def test_score_and_loss_follow_the_equations_at_the_start_and_after_a_step(
 
 @pytest.mark.parametrize(
     ("family", "values"),
-    [*((f, VARIANTS[0]) for f in FAMILIES), *(("clip", v) for v in VARIANTS[1:4])],
+    [*((f, VARIANTS[0]) for f in LIVE_FAMILIES), *(("clip", v) for v in VARIANTS[1:4])],
 )
 def test_branch_blocks_keeps_the_promises_of_a_head(
     contexts: dict[str, Context], family: str, values: dict[str, Any]
@@ -342,7 +322,7 @@ def silence(module: nn.Module) -> None:
                     p.zero_()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 def test_with_identity_blocks_the_pair_branch_is_parallel_to_the_image(
     contexts: dict[str, Context], family: str
 ) -> None:
@@ -496,7 +476,7 @@ def test_a_causal_tower_does_not_see_how_long_a_prompt_is(contexts: dict[str, Co
 
 
 def test_prompts_give_the_states_that_the_readout_pools(contexts: dict[str, Context]) -> None:
-    for family in FAMILIES:
+    for family in LIVE_FAMILIES:
         head = head_of(contexts[family]).eval()
         gathered: Gathered = head.gather([batch_of(head).candidates])
         for k in PARTNER:
@@ -554,7 +534,7 @@ def test_a_cache_without_its_streams_is_refused_with_the_command(tmp_path: Path)
         ("clip", ["image/patches", "image/pooled"], "image/prefix"),
         ("siglip2", ["image/pooled", "text/pooled"], "image/patches"),
     ):
-        backbone = testing.tiny(family, tmp_path / f"{family}-files")
+        backbone = tiny(family, tmp_path / f"{family}-files")
         named = {"backbone_name": f"{family}:{tmp_path / f'{family}-files'}", "progress": False}
         cache = build(drawn(), backbone, tmp_path / f"{family}.zarr", streams=kept, **named)  # type: ignore[arg-type]
         with pytest.raises(MissingStream, match=f"branch_blocks reads {missing}, but") as refused:
@@ -563,9 +543,9 @@ def test_a_cache_without_its_streams_is_refused_with_the_command(tmp_path: Path)
 
 
 def test_a_backbone_without_prefix_rows_needs_none(
-    caches: Callable[[str], FeatureCache],
+    live_cache: Callable[[str], FeatureCache],
 ) -> None:
-    cache = caches("siglip2")
+    cache = live_cache("siglip2")
     assert "image/prefix" not in cache.streams
     head = head_of(context_of(cache))
     data = load_task(cache, "czsl", "val")
@@ -575,9 +555,9 @@ def test_a_backbone_without_prefix_rows_needs_none(
 
 
 def test_a_trained_head_comes_back_bit_for_bit(
-    caches: Callable[[str], FeatureCache], fast_path: Path
+    live_cache: Callable[[str], FeatureCache], fast_path: Path
 ) -> None:
-    cache = caches("clip")
+    cache = live_cache("clip")
     train = {"steps": 3, "batch_size": 16, "lr": 0.01, "optimizer": "adam"}
     options: dict[str, Any] = {"task": "czsl", "settings": {"train": train}, "progress": False}
     run = train_run(cache, "branch_blocks", fast_path / "run", **options)
@@ -596,9 +576,9 @@ def test_a_trained_head_comes_back_bit_for_bit(
     assert losses[-1] != losses[0]
 
 
-def test_feasibility_may_prune_its_candidates(caches: Callable[[str], FeatureCache]) -> None:
+def test_feasibility_may_prune_its_candidates(live_cache: Callable[[str], FeatureCache]) -> None:
     """A pair's score is its own; simfp's, a probability over all pairs, is not, and is refused."""
-    cache = caches("clip")
+    cache = live_cache("clip")
     data: Any = load_task(cache, "czsl", "val", "open")
     attrs, objs = len(data.attrs), len(data.objs)
     rho = np.random.default_rng(0).random((attrs, objs))
@@ -610,9 +590,9 @@ def test_feasibility_may_prune_its_candidates(caches: Callable[[str], FeatureCac
 
 
 def test_training_lowers_the_loss_on_its_own_images(
-    caches: Callable[[str], FeatureCache],
+    live_cache: Callable[[str], FeatureCache],
 ) -> None:
-    cache = caches("pe")
+    cache = live_cache("pe")
     head = head_of(context_of(cache), dropout=0.0)
     batch = Loader(
         load_task(cache, "czsl", "train"), head.needs(head.config), batch_size=64, seed=0

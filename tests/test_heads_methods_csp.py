@@ -1,12 +1,13 @@
 """csp: equal to zero_shot at its start, to its equations after a step, and to itself whatever the cut."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from drawn import PAIRS, make_live
+from drawn import LIVE_FAMILIES, PAIRS
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,6 @@ from heads.runs import metrics, score_run, train_run
 from heads.source import context_of
 from heads.tasks import load_task
 
-FAMILIES = ("clip", "siglip2", "pe")
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"learn_context": True, "learn_primitives": False},
@@ -33,17 +33,11 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def cache(request: pytest.FixtureRequest, fast_folder: Path) -> FeatureCache:
-    folder = fast_folder / f"csp-{request.param}"
-    folder.mkdir()
-    return make_live(folder, request.param)
-
-
-@pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Context]:
-    folder = tmp_path_factory.mktemp("contexts")
-    return {family: testing.live_context(family, folder / family) for family in FAMILIES}
+@pytest.fixture(params=LIVE_FAMILIES)
+def cache(
+    request: pytest.FixtureRequest, live_cache: Callable[[str], FeatureCache]
+) -> FeatureCache:
+    return live_cache(request.param)
 
 
 def head_of(context: Context, **config: Any) -> csp.Head:
@@ -70,7 +64,8 @@ def batch_of(context: Context, n: int = 7) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("family", "values"), [("clip", v) for v in VARIANTS] + [(f, VARIANTS[2]) for f in FAMILIES[1:]]
+    ("family", "values"),
+    [("clip", v) for v in VARIANTS] + [(f, VARIANTS[2]) for f in LIVE_FAMILIES[1:]],
 )
 def test_csp_keeps_the_promises_of_a_head(
     contexts: dict[str, Context], family: str, values: dict[str, Any]
@@ -78,7 +73,7 @@ def test_csp_keeps_the_promises_of_a_head(
     testing.check_head(csp, csp.Config(**values), contexts[family])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 def test_at_its_start_it_is_zero_shot_where_every_name_is_one_token(family: str) -> None:
     backbone: Any = load_backbone(f"{family}:demo")
     words = ("red", "blue", "big", "small", "cup", "key", "ring", "star", "ball", "box")
@@ -135,7 +130,7 @@ def test_a_tower_without_mask_takes_all_its_rows(contexts: dict[str, Context]) -
         head_of(contexts["siglip2"], context_length=16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 @pytest.mark.parametrize(
     ("config", "trained"),
     [
@@ -205,7 +200,7 @@ def plain_scores(head: csp.Head, table: Tensor, batch: Batch) -> Tensor:
     return scale * image @ F.normalize(torch.cat(texts), dim=-1).T + bias
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 def test_a_step_follows_the_equations(contexts: dict[str, Context], family: str) -> None:
     context = contexts[family]
     head, batch = head_of(context, chunk=4), batch_of(context)

@@ -6,7 +6,7 @@ import pytest
 
 from heads import load_method
 from heads.config import parse, read_settings
-from heads.train import TrainConfig
+from heads.train_config import TrainConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "heads" / "recipes").glob("*.toml"))
 

@@ -15,11 +15,12 @@ from cache_builder.views import crop_boxes
 from heads.errors import MissingStream, TaskError
 from heads.features import Features
 from heads.methods import sgi
+from heads.miniature import small_context, small_features
 from heads.runs import score_run, train_run
 from heads.score import score
 from heads.source import Source, check_streams, context_of
 from heads.tasks import CompositionData, MatchingData, load_task
-from heads.testing import check_head, small_context, small_features
+from heads.testing import check_head
 
 STREAMS = ["crop/pooled", "image/pooled", "text/pooled"]
 

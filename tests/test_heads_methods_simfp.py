@@ -1,6 +1,6 @@
 """simfp: equal to its equations written as a loop, to no fusion where fusion is nothing, exact for any cut."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn import make_live
+from drawn import LIVE_FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from cache_builder import FeatureCache
 from eval.composition import CompositionScores
 from eval.czsl import evaluate
 from eval.feasibility import Feasibility
-from heads import score, testing
+from heads import miniature, score, testing
 from heads.base import Context
 from heads.blocks.fusion import Branch, CrossBlock, Fusion
 from heads.blocks.prompts import encode_texts
@@ -30,7 +30,6 @@ from heads.score import score_open
 from heads.source import Source, context_of
 from heads.tasks import CompositionData, load_task
 
-FAMILIES = ("clip", "siglip2", "pe")
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"fusion": "intra_inter", "fuse_pairs": 2, "share_branches": False, "chunk": 2},
@@ -40,17 +39,11 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def cache(request: pytest.FixtureRequest, fast_folder: Path) -> FeatureCache:
-    folder = fast_folder / f"simfp-{request.param}"
-    folder.mkdir()
-    return make_live(folder, request.param)
-
-
-@pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Context]:
-    folder = tmp_path_factory.mktemp("contexts")
-    return {family: testing.live_context(family, folder / family) for family in FAMILIES}
+@pytest.fixture(params=LIVE_FAMILIES)
+def cache(
+    request: pytest.FixtureRequest, live_cache: Callable[[str], FeatureCache]
+) -> FeatureCache:
+    return live_cache(request.param)
 
 
 def head_of(context: Context, seed: int = 0, **config: Any) -> simfp.Head:
@@ -78,17 +71,18 @@ def batch_of(head: simfp.Head, n: int = 4, skip: int = 1) -> Batch:
     sizes = len(context.attrs), len(context.objs)
     index = torch.cartesian_prod(*(torch.arange(k) for k in sizes))[: -skip or None]
     labels = {"attr": index[:, 0], "obj": index[:, 1]}
-    candidates = testing.small_features(len(index), 2, needs.candidates, context)
+    candidates = miniature.small_features(len(index), 2, needs.candidates, context)
     candidates = Features(candidates.streams, labels)
     target = torch.arange(n) % len(index)
-    queries = testing.small_features(n, 1, needs.queries, context)
+    queries = miniature.small_features(n, 1, needs.queries, context)
     queries = Features(queries.streams, {k: v[target] for k, v in labels.items()})
     ignore = torch.zeros(n, len(index), dtype=torch.bool)
     return Batch(queries, candidates, target, ignore, torch.empty(n, 0, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
-    ("family", "values"), [("clip", v) for v in VARIANTS] + [(f, VARIANTS[1]) for f in FAMILIES[1:]]
+    ("family", "values"),
+    [("clip", v) for v in VARIANTS] + [(f, VARIANTS[1]) for f in LIVE_FAMILIES[1:]],
 )
 def test_simfp_keeps_the_promises_of_a_head(
     contexts: dict[str, Context], family: str, values: dict[str, Any]
@@ -203,7 +197,7 @@ def plain_parts(head: simfp.Head, batch: Batch) -> Iterator[tuple[int, dict[str,
         yield i, z
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 def test_scores_and_loss_follow_the_equations_before_and_after_a_step(
     contexts: dict[str, Context], family: str
 ) -> None:
@@ -306,7 +300,7 @@ def test_hard_prompts_are_the_strings(cache: FeatureCache) -> None:
     assert torch.allclose(gathered.pair, direct, rtol=2e-3, atol=2e-3)  # fp16 on disk
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 def test_soft_prompts_of_primitives_are_their_own_rows_in_their_own_context(
     contexts: dict[str, Context], family: str
 ) -> None:

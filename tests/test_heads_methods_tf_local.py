@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from heads import testing
+from heads import miniature
 from heads.base import Context, Needs
 from heads.blocks.attention import Block
 from heads.blocks.readout import Readout
@@ -19,7 +19,7 @@ from heads.features import Batch, Features
 from heads.methods import tf_local, zero_shot
 
 SMALL: dict[str, Any] = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
-CONTEXT = testing.small_context()
+CONTEXT = miniature.small_context()
 VARIANTS = [
     {},
     {"layers": 1},
@@ -43,8 +43,8 @@ def head_of(seed: int = 0, **values: Any) -> tf_local.Head:
 
 def sides(head: tf_local.Head, n: int = 3, m: int = 5) -> tuple[Features, Features]:
     needs = head.needs(head.config)
-    queries = testing.small_features(n, 1, needs.queries, CONTEXT)
-    candidates = testing.small_features(m, 2, needs.candidates, CONTEXT)
+    queries = miniature.small_features(n, 1, needs.queries, CONTEXT)
+    candidates = miniature.small_features(m, 2, needs.candidates, CONTEXT)
     return queries, Features(candidates.streams)
 
 
@@ -65,7 +65,7 @@ def test_joint_space_reads_a_linear_layer_as_well_as_a_matrix() -> None:
     other.load_state_dict(head.state_dict())
     torch.testing.assert_close(other(*sides(head)), head(*sides(head)))
     raw = sides(head)[1]["text/tokens"]
-    shift = torch.arange(float(testing.D))
+    shift = torch.arange(float(miniature.D))
     plain = other.readout.joint("text", raw)
     shifted = Readout({**readout, "text/proj.bias": shift}).joint("text", raw)
     torch.testing.assert_close(shifted, plain + shift)
@@ -277,7 +277,7 @@ def test_a_readout_without_the_tensors_it_needs_is_refused() -> None:
 
 @pytest.mark.parametrize("variant", ["local", "late_maxsim"])
 def test_without_positions_the_order_of_patches_is_invisible(variant: str) -> None:
-    order = torch.randperm(testing.N, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(miniature.N, generator=torch.Generator().manual_seed(1))
 
     def change(pos: str) -> float:
         head = head_of(variant=variant, pos=pos)
@@ -460,7 +460,7 @@ def test_attention_maps_are_the_weights_of_the_block_before_the_last(layers: int
     head = head_of(layers=layers, keep_prefix=True)
     queries, candidates = sides(head, 5, 5)
     maps = tf_local.attention(head, queries, candidates)
-    assert maps.shape == (5, testing.L, testing.N)
+    assert maps.shape == (5, miniature.L, miniature.N)
     assert (maps > 0).all()
 
     blocks = list(head.get_submodule("scorer.blocks").children())
@@ -475,7 +475,7 @@ def test_attention_maps_are_the_weights_of_the_block_before_the_last(layers: int
     assert isinstance(shown, Block)
     full = shown.weights(seen[0], seen[1]).mean(1)
     torch.testing.assert_close(full.sum(-1), torch.ones(full.shape[:2]))
-    torch.testing.assert_close(maps, full[:, 2 + testing.N :, 2 : 2 + testing.N])
+    torch.testing.assert_close(maps, full[:, 2 + miniature.N :, 2 : 2 + miniature.N])
 
 
 def test_maps_of_late_maxsim_are_cosines_whose_largest_make_the_score() -> None:

@@ -1,0 +1,100 @@
+"""Small random features for `check_head` and tests: a context, rows of any stream, a batch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heads.base import Context, Head
+from heads.features import Batch, Features, Partner
+from heads.live import tiny
+
+RAGGED = ("crop/pooled", "segment/pooled")
+"""Streams of rows that differ in length, besides tokens of texts."""
+
+A, O = 3, 2
+B, M = 5, 6
+D, N, W, L, V = 8, 7, 10, 4, 9
+K, S = 6, 3
+
+
+def small_context() -> Context:
+    """Shapes of a miniature cache, a random readout and a 3 × 2 vocabulary."""
+    g = torch.Generator().manual_seed(7)
+    readout = {"logit_scale": torch.tensor(2.0)}
+    for side, width in (("image", W), ("text", V)):
+        readout |= {
+            f"{side}/norm.weight": 1 + 0.1 * torch.randn(width, generator=g),
+            f"{side}/norm.bias": 0.1 * torch.randn(width, generator=g),
+            f"{side}/proj": torch.randn(width, D, generator=g) / width**0.5,
+            f"{side}/eps": torch.tensor(1e-5),
+        }
+    shapes = {
+        "image/patches": (N, W),
+        "image/prefix": (1, W),
+        "image/pooled": (D,),
+        "text/pooled": (D,),
+        "text/tokens": (L, V),
+        "crop/pooled": (K, D),
+        "segment/pooled": (S, D),
+    }
+    return Context(shapes, readout, ("red", "wet", "old"), ("cup", "dog"))
+
+
+def live_context(family: str, directory: Path) -> Context:
+    """Like `small_context`, of a family's miniature, whose files are left in `directory`."""
+    backbone = tiny(family, directory)
+    dims = backbone.spec.dims
+    text = (dims["context"], dims["text_width"])
+    shapes = {
+        "image/patches": (dims["patches"], dims["image_width"]),
+        "image/prefix": (dims["prefix"], dims["image_width"]),
+        "image/pooled": (dims["joint"],),
+        "image/view_flip/pooled": (dims["joint"],),
+        "text/pooled": (dims["joint"],),
+        "text/tokens": text,
+    }
+    names = {"backbone": backbone.spec, "backbone_name": f"{family}:{directory}"}
+    small = small_context()
+    return Context(shapes, backbone.readout(), small.attrs, small.objs, **names)
+
+
+def small_features(n: int, seed: int, streams: frozenset[str], context: Context) -> Features:
+    """`n` random rows that hold `streams` and nothing else; text rows differ in length and carry labels."""
+    g = torch.Generator().manual_seed(seed)
+    out: dict[str, Tensor] = {}
+    for stream in sorted(streams - {"text/mask", "text/ids"}):
+        out[stream] = 3 * torch.randn(n, *context.shapes[stream], generator=g)
+        if stream in RAGGED:
+            mask = torch.arange(out[stream].shape[1]) < (torch.arange(n) % 3 + 1)[:, None]
+            out[stream] = out[stream] * mask[..., None]
+            out[f"{stream.partition('/')[0]}/mask"] = mask
+    if streams & {"text/tokens", "text/mask", "text/ids"}:
+        length = context.shapes["text/tokens"][0]
+        mask = torch.arange(length) < (torch.arange(n) % (length - 1) + 2)[:, None]
+        out["text/mask"] = mask
+        if "text/tokens" in out:
+            out["text/tokens"] = out["text/tokens"] * mask[..., None]
+        if "text/ids" in streams:
+            out["text/ids"] = torch.randint(1, 99, mask.shape, generator=g) * mask
+    index = torch.arange(n)
+    labels = {"attr": index % len(context.attrs), "obj": index % len(context.objs)}
+    return Features(out, labels)
+
+
+def small_batch(head: Head) -> Batch:
+    """Five queries, six candidates, one hard negative each; labelled candidates only where a head needs them."""
+    needs = head.needs(head.config)
+    queries = small_features(B, 1, needs.queries, head.context)
+    candidates = small_features(M, 2, needs.candidates, head.context)
+    if head.tasks != frozenset({"czsl"}):
+        candidates = replace(candidates, labels={})
+    target = torch.arange(B)
+    ignore = torch.zeros(B, M, dtype=torch.bool)
+    ignore[0, 3] = True
+    partners = {
+        kind: Partner(small_features(B, 6 + k, needs.queries, head.context), target, target != k)
+        for k, kind in enumerate(sorted(needs.partners))
+    }
+    return Batch(queries, candidates, target, ignore, ((target + 1) % M)[:, None], partners)
