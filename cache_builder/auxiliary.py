@@ -21,8 +21,8 @@ from typing import Any
 from cache_builder.datasets.base import Pair
 from cache_builder.records import DatasetError, read_jsonl
 
-ASKED, KEPT = 5, 3
-"""Words asked for and kept: two more than needed, for those that cannot be used (our choice; the paper keeps three)."""
+KEPT = 3
+"""Words kept of the five asked for, some of which cannot be used (the paper keeps three; five is our choice)."""
 
 SOURCES = ("answers", "nearest")
 

@@ -23,6 +23,7 @@ from eval.composed_lists import Lists, check_lists, ranked, ranked_subset
 from eval.composed_queries import ComposedQueries
 from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
+from eval.remarks import is_partial
 
 LENGTHS = {"recall": 50, "recall_subset": 3}
 """Images in each list; CIRCO's are as long as CIRR's recall."""
@@ -227,7 +228,7 @@ def _check(
 
 def _refuse_partial(scores: ComposedScores) -> None:
     """A table that lacks images or queries answers another question."""
-    if scores.meta.get("partial"):
+    if is_partial(scores):
         dropped = scores.meta.get("dropped") or ()
         count = f"{len(dropped)} examples were left out" if len(dropped) else "some were left out"
         raise ScoreTableError(

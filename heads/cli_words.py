@@ -13,7 +13,7 @@ from cache_builder.datasets.base import Pair
 from heads.errors import ConfigError
 
 
-def add_words(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb."""
     words = verbs.add_parser(
         "words",

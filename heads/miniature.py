@@ -13,7 +13,6 @@ from heads.live import tiny
 RAGGED = ("crop/pooled", "segment/pooled")
 """Streams of rows that differ in length, besides tokens of texts."""
 
-A, O = 3, 2
 B, M = 5, 6
 D, N, W, L, V = 8, 7, 10, 4, 9
 K, S = 6, 3
