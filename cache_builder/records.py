@@ -156,7 +156,7 @@ def read_t7(path: Path) -> Any:
         Exception
     ) as error:  # unpickler, zip and struct errors; never retried with weights_only=False
         raise DatasetError(
-            f"{path} cannot be read without running what is in it ({_first_line(error)}); "
+            f"{path} cannot be read without running what is in it ({_first_line(error).partition('. ')[0]}); "
             f"put the same rows beside it as JSON, {path.with_suffix('.json').name}"
         ) from error
 

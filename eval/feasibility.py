@@ -12,7 +12,6 @@ numpy only, and nothing of the other rooms: usable with any scores. Not for: cho
 """
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 from eval.errors import ScoreTableError
+from eval.npz import read_npz
 
 Mode = Literal["neg_inf", "csp_multiply", "compcos_minus_one"]
 
@@ -247,13 +247,13 @@ class Feasibility:
 
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
+            found = read_npz(Path(path))
             if str(found["format"]) != FORMAT:
                 raise ScoreTableError(f"its format is {found['format']!r}, not {FORMAT!r}")
             words = (tuple(found[name].tolist()) for name in ("attrs", "objs"))
             return cls(found["rho"], *words, source=str(found["source"]))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (KeyError, ScoreTableError) as error:
+            what = f"no array {error}" if isinstance(error, KeyError) else error
             raise ScoreTableError(
-                f"{path} is no feasibility file ({type(error).__name__}: {error}); `headstart feasibility` writes one"
+                f"{path} is no feasibility file ({what}); `headstart feasibility` writes one"
             ) from error

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import cli, czsl, importers, matching, retrieval, score_io
-from eval.arrays import read_npy, read_npz
 from eval.composition import CompositionScores
 from eval.errors import ScoreTableError, ScoreTableNotFound
 from eval.matching import MatchingScores
+from eval.npz import read_npy, read_npz
 from eval.remarks import remarks
 from eval.retrieval import RetrievalScores
 
