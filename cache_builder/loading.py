@@ -209,8 +209,13 @@ class Loading:
             return
         if self.strict:
             raise BadInput(unusable(name, reason))
-        self.cache.chunks.refresh()  # helpers may have written its row
-        if array := self._written(row):
+        # Helpers may have written its row; an image is in quarantine before a chunk that lacks it is listed.
+        self.cache.chunks.refresh()
+        array = self._written(row)
+        if name in self.cache.quarantined:
+            self.bad.add(name)
+            return
+        if array:
             raise CacheError(
                 f"{unusable(name, reason)}, but it could be when {array} was written, and all its streams must "
                 f"agree; restore the file and repeat, or remove {self.cache.place} and build again"

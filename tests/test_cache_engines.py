@@ -16,9 +16,12 @@ from ranked.photos import Slow, photos
 from stand_in import KeptStandIn, StandIn, WordStandIn, dataset
 
 from cache_builder import FeatureCache, build
+from cache_builder.beside import Beside
 from cache_builder.cache import FeatureCache as Cache
 from cache_builder.engines import Job, Ranks, Ray
+from cache_builder.errors import CacheError
 from cache_builder.filler import SIDES, Filler
+from cache_builder.loading import Loading
 from cache_builder.passes import Passes
 from cache_builder.units import share, units
 
@@ -179,6 +182,23 @@ def test_processes_that_share_without_claims_agree_all_the_same(
     cache = make(path, engine=Helper())
     assert cache.digest() == alone.header.digest
     assert cache.verify().ok
+
+
+def test_a_picture_that_another_builder_has_refused_meanwhile_is_no_contradiction(
+    alone: FeatureCache,
+) -> None:
+    cache = Cache(alone.place, alone.header, writer="late")
+    records = {record.id: record for record in photos(N).images}
+    mine = [records[image] for image in alone.image_ids]
+    late: Any = Loading(cache, mine, Slow(0.0), 1, False, Beside("cpu"))
+    for bad in alone.bad_images():
+        late.bad = set()  # what was known when this builder began
+        late._refuse(bad.row, "cut off")
+        assert late.bad == {bad.id}
+    assert len(alone.bad_images()) == len(cache.bad_images()) > 1
+    good = next(row for row, image in enumerate(alone.image_ids) if image not in alone.quarantined)
+    with pytest.raises(CacheError, match="could be when image/"):
+        late._refuse(good, "cut off")
 
 
 @pytest.mark.slow
