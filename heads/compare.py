@@ -2,8 +2,13 @@
 
 Each combination becomes an ordinary run directory, `OUT/<backbone>/<label>-seed<n>`, so `eval` reads a comparison
 exactly as it reads runs made by hand. Heads without randomness run under the first seed only.
+
+    a pass     all rows of one backbone, task and seed: trained side by side (sweep.py), then scored
+    resume     a finished run of the same request is kept, and scored where it was not yet
 """
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -16,12 +21,17 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from cache_builder import FeatureCache
-from heads import load_method
-from heads.errors import ConfigError
-from heads.runs import score_run, train_run
+from heads import checkpoint, load_method
+from heads.base import Head
+from heads.errors import ConfigError, RunExists, TrainingDiverged
+from heads.runs import read_run, score_paths, score_run
+from heads.sweep import RECORD, Trained, Wanted, train_runs
 
 THREADS = 1
 """Of each worker: small heads gain nothing from a second one, and the same count gives the same bits everywhere."""
+
+LEFT_BEHIND = (*checkpoint.FILES, "history.jsonl")
+"""Files of a run that was interrupted before its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,11 @@ class Job:
     entry: Entry
     seed: int
     out: Path
-    threads: int
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """As `train_run` takes them."""
+        return {"head": dict(self.entry.head), "train": {**self.entry.train, "seed": self.seed}}
 
 
 def compare(
@@ -78,11 +92,13 @@ def compare(
         caches: backbone's name → its cache. All must hold the same samples.
         entries: the rows; by backbone's name where not all have the same, as some lack a joint space.
         seeds: for heads that are trained by gradient; others take the first.
-        out: parent of the run directories, which must not exist yet.
+        out: parent of the run directories. What an interrupted comparison left there is kept; the rest is made.
         workers: processes that train side by side and share the CPU's cores; the results do not depend on their number.
 
     Raises:
         ConfigError: caches of different samples, or two entries of one label.
+        RunExists: a run directory holds something else than was asked for.
+        TrainingDiverged: names the runs that did; all others are made.
     """
     _check_same_samples(caches)
     rows = entries if isinstance(entries, Mapping) else dict.fromkeys(caches, entries)
@@ -92,52 +108,85 @@ def compare(
                 f"entries need labels of their own, but these were given: {', '.join(labels)}"
             )
     jobs = [
-        Job(
-            cache.place.absolute(),
-            entry,
-            seed,
-            Path(out, name, f"{entry.label}-seed{seed}"),
-            THREADS,
-        )
+        Job(cache.place.absolute(), entry, seed, Path(out, name, f"{entry.label}-seed{seed}"))
         for name, cache in caches.items()
         for entry in rows[name]
         for seed in _seeds(entry, seeds)
     ]
+    digests = {cache.place.absolute(): cache.digest() for cache in caches.values()}
+    for job in jobs:
+        _check_place(job, digests[job.cache])
+    passes: dict[tuple[str, str, int], list[Job]] = {}
+    for job in jobs:
+        passes.setdefault((job.cache, job.entry.task, job.seed), []).append(job)
+    failures: list[str] = []
     # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(_run, job): job for job in jobs}
+        running = {pool.submit(_run, jobs): jobs for jobs in passes.values()}
         with tqdm(total=len(jobs), desc="training and scoring", unit="run") as bar:
             for done in as_completed(running):
-                done.result()
-                bar.set_postfix_str(running[done].out.name)
-                bar.update()
+                failures += done.result()
+                bar.set_postfix_str(
+                    f"{running[done][0].out.parent.name}, seed {running[done][0].seed}"
+                )
+                bar.update(len(running[done]))
+    if failures:
+        raise TrainingDiverged(
+            f"{len(failures)} of {len(jobs)} runs diverged, all others are made. {'; '.join(failures)}"
+        )
     return [job.out for job in jobs]
 
 
-def _run(job: Job) -> None:
-    torch.set_num_threads(job.threads)
-    threadpool_limits(
-        job.threads
-    )  # scikit-learn's BLAS too: its idle threads spin and slow the worker beside it
-    cache = FeatureCache.open(job.cache, check="read")
-    entry = job.entry
-    trained = train_run(
-        cache,
-        entry.method,
-        job.out,
-        task=entry.task,
-        settings={"head": dict(entry.head), "train": {**entry.train, "seed": job.seed}},
-        label=entry.label,
-        progress=False,
-    )
-    for asked in entry.asked:
-        score_run(
-            job.out,
-            task=asked.task,
-            world=asked.world,
-            rerank=asked.rerank,
-            cache=cache,
-            head=trained.head,
+def _run(jobs: Sequence[Job]) -> list[str]:
+    """Train and score a pass; returns what diverged."""
+    torch.set_num_threads(THREADS)
+    # scikit-learn's BLAS too: its idle threads spin and slow the worker beside it
+    threadpool_limits(THREADS)
+    cache = FeatureCache.open(jobs[0].cache, check="read")
+    missing = [job for job in jobs if not (job.out / RECORD).exists()]
+    for job in missing:
+        for name in LEFT_BEHIND:
+            (job.out / name).unlink(missing_ok=True)
+    wanted = [
+        Wanted(job.entry.method, job.out, job.settings, label=job.entry.label) for job in missing
+    ]
+    trained = train_runs(cache, wanted, task=jobs[0].entry.task, progress=False)
+    heads: dict[Path, Head] = {}
+    failures: dict[Path, str] = {}
+    for job, run in zip(missing, trained, strict=True):
+        if isinstance(run, Trained):
+            heads[job.out] = run.head
+        else:
+            failures[job.out] = f"{job.out}: {run}"
+    for job in jobs:
+        if job.out not in failures:
+            _score(job, cache, heads.get(job.out))
+    return list(failures.values())
+
+
+def _score(job: Job, cache: FeatureCache, head: Head | None) -> None:
+    """Every question that is not answered yet."""
+    for asked in job.entry.asked:
+        options: dict[str, Any] = {"task": asked.task, "world": asked.world, "rerank": asked.rerank}
+        places = score_paths(job.out, cache, **options)
+        if all(place.exists() for place in places.values()):
+            continue
+        for place in places.values():  # one direction of two
+            shutil.rmtree(place, ignore_errors=True)
+        score_run(job.out, cache=cache, head=head, **options)
+
+
+def _check_place(job: Job, digest: str) -> None:
+    """A finished run in a job's place must be what is asked for."""
+    if not (job.out / RECORD).exists():
+        return
+    record = read_run(job.out)
+    asked = json.loads(json.dumps(job.settings))
+    found = (record["method"], record["task"], record.get("asked"), record["cache"]["digest"])
+    if found != (job.entry.method, job.entry.task, asked, digest):
+        raise RunExists(
+            f"{job.out} holds a run of another method, task, cache or other settings than are asked for now; choose "
+            "another --out, or remove it"
         )
 
 

@@ -121,25 +121,11 @@ def score_run(
     record = read_run(run)
     cache = cache or trained_cache(record)
     task = task or record["task"]
-    directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
     is_open = world == "open" and task == "czsl"
     if (feasibility is not None or dense) and not is_open:
         raise TaskError("feasibility and dense are for open worlds of czsl; this is another table")
     scored = describe_cache(cache)
-    parts = [
-        *(
-            [cache.place.name.removesuffix(".zarr")]
-            if scored["digest"] != record["cache"]["digest"]
-            else []
-        ),
-        *([task] if task != record["task"] else []),
-        split,
-        *(["open"] if is_open else []),
-    ]
-    paths = {}
-    for direction in directions:
-        words = [*parts, *filter(None, [direction, f"rerank{rerank}" if rerank else None])]
-        paths[direction] = run / f"scores-{'-'.join(words)}.zarr"
+    paths = score_paths(run, cache, split=split, world=world, task=task, rerank=rerank)
     for path in paths.values():
         if path.exists():
             raise RunExists(f"{path} already exists; remove it to score again")
@@ -163,6 +149,36 @@ def score_run(
         table = replace(tables[direction], meta={**tables[direction].meta, **facts})
         score_io.save(table, path, run={"run": run.name, **record, "cache": scored, **facts})
     return list(paths.values())
+
+
+def score_paths(
+    run: str | Path,
+    cache: FeatureCache,
+    *,
+    split: str = "test",
+    world: str = "closed",
+    task: str | None = None,
+    rerank: int | None = None,
+) -> dict[Direction | None, Path]:
+    """Where `score_run` writes: the table of each direction of retrieval, or of None for other tasks.
+
+    Args and errors as for `score_run`.
+    """
+    record = read_run(run)
+    task = task or record["task"]
+    directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
+    other = cache.digest() != record["cache"]["digest"]
+    parts = [
+        *([cache.place.name.removesuffix(".zarr")] if other else []),
+        *([task] if task != record["task"] else []),
+        split,
+        *(["open"] if world == "open" and task == "czsl" else []),
+    ]
+    paths: dict[Direction | None, Path] = {}
+    for direction in directions:
+        words = [*parts, *filter(None, [direction, f"rerank{rerank}" if rerank else None])]
+        paths[direction] = Path(run, f"scores-{'-'.join(words)}.zarr")
+    return paths
 
 
 def _seen_before(

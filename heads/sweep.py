@@ -3,6 +3,7 @@
     rows that fit on the device or in memory      held once, for all runs of the sweep
     runs of the same batches (Batches)            step side by side on each batch; from disk, each chunk is read once
     other batch sizes, negatives or orders        one group after another, from the same rows
+    a val split that does not fit in memory       read by each validation
 
 A run ends in the same bits here as alone, where its rows are held in the same place: beside others they share one
 limit of memory, and rows that no longer fit come in the order of a block shuffle (loader.py).
@@ -29,6 +30,9 @@ from heads.train import fit_together
 from heads.train_config import TrainConfig
 from heads.training import FitResult, Training, seed_everything
 from heads.validation import selection, validator
+
+RECORD = "run.json"
+"""Written last: a directory with one is a finished run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +219,8 @@ def _settled(run: _Run, data: TaskData | None, held_out: TaskData | None) -> _Ru
     """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
     negatives, select = run.train.negatives, run.train.select
     if negatives == "auto":
-        learns = data is not None and run.kind.training_kind != "none"
-        negatives = usual_negatives(data) if learns else "none"
+        learns = run.kind.training_kind != "none"
+        negatives = usual_negatives(data) if data is not None and learns else "none"
     if select is None and held_out is not None:
         select = selection(held_out)
     train = run.train.model_copy(update={"negatives": negatives, "select": select})
@@ -255,6 +259,7 @@ def _record(
         **({"label": run.wanted.label} if run.wanted.label else {}),
         "task": task,
         "seed": run.train.seed,
+        "asked": run.wanted.settings,
         "head": head.config.model_dump(mode="json"),
         "train": run.train.model_dump(mode="json"),
         "device": str(run.train.torch_device()),
@@ -271,9 +276,8 @@ def _record(
 
 
 def _write(out: Path, head: Head, result: FitResult, record: Mapping[str, Any]) -> None:
-    """The record comes last: a directory with one is a finished run."""
     checkpoint.save(head, out)
     lines = "".join(f"{json.dumps(line)}\n" for line in result.history)
     (out / "history.jsonl").write_text(lines, encoding="utf-8")
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    (out / "run.json").write_text(f"{text}\n", encoding="utf-8")
+    (out / RECORD).write_text(f"{text}\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eval.errors import ScoreTableError
 from heads.base import Head
 from heads.errors import ConfigError, TrainingDiverged
 from heads.features import Batch
@@ -129,7 +130,15 @@ class Training:
         if self.validate is None or self.failure:
             return
         with self._turn():
-            self._measure(self.validate, self.step, epoch)
+            try:
+                self._measure(self.validate, self.step, epoch)
+            except ScoreTableError as error:
+                self.failure, self.total = (
+                    TrainingDiverged(
+                        f"after step {self.step}, validation could not use the scores: {error}"
+                    ),
+                    self.step,
+                )
         if self.config.patience is not None and self.best.stale >= self.config.patience:
             self.total = self.step
 

@@ -1,10 +1,15 @@
 """The training loop: reproducible, honest about what it did, and loud when something breaks."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drawn import make_drawn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cache_builder import FeatureCache
@@ -332,3 +337,24 @@ def test_bf16_trains_to_finite_weights(cache: FeatureCache) -> None:
     result = fit(head, loader(cache, head, config), config, progress=False)
     assert result.steps == 3 * 4
     assert all(torch.isfinite(p).all() for p in head.parameters())
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: install g++"
+)
+def test_a_compiled_loss_trains_to_the_same_weights_up_to_rounding(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    """In a process of its own, where no types are checked: the checks would be compiled along."""
+    words = [sys.executable, "-m", "heads.cli", "train", "tf_local", "--task", "two_by_two"]
+    sets = [*(f"head.{k}={v}" for k, v in SMALL.items()), "head.dropout=0", "train.steps=3"]
+    sets += ["train.device=cpu", "train.batch_size=4"]
+    words += ["--cache", str(cache.path), *(word for s in sets for word in ("--set", s))]
+    words += ["--out", str(tmp_path / "runs"), "--sweep", "train.compile=false,true"]
+    subprocess.run(words, check=True, capture_output=True)
+    plain, other = (
+        load_file(tmp_path / "runs" / f"tf_local-compile={name}" / "model.safetensors")
+        for name in ("false", "true")
+    )
+    for name in plain:
+        torch.testing.assert_close(other[name], plain[name], rtol=1e-3, atol=1e-4)

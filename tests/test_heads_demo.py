@@ -1,8 +1,11 @@
 """compare and demo, end to end on a few dozen scenes."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
@@ -10,7 +13,7 @@ from eval import score_io
 from eval.czsl import CompositionScores
 from heads.cli import main
 from heads.compare import Entry, Question, compare
-from heads.errors import ConfigError
+from heads.errors import ConfigError, RunExists, TrainingDiverged
 from heads.runs import score_run, train_run
 
 SMALL = {"layers": 2, "dim": 16, "heads": 2, "ffn": 16, "n_sampled": 1}
@@ -53,6 +56,39 @@ def test_a_comparison_refuses_other_samples_and_equal_labels(
         compare({"a": cache, "b": other}, ENTRIES, (0,), tmp_path)
     with pytest.raises(ConfigError, match=r"labels of their own.*local, local"):
         compare({"a": cache}, (ENTRIES[1], ENTRIES[1]), (0,), tmp_path)
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    whole = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "whole")
+    runs = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "again")
+    kept, unscored, unrecorded = runs
+    before = (kept / "run.json").stat().st_mtime_ns
+    shutil.rmtree(unscored / "scores-test.zarr")
+    trained = (unscored / "run.json").stat().st_mtime_ns
+    shutil.rmtree(unrecorded / "scores-test.zarr")
+    (unrecorded / "run.json").unlink()
+    assert compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "again", workers=2) == runs
+    assert (kept / "run.json").stat().st_mtime_ns == before
+    assert (unscored / "run.json").stat().st_mtime_ns == trained
+    for a, b in zip(whole, runs, strict=True):
+        tables = [score_io.load(run / "scores-test.zarr") for run in (a, b)]
+        assert np.array_equal(*(np.asarray(t.scores) for t in tables))  # pyright: ignore[reportAttributeAccessIssue]
+        assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    other = replace(ENTRIES[1], train={"steps": 3})
+    with pytest.raises(RunExists, match="other settings than are asked for now"):
+        compare({"clip": cache}, (other,), (3,), tmp_path / "again")
+
+
+def test_a_diverged_run_is_named_after_all_others_are_made(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    wild = replace(ENTRIES[1], label="wild", train={"steps": 2, "lr": 1e30, "warmup_steps": 0})
+    with pytest.raises(TrainingDiverged, match=r"1 of 3 runs diverged.*wild-seed0: .* step"):
+        compare({"clip": cache}, (*ENTRIES, wild), (0,), tmp_path)
+    for name in ("zero_shot-seed0", "local-seed0"):
+        assert (tmp_path / "clip" / name / "scores-test.zarr").exists()
 
 
 def test_a_trained_probe_beats_chance_on_held_out_images(fast_folder: Path) -> None:
