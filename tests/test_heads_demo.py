@@ -74,7 +74,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert (unscored / "run.json").stat().st_mtime_ns == trained
     for a, b in zip(whole, runs, strict=True):
         tables = [score_io.load(run / "scores-test.zarr") for run in (a, b)]
-        assert np.array_equal(*(np.asarray(t.scores) for t in tables))  # pyright: ignore[reportAttributeAccessIssue]
+        one, two = (np.asarray(table.scores) for table in tables)  # pyright: ignore[reportAttributeAccessIssue]
+        assert np.array_equal(one, two)
         assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     other = replace(ENTRIES[1], train={"steps": 3})
     with pytest.raises(RunExists, match="other settings than are asked for now"):
