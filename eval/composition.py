@@ -125,7 +125,8 @@ class CompositionScores(Composition):
         space: "cosine", "logit" or "probability".
         world: "closed" (train ∪ split pairs) or "open" (all attr × obj).
         ids: names of the images, or empty.
-        meta: anything else worth keeping: run, cache fingerprint.
+        meta: anything else worth keeping: run, cache fingerprint. `relative` true: a score depends on which other
+            pairs are candidates.
 
     Raises:
         ScoreTableError: shapes that disagree, a pair twice, a target that is no column, NaN or +inf.
@@ -181,6 +182,12 @@ class CompositionScores(Composition):
         if rho is None:
             raise ScoreTableError(
                 "this table keeps no feasibility; give it (headstart metrics … --feasibility FILE)"
+            )
+        if mode == "neg_inf" and self.meta.get("relative"):
+            raise ScoreTableError(
+                "these scores are probabilities over all candidates of the table, and pairs left out now would keep "
+                "their share; score again with the feasibility, which every threshold then has scores of its own for "
+                "(headstart score … --world open --feasibility FILE, without --dense)"
             )
         return replace(self, scores=filtered(self.scores, rho, self.seen, threshold, mode))
 

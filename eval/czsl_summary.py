@@ -13,8 +13,9 @@ Letters: `Q` images, `C` candidate pairs, `K` kept, `L` levels: thresholds plus 
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +26,14 @@ from eval.composition import Composition, thresholds_of
 from eval.curve import Thresholds
 from eval.errors import ScoreTableError
 from eval.feasibility import Mode, kept
-from eval.reduction import Layout, any_candidate, best, checked_rows
+from eval.reduction import (
+    Layout,
+    any_candidate,
+    best,
+    best_of_levels,
+    checked_levels,
+    checked_rows,
+)
 from eval.table import checked_facts, checked_k, checked_scores, refuse_nan
 
 KEEP = 5
@@ -37,9 +45,10 @@ class CompositionSummary(Composition):
     """The best scores of images against candidate pairs, with everything that makes them a measurement.
 
     Attributes:
-        own: (Q,) score of each image's true pair, before any threshold.
-        best_seen, seen_columns: (Q, K) scores of the best seen pairs, descending, and their columns; on a tie the lower
-            column first; -inf and -1 where there are fewer.
+        own: (Q,) score of each image's true pair, before any threshold; or (Q, L), one for each level, where scores are
+            relative: where they depend on which other pairs are candidates, as probabilities over these do.
+        best_seen, seen_columns: (Q, K), or (Q, L, K) where scores are relative: scores of the best seen pairs,
+            descending, and their columns; on a tie the lower column first; -inf and -1 where there are fewer.
         best_unseen, unseen_columns: (Q, L, K) likewise of the unseen pairs that pass the first l thresholds.
         candidates: (C,) bool, True where a pair is a candidate of some image.
         target, pairs, seen, split, space, world, ids, meta: as in `CompositionScores`.
@@ -74,7 +83,8 @@ class CompositionSummary(Composition):
     def __post_init__(self) -> None:
         q, c, n = len(self.own), len(self.candidates), len(self.levels) + 1
         k = self.best_seen.shape[-1]
-        shapes = {"best_seen": (q, k), "seen_columns": (q, k)}
+        each = (n,) if self.relative else ()
+        shapes = {"own": (q, *each), "best_seen": (q, *each, k), "seen_columns": (q, *each, k)}
         shapes |= {"best_unseen": (q, n, k), "unseen_columns": (q, n, k), "candidates": (c,)}
         wrong = [name for name, shape in shapes.items() if getattr(self, name).shape != shape]
         if wrong or (self.rho is not None and self.rho.shape != (c,)):
@@ -129,7 +139,16 @@ class CompositionSummary(Composition):
     @property
     def keep(self) -> int:
         """K, the largest k that can be asked for."""
-        return self.best_seen.shape[1]
+        return self.best_seen.shape[-1]
+
+    @property
+    def relative(self) -> bool:
+        """Was each level scored by itself, among its own candidates?"""
+        return self.own.ndim > 1
+
+    def _of_level(self, values: NDArray[Any]) -> NDArray[Any]:
+        """What is kept for the threshold in force of `own` and of the seen pairs."""
+        return values[:, self._level] if self.relative else values
 
     @property
     def _level(self) -> int:
@@ -153,21 +172,22 @@ class CompositionSummary(Composition):
                 f"k = {k} was asked for, but this table keeps the best {self.keep} of each image; score again with "
                 f"--keep {k}"
             )
-        is_seen, s = self.seen_labelled, self.own
+        is_seen, s = self.seen_labelled, self._of_level(self.own)
+        best_seen, seen_columns = map(self._of_level, (self.best_seen, self.seen_columns))
         if self.rho is not None:
             pruned = ~kept(self.rho, self.seen, self.threshold)[self.target]
             s = np.where(pruned, s.dtype.type(-np.inf), s)
         unseen, columns = self.best_unseen[:, self._level], self.unseen_columns[:, self._level]
-        mine = np.where(is_seen[:, None], self.best_seen, unseen)
-        where = np.where(is_seen[:, None], self.seen_columns, columns)
-        other = np.where(is_seen[:, None], unseen, self.best_seen)
+        mine = np.where(is_seen[:, None], best_seen, unseen)
+        where = np.where(is_seen[:, None], seen_columns, columns)
+        other = np.where(is_seen[:, None], unseen, best_seen)
         ahead = (mine > s[:, None]) | ((mine == s[:, None]) & (where < self.target[:, None]))
         return thresholds_of(s, 1 + ahead.sum(1), other, is_seen, k)
 
     def predicted(self) -> Int[np.ndarray, " q"]:
         """Column of the best pair of each image, the lowest on a tie; -1 without a candidate."""
         unseen, column = (x[:, self._level, 0] for x in (self.best_unseen, self.unseen_columns))
-        seen, mine = self.best_seen[:, 0], self.seen_columns[:, 0]
+        seen, mine = (self._of_level(x)[:, 0] for x in (self.best_seen, self.seen_columns))
         return np.where((seen > unseen) | ((seen == unseen) & (mine < column)), mine, column)
 
     def competing(self) -> Bool[np.ndarray, " c"]:
@@ -204,47 +224,123 @@ def summarise(
         ScoreTableError: NaN or +inf (names image and pair), too few or too many rows, or labels that do not fit.
 
     """
-    c = len(layout.order)
+    place = _places(layout)
+
+    def reduced(
+        block: NDArray[Any], at: Int[np.ndarray, " b"], candidates: Bool[np.ndarray, " c"]
+    ) -> tuple[NDArray[Any], ...]:
+        seen, unseen = best(block, layout, keep)
+        if not candidates.all():
+            candidates |= any_candidate(block)
+        return block[np.arange(len(at)), at], *seen, *unseen
+
+    blocks = (b if arranged else b[:, layout.order] for b in checked_rows(rows, len(place)))
+    each = ((len(block), partial(reduced, block)) for block in blocks)
+    facts = _Facts(target, pairs, split, space, world, ids, meta or {})
+    return _joined(each, layout, keep, facts)
+
+
+def summarise_levels(
+    rows: Iterable[tuple[int, Iterable[NDArray[Any]]]],
+    layout: Layout,
+    target: Int[np.ndarray, " q"],
+    pairs: NDArray[Any] | Sequence[Sequence[Any]],
+    *,
+    split: str,
+    space: str,
+    world: str = "open",
+    ids: Sequence[str] = (),
+    meta: Mapping[str, Any] | None = None,
+    keep: int = KEEP,
+) -> CompositionSummary:
+    """Reduce rows of relative scores: those of a pair change with every pair that a threshold takes away.
+
+    Args:
+        rows: in the order of `target`, the number of images B of a block, and its scores: for every n of
+            `layout.sizes()`, descending, (B, n) among the first n candidates of `layout.order`, which are then all
+            there are. Each may be overwritten by the next.
+        layout, target, pairs, split, space, world, ids, meta, keep: as for `summarise`.
+
+    Raises:
+        ScoreTableError: as for `summarise`.
+
+    """
+    each = (
+        (b, partial(best_of_levels, checked_levels(levels, layout), layout, keep))
+        for b, levels in rows
+    )
+    facts = _Facts(target, pairs, split, space, world, ids, meta or {})
+    return _joined(each, layout, keep, facts)
+
+
+_Reduce = Callable[[NDArray[Any], NDArray[np.bool_]], tuple[NDArray[Any], ...]]
+"""Places of some images' true pairs → their rows of the five arrays of `CompositionSummary`.
+
+The second argument is True at the places of the layout known to be candidates of some image, and learns of more.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a summary says besides its scores."""
+
+    target: NDArray[Any]
+    pairs: Any
+    split: str
+    space: str
+    world: str
+    ids: Sequence[str]
+    meta: Mapping[str, Any]
+
+
+def _joined(
+    blocks: Iterable[tuple[int, _Reduce]],
+    layout: Layout,
+    keep: int,
+    facts: _Facts,
+) -> CompositionSummary:
+    """The summary of blocks, each reduced once its true pairs' places are known."""
+    c, target = len(layout.order), facts.target
     checked_k(keep, c, "the number kept of each image")
-    names = checked_facts(split, space, ids, len(target))
-    place = np.empty(c, dtype=np.int64)
-    place[layout.order] = np.arange(c)
-    candidates = np.zeros(c, dtype=bool)
+    names = checked_facts(facts.split, facts.space, facts.ids, len(target))
+    place, candidates = _places(layout), np.zeros(c, dtype=bool)
     parts: list[tuple[NDArray[Any], ...]] = []
     done = 0
-    for values in checked_rows(rows, c):
-        block = values if arranged else values[:, layout.order]
-        b = slice(done, done + len(block))
+    for size, reduced in blocks:
+        b = slice(done, done + size)
         if b.stop > len(target):
             raise ScoreTableError(f"there are {len(target)} targets, but more rows of scores")
         try:
-            seen, unseen = best(block, layout, keep)
-        except FloatingPointError:
-            back = block[:, place]
-            refuse_nan(back, names[b], _PairNames(pairs), first=done)
+            parts.append(reduced(place[target[b]], candidates))
+        except FloatingPointError as error:
+            whole = np.full((size, c), -np.inf)
+            whole[:, : error.args[0].shape[1]] = error.args[0]
+            refuse_nan(whole[:, place], names[b], _PairNames(facts.pairs), first=done)
             raise
-        if not candidates.all():
-            candidates[layout.order] |= any_candidate(block)
-        own = block[np.arange(len(block)), place[target[b]]]
-        parts.append((own, *seen, *unseen))
         done = b.stop
     if done != len(target):
         raise ScoreTableError(f"there are {len(target)} targets, but {done} rows of scores")
-    joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
     return CompositionSummary(
-        *joined,
-        candidates=candidates,
+        *(np.concatenate(part) for part in zip(*parts, strict=True)),
+        candidates=candidates[place],
         target=target,
-        pairs=pairs,
+        pairs=facts.pairs,
         seen=layout.seen,
-        split=split,
-        space=space,
-        world=world,
-        ids=ids,
-        meta=dict(meta or {}),
+        split=facts.split,
+        space=facts.space,
+        world=facts.world,
+        ids=facts.ids,
+        meta=dict(facts.meta),
         rho=layout.rho,
         levels=layout.levels,
     )
+
+
+def _places(layout: Layout) -> Int[np.ndarray, " c"]:
+    """Where each column stands in the layout."""
+    place = np.empty(len(layout.order), dtype=np.int64)
+    place[layout.order] = np.arange(len(place))
+    return place
 
 
 class _PairNames(Sequence[str]):

@@ -63,6 +63,14 @@ class Layout:
         edges = np.searchsorted(np.sort(part), np.arange(len(levels) + 3))
         return cls(np.argsort(part, kind="stable"), seen, edges, exact, tuple(levels))
 
+    def kept(self, level: int) -> int:
+        """How many candidates there are, the first of `order`, where unseen ones pass that many thresholds."""
+        return int(self.starts[len(self.levels) + 2 - level])
+
+    def sizes(self) -> list[int]:
+        """The different numbers of candidates of all levels, descending; 0 is none."""
+        return sorted({self.kept(i) for i in range(len(self.levels) + 1)} - {0}, reverse=True)
+
 
 def checked_rows(rows: Iterable[NDArray[Any]], c: int) -> Iterator[NDArray[Any]]:
     """Blocks of rows as they come.
@@ -76,6 +84,21 @@ def checked_rows(rows: Iterable[NDArray[Any]], c: int) -> Iterator[NDArray[Any]]
         if values.ndim != 2 or values.shape[1] != c:
             raise ScoreTableError(f"a block of rows must be (images, {c}), but is {values.shape}")
         yield values
+
+
+def checked_levels(
+    levels: Iterable[NDArray[Any]], layout: Layout
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Each number of candidates with the scores of a block of rows among as many.
+
+    Raises:
+        ScoreTableError: other than (B, n) float32 or float64, for every n of `layout.sizes()` in turn.
+
+    """
+    sizes = layout.sizes()
+    for n, block in zip(sizes, levels, strict=True):
+        (values,) = checked_rows([block], n)
+        yield n, values
 
 
 def any_candidate(block: NDArray[Any]) -> Bool[np.ndarray, " c"]:
@@ -92,25 +115,77 @@ def best(
     """(B, K) of the seen and (B, L, K) of the unseen candidates, scores and columns, of a block in layout order.
 
     Raises:
-        FloatingPointError: NaN or +inf.
+        FloatingPointError: NaN or +inf; its argument is the block.
 
     """
     b, n = len(block), len(layout.levels) + 1
     parts = [slice(*layout.starts[i : i + 2].tolist()) for i in range(n + 1)]
-    seen, unseen = (
-        (
-            np.full((b, *size, keep), -np.inf, dtype=block.dtype),
-            np.full((b, *size, keep), -1, np.int32),
-        )
-        for size in ((), (n,))
-    )
-    _insert(block[:, parts[0]], layout.order[parts[0]], *seen)
+    seen, unseen = (_empty((b, *size, keep), block.dtype) for size in ((), (n,)))
+    _insert_part(block, parts[0], layout, *seen)
     running = tuple(x[:, 0].copy() for x in unseen)
     for level, part in zip(range(n - 1, -1, -1), parts[1:], strict=True):
-        _insert(block[:, part], layout.order[part], *running)
+        _insert_part(block, part, layout, *running)
         for out, now in zip(unseen, running, strict=True):
             out[:, level] = now
     return seen, unseen
+
+
+def best_of_levels(
+    levels: Iterable[tuple[int, NDArray[Any]]],
+    layout: Layout,
+    keep: int,
+    at: Int[np.ndarray, " b"],
+    candidates: Bool[np.ndarray, " c"],
+) -> tuple[NDArray[Any], ...]:
+    """What `best` keeps, where a score depends on who else is a candidate, so that each level has scores of its own.
+
+    Args:
+        levels: from `checked_levels`, of a block of rows in layout order; each may be overwritten by the next.
+        layout, keep: as for `best`.
+        at: place of each row's true pair in layout order.
+        candidates: True at places known to be candidates of some row; learns of more.
+
+    Returns:
+        (B, L) scores of the true pairs, -inf where they are no candidates; (B, L, K) scores and columns of the seen,
+        then of the unseen candidates.
+
+    Raises:
+        FloatingPointError: NaN or +inf; its argument is the block.
+
+    """
+    rows, out = np.arange(len(at)), None
+    for n, block in levels:
+        if out is None:
+            size = (len(at), len(layout.levels) + 1)
+            own = np.full(size, -np.inf, dtype=block.dtype)
+            out = (own, *(x for _ in range(2) for x in _empty((*size, keep), block.dtype)))
+        if not candidates[:n].all():
+            candidates[:n] |= any_candidate(block)
+        of = np.flatnonzero([layout.kept(i) == n for i in range(len(layout.levels) + 1)])
+        kept = np.flatnonzero(at < n)
+        out[0][np.ix_(kept, of)] = block[rows[kept], at[kept]][:, None]
+        lists = [_empty((len(at), keep), block.dtype) for _ in range(2)]
+        starts = np.unique(layout.starts[layout.starts < n]).tolist()
+        for start, stop in zip(starts, [*starts[1:], n], strict=True):
+            side = lists[int(start >= layout.starts[1])]
+            _insert_part(block, slice(start, stop), layout, *side)
+        for whole, now in zip(out[1:], (*lists[0], *lists[1]), strict=True):
+            whole[:, of] = now[:, None]
+    assert out is not None
+    return out
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    return np.full(shape, -np.inf, dtype=dtype), np.full(shape, -1, np.int32)
+
+
+def _insert_part(
+    block: NDArray[Any], part: slice, layout: Layout, top: NDArray[Any], columns: NDArray[np.int32]
+) -> None:
+    try:
+        _insert(block[:, part], layout.order[part], top, columns)
+    except FloatingPointError:
+        raise FloatingPointError(block) from None
 
 
 def _insert(

@@ -5,7 +5,7 @@ below one of the bases here. Hyper-parameters come in through `Config`, facts ab
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cache_builder import FeatureCache
 from cache_builder.spec import BackboneSpec
+from heads.errors import TaskError
 from heads.features import Batch, Features
 
 ScoreSpace = Literal["cosine", "logit", "probability"]
@@ -194,6 +195,28 @@ class SetHead(Head, ABC):
     @abstractmethod
     def against(self, queries: Features, gathered: Any) -> Float[Tensor, "q c"]:
         """Scores of queries with every candidate of what `gather` returned."""
+
+    def first(self, gathered: Any, n: int) -> Any:
+        """What `gather` would have returned for the first n candidates alone; a relative head says it."""
+        raise TaskError(
+            f"{type(self).__module__} scores by what all candidates are together, and does not say how by the first "
+            f"{n} of them, which feasibility asks for; give its Head a method `first`"
+        )
+
+    def nested(
+        self, queries: Features, gathered: Any, sizes: Sequence[int]
+    ) -> Iterator[Float[Tensor, "q n"]]:
+        """Scores of queries with the first n candidates where these are all there are, for every n of `sizes`.
+
+        Args:
+            queries, gathered: as for `against`.
+            sizes: descending, each at least 1. What was yielded for one may be overwritten by the next.
+        """
+        whole = None if self.relative else self.against(queries, gathered)
+        for n in sizes:
+            yield (
+                self.against(queries, self.first(gathered, n)) if whole is None else whole[:, :n]
+            )
 
     def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
         """Scores where `candidates` are all there are."""

@@ -4,7 +4,7 @@ An `EmbeddingHead` embeds every row once; a `SetHead` gathers all candidates bef
 sees a block of queries with a block of candidates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -60,6 +60,23 @@ def by_rows(
         for columns in blocks(shape[1], _width(head, block)):
             out[:, columns] = head(some, candidates(columns)).float().cpu().numpy()
         yield out
+
+
+def by_levels(
+    head: SetHead,
+    queries: Rows,
+    candidates: Rows,
+    shape: tuple[int, int],
+    block: int,
+    sizes: Sequence[int],
+) -> Iterator[tuple[int, Iterator[Float[np.ndarray, "b n"]]]]:
+    """Rows, some at a time: how many, and their scores where the first n candidates are all there are, for every n of
+    `sizes` (descending). Each may be overwritten by the next.
+    """
+    gathered = head.gather(candidates(part) for part in blocks(shape[1], block))
+    for rows in blocks(shape[0], max(1, min(block, SET_CELLS // shape[1]))):
+        levels = head.nested(queries(rows), gathered, sizes)
+        yield rows.stop - rows.start, (level.float().cpu().numpy() for level in levels)
 
 
 def _rows(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 
 from eval.composition import CompositionScores
-from eval.czsl_summary import KEEP, CompositionSummary, Layout, summarise
+from eval.czsl_summary import KEEP, CompositionSummary, Layout, summarise, summarise_levels
 from eval.feasibility import Feasibility, grid
 from eval.matching import MatchingScores
 from eval.retrieval import BothDirections, RetrievalScores, both_directions
@@ -24,7 +24,7 @@ from heads.base import EmbeddingHead, Head, Needs, SetHead
 from heads.checkpoint import check_cache, method_name
 from heads.errors import CheckpointMismatch, TaskError
 from heads.features import Features
-from heads.grid import CROSS_BLOCK, Rows, blocks, by_rows, embedded, whole
+from heads.grid import CROSS_BLOCK, Rows, blocks, by_levels, by_rows, embedded, whole
 from heads.source import Source
 from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, rows_of
 
@@ -126,7 +126,8 @@ def score_open(
     Args:
         head, data, block, source: as for `score`.
         feasibility: how plausible the pairs are; the table then answers for every threshold of its grid
-            (`eval.feasibility.grid`).
+            (`eval.feasibility.grid`). A head whose scores are probabilities over its candidates is scored anew at each:
+            what a threshold takes away is no candidate, so the others share its probability.
         keep: how many of the best of each image are kept: the largest k that can be asked for.
 
     Raises:
@@ -134,18 +135,15 @@ def score_open(
         ScoreTableError: the feasibility is not of these pairs.
     """
     _check(head, data, None)
-    if feasibility and isinstance(head, SetHead) and head.relative:
-        raise TaskError(
-            f"{method_name(head)} scores by probabilities over all candidates given; leaving some out afterwards, by "
-            "feasibility, would not be its score over the others"
-        )
     source = source or source_of(head, data)
     layout = _layout(data, feasibility)
     with _scoring(head):
-        rows = by_rows(head, *_composition(data, source, layout.order), block)
-        keep = min(keep, len(data.pairs))
-        facts = _labels(data) | _facts(head, data)
-        return summarise(rows, layout, keep=keep, arranged=True, **facts)
+        given = (*_composition(data, source, layout.order), block)
+        keep, facts = min(keep, len(data.pairs)), _labels(data) | _facts(head, data)
+        if isinstance(head, SetHead) and head.relative and layout.levels:
+            rows = by_levels(head, *given, layout.sizes())
+            return summarise_levels(rows, layout, keep=keep, **facts)
+        return summarise(by_rows(head, *given), layout, keep=keep, arranged=True, **facts)
 
 
 def _facts(head: Head, data: TaskData) -> dict[str, Any]:
@@ -160,6 +158,7 @@ def _facts(head: Head, data: TaskData) -> dict[str, Any]:
             "cache": data.cache.fingerprint,
             "partial": bool(data.dropped) or own,
             "dropped": list(data.dropped),
+            **({"relative": True} if isinstance(head, SetHead) and head.relative else {}),
         },
     }
 

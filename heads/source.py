@@ -69,6 +69,11 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
                 f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose a method that "
                 "reads tokens, for instance tf_local, or another backbone"
             )
+        if "image/prefix" in missing and not backbone.dims.get("prefix", 0):
+            raise MissingStream(
+                f"{held}; {backbone.family}:{backbone.checkpoint} has no class token, so no prefix rows: read "
+                "image/pooled in its place (trident: head.global_stream=pooled), or choose another backbone"
+            )
         raise MissingStream(f"{held}; build a cache that has it: {command}")
     if segments.STREAM in needs.candidates and not segments.has_segments(cache):
         raise MissingStream(

@@ -247,6 +247,7 @@ def _one_query_and_one_candidate_work(head: Head) -> None:
     want = head(queries, candidates)[:1, :1]
     if isinstance(head, SetHead):
         _a_set_may_come_in_parts(head, queries, candidates, got)
+        _fewer_candidates_are_a_set_of_their_own(head, queries, candidates)
         if head.relative:
             return
     _require(
@@ -271,6 +272,20 @@ def _a_set_may_come_in_parts(
         head,
         f"scores depend on how the candidates are cut, by {_gap(want, got)}",
     )
+
+
+def _fewer_candidates_are_a_set_of_their_own(
+    head: SetHead, queries: Features, candidates: Features
+) -> None:
+    sizes = [6, 4, 1]
+    nested = head.nested(queries, head.gather([candidates]), sizes)
+    for n, got in zip(sizes, nested, strict=True):
+        want = head(queries, candidates.take(torch.arange(n)))
+        _require(
+            _close(want, got),
+            head,
+            f"scores of the first {n} candidates must be theirs as a set of their own; off by {_gap(want, got)}",
+        )
 
 
 def _rows_do_not_see_each_other(head: Head) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eval import bootstrap, czsl, score_io
 from eval.composition import CompositionScores
-from eval.czsl_summary import CompositionSummary, summarise
+from eval.czsl_summary import CompositionSummary, summarise, summarise_levels
 from eval.errors import ScoreTableError
 from eval.feasibility import filtered, grid
 from eval.reduction import Layout
@@ -258,3 +258,89 @@ def test_filtering_a_table_is_filtering_its_scores():
     for mode in ("neg_inf", "csp_multiply", "compcos_minus_one"):
         found = table.pruned(0.5, rho, mode)
         assert np.array_equal(found.scores, filtered(table.scores, rho, table.seen, 0.5, mode))
+
+
+# ── scores that depend on who else is a candidate ────────────────────────────────────────────────────────────────────
+
+
+def relative(
+    drawn, block, keep
+) -> tuple[CompositionSummary, list[tuple[float, CompositionScores]]]:
+    """A summary, and for every threshold the table of all scores: numbers of its own, as if scored anew."""
+    table, rho, levels = world(**drawn)
+    layout, rng = Layout.of(table.seen, rho, levels), np.random.default_rng(drawn["seed"] + 1)
+    scores = {
+        n: rng.permuted(table.scores, axis=0)[:, rng.permutation(table.shape[1])]
+        for n in layout.sizes()
+    }
+
+    def rows():
+        for i in range(0, len(table.scores), block):
+            parts = [scores[n][i : i + block] for n in layout.sizes()]
+            buffer = np.empty_like(parts[0])  # what comes next overwrites what was given
+            yield (
+                len(parts[0]),
+                (
+                    np.copyto(buffer[:, :n], part[:, layout.order[:n]]) or buffer[:, :n]
+                    for n, part in zip(layout.sizes(), parts, strict=True)
+                ),
+            )
+
+    made = summarise_levels(
+        rows(), layout, table.target, table.pairs, split="test", space="probability", keep=keep
+    )
+    tables = []
+    for level, t in enumerate([-np.inf, *levels]):
+        n = layout.kept(level)
+        whole = scores[n] if n else table.scores
+        kept = dataclasses.replace(table, scores=filtered(whole, rho, table.seen, t))
+        assert int((table.seen | (rho >= t)).sum()) == n
+        tables.append((t, kept))
+    return made, tables
+
+
+@quick
+@given(worlds, st.integers(1, 4), st.integers(1, 4), st.integers(1, 10))
+def test_each_level_of_relative_scores_equals_a_table_of_its_own_scores(drawn, k, more, block):
+    c = drawn["shape"][1] * drawn["shape"][2]
+    made, tables = relative(drawn, block, min(k + more - 1, c))
+    assert made.relative
+    for t, table in tables:
+        got, want = everything(made.at(t), min(k, c)), everything(table, min(k, c))
+        # Which pairs compete is known of the loosest level alone: that of the others follows from feasibility.
+        assert {**got, "competing": 0, "chance": 0} == {**want, "competing": 0, "chance": 0}
+
+
+def test_relative_scores_come_back_from_a_file_and_are_refused_by_name(tmp_path):
+    drawn: dict[str, Any] = {
+        "shape": (5, 2, 3), "share": 0.5, "tied": (False, False), "dtype": "float32",
+        "n_levels": 4, "seed": 3,
+    }  # fmt: skip
+    made, tables = relative(drawn, 2, 3)
+    loaded = score_io.load(score_io.save(made, tmp_path / "t.zarr"))
+    assert isinstance(loaded, CompositionSummary)
+    for t, table in tables:
+        assert czsl.evaluate(loaded.at(t)) == czsl.evaluate(table)
+    with pytest.raises(ScoreTableError, match="another shape of own"):
+        dataclasses.replace(made, own=made.own[:, :2])
+    table, rho, levels = world(**drawn)
+    layout = Layout.of(table.seen, rho, levels)
+    n = layout.sizes()[-1]
+    bad = [np.zeros((5, m), np.float32) for m in layout.sizes()]
+    bad[-1][2, n - 1] = np.nan
+    name = table.pairs[layout.order[n - 1]]
+    labels: dict[str, Any] = {"split": "test", "space": "probability", "keep": 1}
+    with pytest.raises(ScoreTableError, match=rf"query 2 .*{name[0]}', '{name[1]}.* is nan"):
+        summarise_levels([(5, bad)], layout, table.target, table.pairs, **labels)
+    with pytest.raises(ScoreTableError, match=rf"\(images, {layout.sizes()[0]}\), but is"):
+        summarise_levels([(5, bad[::-1])], layout, table.target, table.pairs, **labels)
+
+
+def test_a_table_of_all_scores_that_are_relative_is_not_pruned():
+    table = CompositionScores(
+        np.eye(2), np.array([0, 1]), [("a", "b"), ("c", "d")], np.array([True, False]),
+        "test", "probability", world="open", meta={"relative": True},
+    )  # fmt: skip
+    with pytest.raises(ScoreTableError, match="without --dense"):
+        table.pruned(0.5, np.array([0.0, 1.0]))
+    assert table.pruned(0.5, np.array([0.0, 0.0]), "csp_multiply").scores[1, 1] == 0

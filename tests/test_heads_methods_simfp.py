@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from cache_builder import FeatureCache
 from eval.composition import CompositionScores
 from eval.czsl import evaluate
-from eval.feasibility import Feasibility
 from heads import miniature, score, testing
 from heads.base import Context
 from heads.blocks.fusion import Branch, CrossBlock, Fusion
 from heads.blocks.prompts import encode_texts
 from heads.checkpoint import load
-from heads.errors import ConfigError, TaskError
+from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
 from heads.methods import simfp
@@ -395,10 +394,3 @@ def test_a_table_is_the_same_for_any_cut_and_a_head_comes_back_bit_for_bit(
         want, have = evaluate(small), evaluate(reduced)
         assert have["auc"] == pytest.approx(want["auc"])
         assert have["pair_acc"] == pytest.approx(want["pair_acc"])
-    names = (
-        tuple(dict.fromkeys(a for a, _ in data.pairs)),
-        tuple(dict.fromkeys(o for _, o in data.pairs)),
-    )
-    rho = Feasibility(np.linspace(-1, 1, len(data.pairs)), *names, "by hand")
-    with pytest.raises(TaskError, match="simfp scores by probabilities over all candidates given"):
-        score_open(run.head, data, feasibility=rho)

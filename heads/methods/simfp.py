@@ -12,7 +12,7 @@ Mode, cost: cached images and pair texts + live text tower on A + O soft prompts
             primitives; texts become (B, A + O, D), so queries are scored `chunk` at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from heads.base import Context, HeadConfig, Needs, SetHead
 from heads.blocks.fusion import Branch, Fusion, Order
+from heads.blocks.nested import nested_mixture
 from heads.blocks.prompts import TEMPLATES, SoftPrompts, encode_texts, spell
 from heads.blocks.readout import Readout
 from heads.errors import ConfigError
@@ -186,10 +187,26 @@ class Head(SetHead):
             obj,
             torch.cat(pairs),
             {name: self._primitives(name, n, words) for name, n in sizes.items()},
-            {
-                name: torch.bincount(index, minlength=sizes[name]) > 0
-                for name, index in (("attr", attr), ("obj", obj))
-            },
+            self._present(attr, obj),
+        )
+
+    def first(self, gathered: Gathered, n: int) -> Gathered:
+        """The set of its first n candidates alone."""
+        attr, obj = gathered.attr[:n], gathered.obj[:n]
+        return Gathered(attr, obj, gathered.pair[:n], gathered.text, self._present(attr, obj))
+
+    def nested(
+        self, queries: Features, gathered: Gathered, sizes: Sequence[int]
+    ) -> Iterator[Float[Tensor, "q n"]]:
+        """Probabilities over the first n, from logits that are the same for all n; fused pairs are not, and cost n."""
+        if self.config.fuse_pairs:
+            yield from super().nested(queries, gathered, sizes)
+            return
+        parts = torch.arange(len(queries), device=gathered.attr.device).split(self.config.chunk)
+        found = [self._logits(queries.take(part), gathered) for part in parts]
+        z = {k: torch.cat([some.pop(k) for some in found]) for k in ("pair", *PRIMITIVES)}
+        yield from nested_mixture(
+            z["pair"], z["attr"], z["obj"], gathered.attr, gathered.obj, sizes
         )
 
     def against(self, queries: Features, gathered: Gathered) -> Float[Tensor, "q c"]:
@@ -257,6 +274,13 @@ class Head(SetHead):
             return self.get_buffer(f"hard_{name}")
         index = torch.arange(n, device=words.device)
         return self.prompts.encode(name, words, self.prompts.rows(name, index, index)).float()
+
+    def _present(self, attr: Int[Tensor, " c"], obj: Int[Tensor, " c"]) -> dict[str, Tensor]:
+        sizes = {"attr": len(self.context.attrs), "obj": len(self.context.objs)}
+        return {
+            name: torch.bincount(index, minlength=sizes[name]) > 0
+            for name, index in (("attr", attr), ("obj", obj))
+        }
 
     def _soft_prompts(self) -> SoftPrompts:
         return SoftPrompts(
