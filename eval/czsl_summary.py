@@ -26,6 +26,7 @@ from eval.curve import Thresholds
 from eval.errors import ScoreTableError
 from eval.feasibility import Mode, kept
 from eval.reduction import Layout, any_candidate, best, checked_rows
+from eval.sides import Sides
 from eval.table import checked_facts, checked_k, checked_scores, refuse_nan
 
 KEEP = 5
@@ -166,9 +167,13 @@ class CompositionSummary(Composition):
 
     def predicted(self) -> Int[np.ndarray, " q"]:
         """Column of the best pair of each image, the lowest on a tie; -1 without a candidate."""
-        unseen, column = (x[:, self._level, 0] for x in (self.best_unseen, self.unseen_columns))
-        seen, mine = self.best_seen[:, 0], self.seen_columns[:, 0]
-        return np.where((seen > unseen) | ((seen == unseen) & (mine < column)), mine, column)
+        return self.sides().at(None)
+
+    def sides(self) -> Sides:
+        """The best seen and the best unseen pair of each image, of those that pass the threshold in force."""
+        seen, unseen = self.best_seen, self.best_unseen[:, self._level]
+        columns = self.seen_columns, self.unseen_columns[:, self._level]
+        return Sides(seen[:, 0], columns[0][:, 0], unseen[:, 0], columns[1][:, 0])
 
     def competing(self) -> Bool[np.ndarray, " c"]:
         """True where a pair is a candidate of some image."""
