@@ -10,7 +10,7 @@ from PIL import Image
 
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import Dataset, ImageRecord
-from heads.pictures import _square, save_attention
+from heads.pictures import _square, save_pictures
 from heads.runs import train_run
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
@@ -44,7 +44,7 @@ def banners() -> Dataset:
 
 def test_a_picture_shows_its_own_image_words_and_weights(cache: FeatureCache, run: Path) -> None:
     dataset = banners()
-    paths = save_attention(run, cache, dataset, task="two_by_two")
+    paths = save_pictures(run, cache, dataset, task="two_by_two")
     assert [path.name for path in paths] == ["00-swap.npz", "01-add.npz"]
     number = {record.id: i for i, record in enumerate(dataset.images)}
     for path, image, caption in zip(
