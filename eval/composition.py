@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from eval.curve import Thresholds
 from eval.errors import ScoreTableError
 from eval.feasibility import Mode, filtered
+from eval.sides import Sides
 from eval.table import blocks, checked_facts, checked_k, checked_scores, largest, refuse_nan
 
 
@@ -54,6 +55,10 @@ class Composition(ABC):
     @abstractmethod
     def predicted(self) -> Int[np.ndarray, " q"]:
         """Column of the best pair of each image without any bias, the lowest on a tie; -1 without a candidate."""
+
+    @abstractmethod
+    def sides(self) -> Sides:
+        """The best seen and the best unseen pair of each image."""
 
     @abstractmethod
     def competing(self) -> Bool[np.ndarray, " c"]:
@@ -167,6 +172,10 @@ class CompositionScores(Composition):
         """Column of the best pair of each image, the lowest on a tie; -1 without a candidate."""
         best = self.scores.argmax(1)
         return np.where(self.scores[np.arange(len(best)), best] > -np.inf, best, -1)
+
+    def sides(self) -> Sides:
+        """The best seen and the best unseen pair of each image."""
+        return Sides.of(self.scores, self.seen)
 
     def pruned(
         self, threshold: float, rho: Float[np.ndarray, " c"] | None = None, mode: Mode = "neg_inf"

@@ -34,6 +34,7 @@ from eval.reduction import (
     checked_levels,
     checked_rows,
 )
+from eval.sides import Sides
 from eval.table import checked_facts, checked_k, checked_scores, refuse_nan
 
 KEEP = 5
@@ -186,9 +187,13 @@ class CompositionSummary(Composition):
 
     def predicted(self) -> Int[np.ndarray, " q"]:
         """Column of the best pair of each image, the lowest on a tie; -1 without a candidate."""
+        return self.sides().at(None)
+
+    def sides(self) -> Sides:
+        """The best seen and the best unseen pair of each image, of those that pass the threshold in force."""
         unseen, column = (x[:, self._level, 0] for x in (self.best_unseen, self.unseen_columns))
         seen, mine = (self._of_level(x)[:, 0] for x in (self.best_seen, self.seen_columns))
-        return np.where((seen > unseen) | ((seen == unseen) & (mine < column)), mine, column)
+        return Sides(seen, mine, unseen, column)
 
     def competing(self) -> Bool[np.ndarray, " c"]:
         """True where a pair is a candidate of some image."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.comparison import Comparison, Row
+from eval.diagnostic_figures import diagnostics_of
 from eval.figures import figures_of, trained, training_figure
 from eval.formats import BELOW, percent, to_csv
 from eval.markup import chip, data_link, text
@@ -62,7 +63,7 @@ def render(
         sections.append(("training", "Training", f'<div class="plots">{curves}</div>'))
     pictures = "".join(pictures_of(run) for run in runs)
     if pictures:
-        sections.append(("pictures", "Where words look", _PICTURE_TEXT + pictures))
+        sections.append(("pictures", "What heads look at", _PICTURE_TEXT + pictures))
     sections.append(("runs", "Runs", _provenance(runs)))
     sections.append(("reading", "How to read the numbers", _HOW))
     page = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -78,9 +79,9 @@ def render(
 
 
 _PICTURE_TEXT = (
-    '<p class="soft">For every word of a caption, the picture is lit where the attention of the head for that word '
-    "lies, and dark where it does not. Each word is scaled by its own largest weight, so brightness does not compare "
-    "between words.</p>"
+    '<p class="soft">Each map is clear where its weight is largest and dark where it is smallest; the two numbers '
+    "under it say what these are. Brightness does not compare between maps, and where the numbers are close the map is "
+    "nearly flat, whatever it looks like. Items are the first of every category, not chosen.</p>"
 )
 
 _HOW = f"""
@@ -134,7 +135,7 @@ def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
         _table(c, series),
     ]
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]
-    parts += [figures_of(c, series), _seed_values(c)]
+    parts += [figures_of(c, series), diagnostics_of(c, series), _seed_values(c)]
     return "".join(parts)
 
 

@@ -1,7 +1,9 @@
-"""Pictures of a run: where in an image a head looks for each word of a caption."""
+"""Pictures of a run: what a head looks at in an image, beside it, and what the head made of it."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,12 +16,16 @@ from eval.runs import Run
 
 
 def pictures_of(run: Run) -> str:
-    """All pictures of a run."""
+    """All pictures of a run, below what its maps are."""
     if not run.pictures:
         return ""
-    shots = [_attention(path) if path.suffix == ".npz" else _picture(path) for path in run.pictures]
+    said: list[str] = []
+    shots = [
+        _drawn(path, said) if path.suffix == ".npz" else _picture(path) for path in run.pictures
+    ]
     name = f"{run.name} · {run.backbone}, {run.dataset}, seed {run.seed}"
-    return f"<h3>{text(name)}</h3>{''.join(shots)}"
+    says = "".join(f'<p class="soft">Shown: {text(says)}.</p>' for says in dict.fromkeys(said))
+    return f"<h3>{text(name)}</h3>{says}{''.join(shots)}"
 
 
 def _picture(path: Path) -> str:
@@ -30,21 +36,29 @@ def _picture(path: Path) -> str:
     )
 
 
-def _attention(path: Path) -> str:
-    """One image with its caption, and once a word, darkened where the word does not look."""
+def _drawn(path: Path, said: list[str]) -> str:
+    """The picture or the strip in a file; what its maps are is added to `said`."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            image, weights = (
-                np.asarray(data["image"]),
-                np.asarray(data["weights"], dtype=np.float64),
-            )
-            words = [str(word) for word in np.atleast_1d(data["words"])]
-            caption = str(data["caption"]) if "caption" in data else None
-            score = f" · score {float(data['score']):.3f}" if "score" in data else ""
-    except (KeyError, ValueError, OSError) as error:
+            found: dict[str, NDArray[Any]] = {name: np.asarray(data[name]) for name in data}
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} holds no picture: {error}") from error
+    if "strip" in found:
+        return _strip(path, found)
+    missing = [name for name in ("image", "words", "weights") if name not in found]
+    if missing:
         raise RunError(
-            f"{path} holds no picture: {error}; it must hold image, words and weights"
-        ) from error
+            f"{path} holds no picture: {', '.join(missing)} is missing; it must hold image, words and weights"
+        )
+    if "says" in found:
+        said.append(str(found["says"]))
+    return _maps(path, found)
+
+
+def _maps(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
+    """One image with its caption, and once a map, darkened where its weight is small."""
+    image, weights = found["image"], np.asarray(found["weights"], dtype=np.float64)
+    words = [str(word) for word in np.atleast_1d(found["words"])]
     if (
         image.dtype != np.uint8
         or image.ndim != 3
@@ -55,26 +69,62 @@ def _attention(path: Path) -> str:
             f"{path} must hold image (H, W, 3) uint8 and weights (words, rows, columns), but they are {image.dtype} "
             f"{image.shape} and {weights.shape} for {len(words)} words"
         )
-    caption = caption or " ".join(words)
+    caption = str(found["caption"]) if "caption" in found else " ".join(words)
+    score = f" · score {float(found['score']):.3f}" if "score" in found else ""
     height, width = image.shape[:2]
     small = " pixels" if max(height, width) < 160 else ""
     looks = [
         f'<li><span class="look{small}" style="aspect-ratio:{width}/{height}"></span><small>image</small></li>'
     ]
     for word, weight in zip(words, weights, strict=True):
-        veil = f'<img src="{data_image(_png(_veil(weight)))}" alt="where “{text(word)}” looks">'
+        span = f"{weight.min():.3g} – {weight.max():.3g}"
+        alt = f"where “{text(word)}” looks: {span}"
+        veil = f'<img src="{data_image(_png(_veil(weight)))}" alt="{alt}">'
         look = f'<span class="look{small}" style="aspect-ratio:{width}/{height}">{veil}</span>'
-        looks.append(f"<li>{look}{text(word)}</li>")
+        looks.append(f"<li>{look}{text(word)}<small>{span}</small></li>")
     return (
         f'<div class="shot" style="--picture:url({data_image(_png(image))})"><b>{text(caption)}</b>'
-        f'<span class="soft">{text(score)}</span><ul class="looks">{"".join(looks)}</ul></div>'
+        f'<span class="soft">{text(score)}</span>{_verdict(found)}<ul class="looks">{"".join(looks)}</ul></div>'
     )
 
 
+def _verdict(found: Mapping[str, NDArray[Any]]) -> str:
+    """What the head made of the picture, where the file says it."""
+    words = str(found.get("verdict", ""))
+    if not words:
+        return ""
+    mark = (
+        '<span class="up">✓</span>' if bool(found.get("right")) else '<span class="down">✗</span>'
+    )
+    return f'<p class="verdict">{mark} {text(words)}</p>'
+
+
+def _strip(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
+    """Rows of numbers as rows of colour, clear at 0."""
+    strip = np.abs(np.asarray(found["strip"], dtype=np.float64))
+    names = [str(name) for name in np.atleast_1d(found.get("words", np.array([])))]
+    if strip.ndim != 2 or len(names) != len(strip):
+        raise RunError(
+            f"{path} must hold strip (rows, numbers) and a word for each row, but they are {strip.shape} and "
+            f"{len(names)} words"
+        )
+    top = float(strip.max(initial=0)) or 1.0
+    rows: list[str] = []
+    for name, row in zip(names, strip, strict=True):
+        pixels = np.zeros((1, len(row), 4), dtype=np.uint8)
+        pixels[..., :3] = 128
+        pixels[..., 3] = np.asarray(np.round(255 * row / top), dtype=np.uint8)
+        says = f"{name}: {100 * (row == 0).mean():.0f} % closed, largest {row.max():.3g}"
+        picture = f'<img class="strip" src="{data_image(_png(pixels))}" alt="{text(says)}">'
+        rows.append(f"<p>{picture}<small>{text(says)}</small></p>")
+    says = text(str(found.get("says", "")))
+    return f'<div class="shot"><span class="soft">{says}</span>{"".join(rows)}</div>'
+
+
 def _veil(weight: NDArray[np.float64]) -> UInt8[np.ndarray, "h w 4"]:
-    """Black, the more opaque the smaller the weight; clear at the word's largest weight."""
-    top = float(weight.max())
-    share = np.clip(weight / top, 0, 1) if top > 0 else np.zeros_like(weight)
+    """Black, the more opaque the smaller the weight; clear at the map's largest, and all over where it is flat."""
+    low, top = float(weight.min()), float(weight.max())
+    share = (weight - low) / (top - low) if top > low else np.ones_like(weight)
     veil = np.zeros((*weight.shape, 4), dtype=np.uint8)
     veil[..., 3] = np.round(255 * 0.82 * (1 - share)).astype(np.uint8)
     return veil

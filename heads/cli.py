@@ -87,7 +87,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=int,
         default=0,
         metavar="N",
-        help="also draw for N examples where each word looks (tf_local); reads the data set's images again",
+        help="also draw for N examples where the head looks, if its method has maps; reads the data set's images again",
     )
     score.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=cli_train.MOVED)
     score.set_defaults(func=_score)
@@ -173,7 +173,7 @@ def _score(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache, load_dataset
-    from heads.pictures import save_attention
+    from heads.pictures import save_pictures
     from heads.runs import read_run, trained_cache
 
     record = read_run(args.run)
@@ -182,8 +182,14 @@ def _draw(args: argparse.Namespace) -> None:
         cache.spec.dataset.name, cache.header.root or None, **cache.header.options
     )
     task = args.task or record["task"]
-    for path in save_attention(
-        args.run, cache, dataset, task=task, split=args.split, n=args.pictures
+    for path in save_pictures(
+        args.run,
+        cache,
+        dataset,
+        task=task,
+        split=args.split,
+        n=args.pictures,
+        backbone=args.backbone,
     ):
         print(f"wrote {path}")
 

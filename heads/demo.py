@@ -14,7 +14,7 @@ from cache_builder import build, load_backbone, load_dataset
 from eval.report import report
 from heads.compare import Entry, Question, compare
 from heads.errors import RunExists
-from heads.pictures import save_attention
+from heads.pictures import save_pictures
 
 BACKBONES = ("clip", "siglip2", "pe", "llava")
 SEEDS = 3
@@ -104,7 +104,7 @@ def run(
     runs = compare(caches, rows, range(seeds), out / "runs", workers=os.cpu_count() or 1)
     for path in runs:
         if path.name in PICTURED:
-            save_attention(path, caches[path.parent.name], dataset, task="two_by_two", n=5)
+            save_pictures(path, caches[path.parent.name], dataset, task="two_by_two", n=5)
     page, *tables, figures = report(runs, out / "report.html", title="headstart demo: toy_world")
     named = figures.rename(out / "metrics.json")
     files = {"report": page, **{f"tables ({p.suffix[1:]})": p for p in tables}, "metrics": named}

@@ -1,27 +1,35 @@
-"""Where each word of a caption looks in an image: the files `RUN/pictures/*.npz` that the report draws.
+"""What a head shows of itself on pictures of a data set: the files `RUN/pictures/*.npz` that the report draws.
 
-Any method that has a function `attention(head, queries, candidates) -> (B, L, N)` can be pictured. Items are the first
-of every category of the split, so nobody chooses the pretty ones.
+Any head with `maps` (heads/maps.py) can be pictured. Items are the first of every category of the split, so nobody
+chooses the pretty ones, and each says whether the head got it right. Of czsl the text shown is the pair predicted.
+
+    00-red-cup.npz   image, words (names of the maps), weights, caption, score, says, verdict, right
+    strip.npz        strip, words, says: what is the same for every picture; only where the head has it
 """
 
 import math
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from cache_builder import FeatureCache
+from cache_builder import FeatureCache, plugins
 from cache_builder.datasets.base import Dataset
-from heads import checkpoint
+from eval.composition import CompositionScores
+from heads import checkpoint, methods
 from heads.base import Head
 from heads.errors import ConfigError
-from heads.score import source_of
-from heads.tasks import CompositionData, RetrievalData, TaskData, load_task
+from heads.features import Features
+from heads.maps import Mapped, Maps
+from heads.score import score, source_of
+from heads.source import Source
+from heads.tasks import CompositionData, MatchingData, TaskData, load_task
 
 LARGEST = 224
 """Pixels of the longer side of a stored picture."""
@@ -33,7 +41,30 @@ RESIZE_MODE = re.compile(r'"resize_mode": "(\w+)"')
 """Within a cache's `preprocessing`: open_clip's word for how a picture becomes a square."""
 
 
-def save_attention(
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image with the text it is shown with.
+
+    Attributes:
+        name: of its category.
+        image, text: rows of the cache.
+        score: of the two.
+        labels: attr and obj of the text, of czsl; else empty.
+        verdict: what the head made of it, in words; empty where that is not known.
+        right: did it get it right?
+
+    """
+
+    name: str
+    image: int
+    text: int
+    score: float
+    labels: Mapping[str, int] = field(default_factory=dict)
+    verdict: str = ""
+    right: bool = False
+
+
+def save_pictures(
     run: str | Path,
     cache: FeatureCache,
     dataset: Dataset,
@@ -41,8 +72,9 @@ def save_attention(
     task: str,
     split: str = "test",
     n: int = 6,
+    backbone: str | None = None,
 ) -> list[Path]:
-    """Write up to `n` pictures of a trained run.
+    """Write up to `n` pictures of a trained run, and what is the same for all of them.
 
     Args:
         run: directory of the run.
@@ -50,72 +82,149 @@ def save_attention(
         dataset: the same samples, for their pixels.
         task, split: where the items come from.
         n: pictures at most.
+        backbone: where the backbone lies that the head runs a side of; None is where it lay in training.
 
     Raises:
-        ConfigError: the method has no attention to show, or pictures keep their shape: there is no square to draw.
+        ConfigError: the method has no maps to show, or pictures keep their shape: there is no square to draw.
     """
     if cache.is_ragged("image/patches"):
         raise ConfigError(
-            f"{cache.place} holds pictures in their own shapes ({cache.spec.backbone.checkpoint}); attention is drawn "
-            "on square grids of patches only"
+            f"{cache.place} holds pictures in their own shapes ({cache.spec.backbone.checkpoint}); maps are drawn on "
+            "square grids of patches only"
         )
-    head = checkpoint.load(run)
-    attention = _attention_of(head)
+    head = checkpoint.load(run, backbone=backbone)
+    if not isinstance(head, Mapped):
+        raise ConfigError(
+            f"{checkpoint.method_name(head)} has no maps to draw (no method `maps`, see heads/maps.py); these have: "
+            f"{', '.join(_with_maps())}"
+        )
     data = load_task(cache, task, split, allow_missing=True)
     source = source_of(head, data)
-    pieces = cache.vocabulary()
     pixels = {record.id: record for record in dataset.images}
     folder = Path(run) / "pictures"
     folder.mkdir(exist_ok=True)
-    paths = []
-    for name, image, text in _items(data)[:n]:
-        queries, candidates = source.images(image[None]), source.texts(text[None])
-        with torch.no_grad():
-            weights = attention(head, queries, candidates)[0].float().numpy()
-            score = float(head.paired(queries, candidates)[0])
-        ids, _ = cache.read_ragged("text/ids", text[None])
-        words = [pieces[i] for i in ids]
-        kept = [i for i, word in enumerate(words) if not SPECIAL.fullmatch(word)]
-        side = math.isqrt(weights.shape[-1])
-        picture = pixels[cache.image_ids[int(image)]].open()
-        path = folder / f"{len(paths):02d}-{name}.npz"
-        np.savez(
-            path,
-            image=_square(picture, cache.spec.backbone.preprocessing),
-            words=np.array([words[i] for i in kept]),
-            weights=weights[kept].reshape(len(kept), side, side),
-            caption=np.array(cache.texts[int(text)]),
-            score=np.array(score),
-        )
-        paths.append(path)
-    return paths
+    paths: list[Path] = []
+    strips: list[Path] = []
+    with torch.no_grad():
+        for item in _items(head, data, source, n):
+            query = source.images(np.array([item.image]))
+            text = source.texts(np.array([item.text])).streams
+            labels = {name: torch.tensor([label]) for name, label in item.labels.items()}
+            maps = head.maps(query, Features(text, labels))
+            picture = pixels[cache.image_ids[item.image]].open()
+            path = folder / f"{len(paths):02d}-{item.name}.npz"
+            np.savez(
+                path,
+                image=_square(picture, cache.spec.backbone.preprocessing),
+                caption=np.array(cache.texts[item.text]),
+                score=np.array(item.score),
+                says=np.array(maps.says),
+                verdict=np.array(item.verdict),
+                right=np.array(item.right),
+                **_named(maps, cache, item.text),
+            )
+            paths.append(path)
+            if maps.strip and not strips:
+                strips.append(folder / "strip.npz")
+                np.savez(
+                    strips[0],
+                    strip=torch.stack(list(maps.strip.values())).float().numpy(),
+                    words=np.array(list(maps.strip)),
+                    says=np.array(maps.strip_says),
+                )
+    return paths + strips
 
 
-def _attention_of(head: Head) -> Callable[..., torch.Tensor]:
-    method = sys.modules[type(head).__module__]
-    if not hasattr(method, "attention"):
-        raise ConfigError(f"{checkpoint.method_name(head)} has no attention to show; tf_local has")
-    return method.attention
+def _named(maps: Maps, cache: FeatureCache, text: int) -> dict[str, Any]:
+    """Names and square maps; those of tokens that are no words are left out."""
+    looks = maps.looks.float().numpy()
+    names = maps.names
+    if names is None:
+        ids, _ = cache.read_ragged("text/ids", np.array([text]))
+        pieces = cache.vocabulary()
+        kept = [i for i, token in enumerate(ids) if not SPECIAL.fullmatch(pieces[token])]
+        looks, names = looks[kept], tuple(pieces[ids[i]] for i in kept)
+    side = math.isqrt(looks.shape[-1])
+    return {"words": np.array(names, dtype=str), "weights": looks.reshape(len(names), side, side)}
 
 
-def _items(data: TaskData) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, image row, text row) of the first item of every category, its own caption with its own image."""
+def _with_maps() -> list[str]:
+    """Methods whose file has a function `maps`; read, not imported."""
+    folder = Path(methods.__path__[0])
+    known = plugins.names("heads.methods")
+    texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in known}
+    return [name for name, text in texts.items() if re.search(r"^\s+def maps\(", text, re.M)]
+
+
+def _items(head: Head, data: TaskData, source: Source, n: int) -> Iterator[Item]:
+    """The first item of every category, `n` at most."""
     if isinstance(data, CompositionData):
-        kinds = [data.pairs[t] for t in data.target]
-        rows = [(data.images[i], data.prompts[data.target[i]]) for i in range(len(data))]
-        names = ["-".join(pair) for pair in kinds]
-    elif isinstance(data, RetrievalData):
-        names = [f"{i:04d}" for i in range(len(data.matches))]
-        rows = [(data.images[i], data.captions[t]) for i, t in data.matches]
+        yield from _compositions(head, data, source, n)
+    elif isinstance(data, MatchingData):
+        yield from _matches(head, data, source, n)
     else:
-        names = list(data.category)
-        rows = [(data.images[i, 0], data.captions[i, 0]) for i in range(len(data))]
-    first = dict(reversed(list(zip(names, rows, strict=True))))
-    order = sorted(first, key=names.index)
-    return [
-        (re.sub(r"\W+", "_", name), np.asarray(first[name][0]), np.asarray(first[name][1]))
-        for name in order
-    ]
+        for at, (i, t) in enumerate(data.matches[:n]):
+            image, text = int(data.images[i]), int(data.captions[t])
+            yield Item(f"{at:04d}", image, text, _paired(head, source, image, text))
+
+
+def _compositions(head: Head, data: CompositionData, source: Source, n: int) -> Iterator[Item]:
+    """The first image of every pair, with the pair that the head predicts for it among all candidates."""
+    first = _first(data.target.tolist())[:n]
+    part = replace(
+        data,
+        images=data.images[first],
+        image_ids=tuple(data.image_ids[i] for i in first),
+        attr=data.attr[first],
+        obj=data.obj[first],
+        target=data.target[first],
+    )
+    table = score(head, part, source=source)
+    assert isinstance(table, CompositionScores)
+    for row, column in enumerate(table.predicted()):
+        target = part.target[row]
+        truth = " ".join(part.pairs[target])
+        right = bool(column == target)
+        yield Item(
+            _plain("-".join(part.pairs[target])),
+            int(part.images[row]),
+            int(part.prompts[column]),
+            float(table.scores[row, column]),
+            {"attr": int(part.pair_index[column, 0]), "obj": int(part.pair_index[column, 1])},
+            "predicted, which is right"
+            if right
+            else f"predicted, which is wrong: it is {truth}, with a score of {table.scores[row, target]:.3f}",
+            right,
+        )
+
+
+def _matches(head: Head, data: MatchingData, source: Source, n: int) -> Iterator[Item]:
+    """The first item of every category, its own caption with its own image."""
+    for i in _first(data.category)[:n]:
+        image, (own, other) = int(data.images[i, 0]), data.captions[i].tolist()
+        mine, theirs = (_paired(head, source, image, text) for text in (own, other))
+        right = mine > theirs
+        rival = f"“{data.cache.texts[other]}”, with {theirs:.3f}"
+        verdict = f"the true caption, {'preferred to' if right else 'not preferred to'} {rival}"
+        yield Item(_plain(data.category[i]), image, own, mine, verdict=verdict, right=right)
+
+
+def _paired(head: Head, source: Source, image: int, text: int) -> float:
+    query, candidate = source.images(np.array([image])), source.texts(np.array([text]))
+    return float(head.paired(query, candidate)[0])
+
+
+def _first(kinds: Iterable[Any]) -> list[int]:
+    """Where each kind comes first, in order."""
+    found: dict[Any, int] = {}
+    for i, kind in enumerate(kinds):
+        found.setdefault(kind, i)
+    return list(found.values())
+
+
+def _plain(name: str) -> str:
+    """As part of a file's name."""
+    return re.sub(r"\W+", "_", name)
 
 
 def _square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3"]:

@@ -132,6 +132,6 @@ def test_the_demo_goes_from_pictures_to_a_report(
     assert len(samples) == 4
     assert len(set(samples)) == 1
     page = (out / "report.html").read_text()
-    assert "Where words look" in page
+    assert "What heads look at" in page
     assert main(["demo", "--out", str(out)]) == 1
     assert "holds an earlier demo" in capsys.readouterr().err

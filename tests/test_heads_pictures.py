@@ -10,8 +10,9 @@ from PIL import Image
 
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import Dataset, ImageRecord
-from heads.pictures import _square, save_attention
+from heads.pictures import _square, save_pictures
 from heads.runs import train_run
+from heads.tasks import MatchingData, load_task
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
 
@@ -44,7 +45,7 @@ def banners() -> Dataset:
 
 def test_a_picture_shows_its_own_image_words_and_weights(cache: FeatureCache, run: Path) -> None:
     dataset = banners()
-    paths = save_attention(run, cache, dataset, task="two_by_two")
+    paths = save_pictures(run, cache, dataset, task="two_by_two")
     assert [path.name for path in paths] == ["00-swap.npz", "01-add.npz"]
     number = {record.id: i for i, record in enumerate(dataset.images)}
     for path, image, caption in zip(
@@ -56,6 +57,11 @@ def test_a_picture_shows_its_own_image_words_and_weights(cache: FeatureCache, ru
         with np.load(path, allow_pickle=False) as found:
             shown, words, weights = found["image"], found["words"], found["weights"]
             assert str(found["caption"]) == caption
+            _, rival = next(pair for pair in captions(cache) if pair[0] == caption)
+            preferred = "preferred to" if found["right"] else "not preferred to"
+            assert f"the true caption, {preferred} “{rival}”, with " in str(found["verdict"])
+            other = float(str(found["verdict"]).rpartition(" ")[2])
+            assert bool(found["right"]) == (float(found["score"]) > other)
         assert shown.shape == (20, 20, 3)
         np.testing.assert_array_equal(shown, np.broadcast_to((0, number[image], 200), shown.shape))
         side = int(cache.shape("image/patches")[0] ** 0.5)
@@ -63,6 +69,12 @@ def test_a_picture_shows_its_own_image_words_and_weights(cache: FeatureCache, ru
         ids, _ = cache.read_ragged("text/ids", cache.rows("text", [caption_id(cache, caption)]))
         assert len(words) == len(ids) - 2  # start and end are no words
         assert not any("<" in word and ">" in word and "_of_text" in word for word in words)
+
+
+def captions(cache: FeatureCache) -> list[tuple[str, str]]:
+    data = load_task(cache, "two_by_two", "test")
+    assert isinstance(data, MatchingData)
+    return [(cache.texts[own], cache.texts[other]) for own, other in data.captions.tolist()]
 
 
 def caption_id(cache: FeatureCache, text: str) -> str:

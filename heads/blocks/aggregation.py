@@ -128,6 +128,11 @@ class Aggregation(nn.Module):
         z = z * self.dropout(z.new_ones(b, 1, z.shape[-1]))
         return self.gate(self.gates(z)).mT.to(z.dtype) @ z / count
 
+    def weights(self, patches: Float[Tensor, "b n w"]) -> Float[Tensor, "b s n"]:
+        """gate(w_i·z_n + b_i) of every slot and patch, all of them real, for pictures: nothing is dropped."""
+        z = F.relu(self.norm(self.projection(patches.flatten(0, 1)).float()))
+        return self.gate(self.gates(z)).unflatten(0, patches.shape[:2]).mT
+
 
 class ConditionMasks(nn.Module):
     """g_j = f(m_j) ⊙ g with m_j from N(0, 1): what one global vector says under several conditions.
@@ -149,8 +154,13 @@ class ConditionMasks(nn.Module):
         """Global slots."""
         if self.masks is None:
             return vector[:, None].expand(-1, self.n_global, -1)
-        masks = F.relu(self.masks) if self.kind == "relu" else F.softplus(self.masks)
-        return vector[:, None] * masks
+        return vector[:, None] * self.values()
+
+    def values(self) -> Float[Tensor, "s w"]:
+        """f(m), which no image changes; no row without masks."""
+        if self.masks is None:
+            return torch.empty(0, 0)
+        return F.relu(self.masks) if self.kind == "relu" else F.softplus(self.masks)
 
 
 class Disentangled(NamedTuple):

@@ -62,6 +62,16 @@ class Branch(nn.Module):
             return block.first(x, mask)
         return x[:, 0]
 
+    def looks(
+        self, x: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n"]:
+        """How much row 0 looks at each row in the last block, mean over heads, for pictures; there must be a block."""
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return last.weights(x, mask).mean(1)[:, 0]
+
     def row(
         self,
         readout: Readout,

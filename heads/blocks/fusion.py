@@ -68,18 +68,34 @@ class CrossBlock(nn.Module):
             q, kv: B items each, or one that all items share: it is projected once.
             mask: True where a row of kv may be looked at; None is everywhere.
         """
+        seen = None if mask is None else mask[:, None, None, :]
+        looked = F.scaled_dot_product_attention(*self._rows(q, kv), attn_mask=seen)
+        u = self.dropout(self.out(looked.transpose(1, 2).flatten(2)))
+        return u + self.dropout(self.fc2(self.activation(self.fc1(self.norm2(q + u)))))
+
+    def weights(
+        self,
+        q: Float[Tensor, "p m d"],
+        kv: Float[Tensor, "r n d"],
+        mask: Bool[Tensor, "r n"] | None = None,
+    ) -> Float[Tensor, "b h m n"]:
+        """How much each row of q looks at each row of kv, in each head; rows sum to 1. Arguments as of `forward`."""
+        of_q, k, _ = self._rows(q, kv)
+        logits = of_q @ k.mT / of_q.shape[-1] ** 0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
+        return logits.float().softmax(-1)
+
+    def _rows(self, q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, H, rows, D / H) each."""
         b, dim = max(len(q), len(kv)), q.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         of_q = F.linear(self.norm1(q), weight[:dim], bias[:dim])
         k, v = F.linear(self.norm1(kv), weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        rows = (
+        return tuple(
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2).expand(b, -1, -1, -1)
             for t in (of_q, k, v)
         )
-        seen = None if mask is None else mask[:, None, None, :]
-        looked = F.scaled_dot_product_attention(*rows, attn_mask=seen)
-        u = self.dropout(self.out(looked.transpose(1, 2).flatten(2)))
-        return u + self.dropout(self.fc2(self.activation(self.fc1(self.norm2(q + u)))))
 
 
 class Fusion(nn.Module):
@@ -165,6 +181,26 @@ class Fusion(nn.Module):
         """Texts of a branch ("attr", "obj" or "pair") after they have seen the patches of each item."""
         at = self.place[branch]
         return text + self.lambda_text[at] * self.inter_text[at](text, patches, mask)
+
+    def looks(
+        self,
+        text: Mapping[str, Float[Tensor, "_ d"]],
+        patches: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"] | None = None,
+    ) -> dict[str, Float[Tensor, "b _ n"]]:
+        """How much every word of both branches looks at each patch in the inter stage, mean over heads; rows sum to 1.
+
+        Nothing without an inter stage.
+        """
+        if "inter" not in self.stages:
+            return {}
+        t = {branch: rows[None] for branch, rows in text.items()}
+        if self.stages[0] == "intra":
+            t = self._intra(t, self.intra_text)
+        return {
+            k: self.inter_text[self.place[k]].weights(t[k], patches, mask).mean(1)  # type: ignore[operator]
+            for k in t
+        }
 
     def _intra(self, rows: dict[str, Tensor], blocks: nn.ModuleList) -> dict[str, Tensor]:
         return {k: rows[k] + blocks[self.place[k]](rows[k], rows[OTHER[k]]) for k in rows}

@@ -31,6 +31,7 @@ from heads.blocks.readout import Readout
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
+from heads.maps import Maps
 
 TEMPLATES = {
     "pair": "a photo of {attr} {obj}",
@@ -233,6 +234,24 @@ class Head(SetHead):
         hit = (scores.argmax(1) == batch.target).float().mean()
         logged = {f"{k}_loss": value.detach() for k, value in parts.items()}
         return total, {**logged, "batch_accuracy": hit}
+
+    def maps(self, query: Features, candidate: Features) -> Maps:
+        """Where the row that each branch hands on looks in its last block; the text plays no part."""
+        shown = [k for k in ("attr", "obj", "pair") if k in self.config.branches]
+        if self.readout.pools_all_rows() or not shown:
+            raise ConfigError(
+                "branch_blocks draws where the class row of a branch's own block looks; this backbone pools all rows, "
+                "or the head has no branch with a block (head.branches), so there is nothing to draw"
+            )
+        x, mask = _rows(query)
+        n = query["image/patches"].shape[1]
+        looks = [self.branches[k].looks(x, mask)[0, -n:] for k in shown]  # type: ignore[operator]
+        return Maps(
+            torch.stack(looks),
+            tuple(f"{k} branch" for k in shown),
+            "the attention of each branch's class row to each patch in the last block of the branch, mean over heads. "
+            "The text plays no part",
+        )
 
     def _scores(self, found: Logits, gathered: Gathered) -> Float[Tensor, "b c"]:
         at = {"attr": gathered.attr, "obj": gathered.obj}

@@ -30,6 +30,7 @@ from heads.blocks.readout import Readout
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
+from heads.maps import Maps
 
 PRIMITIVES = ("attr", "obj")
 
@@ -231,6 +232,26 @@ class Head(SetHead):
         parts = {f"{k}_loss": value.detach() for k, value in found.items()}
         parts["batch_accuracy"] = (z["pair"].argmax(1) == batch.target).float().mean()
         return total, parts
+
+    def maps(self, query: Features, candidate: Features) -> Maps:
+        """Where the attr and the obj of a pair look in the inter-modal exchange."""
+        if "inter" not in self.config.fusion:
+            raise ConfigError(
+                f"simfp's words look at patches in an inter-modal exchange, but this head was trained with "
+                f"fusion={self.config.fusion!r}; train one with fusion=inter or inter_intra to draw maps"
+            )
+        words = None if self.prompts is None else self.prompts.words()
+        names = {"attr": self.context.attrs, "obj": self.context.objs}
+        text = {k: self._primitives(k, len(names[k]), words) for k in PRIMITIVES}
+        patches = self.readout.joint("image", query["image/patches"])
+        found = self.fusion.looks(text, patches, query.streams.get("image/mask"))
+        index = {k: int(candidate.labels[k][0]) for k in PRIMITIVES}
+        return Maps(
+            torch.stack([found[k][0, index[k]] for k in PRIMITIVES]),
+            tuple(names[k][index[k]] for k in PRIMITIVES),
+            "the attention that the words of the pair, attr and obj, pay to each patch in the inter-modal exchange, "
+            "mean over heads; it sums to 1 over the patches",
+        )
 
     def _probability(self, queries: Features, gathered: Gathered) -> Float[Tensor, "q c"]:
         p = {k: z.softmax(-1) for k, z in self._logits(queries, gathered).items()}

@@ -29,6 +29,7 @@ from heads.blocks.alignment import Embed, Encoded, JointTransformer, LateInterac
 from heads.blocks.readout import Readout
 from heads.errors import ConfigError
 from heads.features import Batch, Features
+from heads.maps import Maps
 
 
 class Config(HeadConfig):
@@ -156,6 +157,15 @@ class Head(base.Head):
         cells = self._cells(batch.queries, batch.candidates, drawn.columns)
         scores = losses.scatter(cells, drawn, len(batch.candidates))
         return losses.contrastive(scores, batch, drawn=drawn)
+
+    def maps(self, query: Features, candidate: Features) -> Maps:
+        """Where each token of the text looks; see `attention`."""
+        says = {
+            "local": "the attention of each word to each patch in the block before the last, mean over heads",
+            "late_maxsim": "the cosine of each word with each patch, of which the score takes the largest",
+        }
+        looks = attention(self, query, candidate)[0]
+        return Maps(looks, None, says[self.config.variant])
 
     def _cells(self, queries: Features, candidates: Features, columns: Tensor) -> Tensor:
         """Scores of query i with the candidates `columns[i]`."""

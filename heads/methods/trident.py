@@ -40,6 +40,7 @@ from heads.blocks.readout import Readout
 from heads.blocks.words import WordEmbedder
 from heads.errors import ConfigError
 from heads.features import Batch, Features
+from heads.maps import Maps
 from heads.words import K_AUXILIARY, word_tables
 
 
@@ -227,6 +228,22 @@ class Head(EmbeddingHead):
         named = {"comp_loss": comp, "ortho_loss": ortho, "dis_loss": dis}
         valid = torch.stack([partner.valid for partner in partners]).float().mean()
         return loss, {**{k: v.detach() for k, v in named.items()}, "with_partner": valid}
+
+    def maps(self, query: Features, candidate: Features) -> Maps:
+        """The gates of every local slot over the patches, and the condition masks; the text plays no part."""
+        patches = self.readout.norm("image", query["image/patches"])
+        if self.config.pool_patches:
+            patches = pool_grid(patches)
+        n, masks = self.config.n_local, self.masks.values().detach()
+        return Maps(
+            self.local.weights(patches)[0] if n else patches.new_empty(0, patches.shape[1]),
+            tuple(f"slot {i + 1}" for i in range(n)),
+            f"how far the {self.config.gate} gate of each local slot lets a patch through; a slot is the mean of all "
+            "patches, each times its gate. The text plays no part",
+            {f"mask {i + 1}": mask for i, mask in enumerate(masks)},
+            f"condition masks: what every channel of the global vector is multiplied by, the same for every picture; "
+            f"{self.config.mask} of what was trained, so that 0 closes a channel",
+        )
 
     def _slots(self, images: Features) -> tuple[Tensor, Tensor]:
         """Local (B, n_local, w) and global slots (B, n_global, w)."""

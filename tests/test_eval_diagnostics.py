@@ -1,0 +1,293 @@
+"""Accuracy per primitive and confusion given the object: equal to loops from the definition, and to the curve."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import czsl
+from eval.composition import CompositionScores
+from eval.curve import best_point
+from eval.czsl_summary import CompositionSummary, summarise
+from eval.diagnostics import (
+    Confusion,
+    accuracy,
+    best_hm_bias,
+    confusion,
+    mean_confusion,
+    most_confused,
+)
+from eval.errors import ScoreTableError
+from eval.reduction import Layout
+
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+FACTS: dict[str, Any] = {"split": "test", "space": "logit"}
+BIASES = [None, 0.0, 0.25, -0.5, -np.inf, np.inf]
+
+worlds = st.fixed_dictionaries(
+    {
+        "q": st.integers(1, 12),
+        "a": st.integers(1, 4),
+        "o": st.integers(1, 3),
+        "share": st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+        "tied": st.booleans(),
+        "seed": st.integers(0, 10_000),
+    }
+)
+
+
+def world(*, q, a, o, share, tied, seed) -> CompositionScores:
+    """A part of attrs × objs as candidates in random order; ties, -inf scores and rows, empty sides."""
+    rng = np.random.default_rng(seed)
+    pairs = [(f"a{i}", f"o{j}") for i in range(a) for j in range(o) if rng.random() < 0.8]
+    pairs = pairs or [("a0", "o0")]
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+    c = len(pairs)
+    values = [-np.inf, -0.5, 0.0, 0.25, 1.0] if tied else rng.normal(size=50)
+    scores = rng.choice(values, size=(q, c))
+    scores[rng.random(q) < 0.1] = -np.inf
+    return CompositionScores(scores, rng.integers(c, size=q), pairs, rng.random(c) < share, **FACTS)
+
+
+def summary_of(table: CompositionScores) -> CompositionSummary:
+    return summarise(
+        [table.scores], Layout.of(table.seen), table.target, table.pairs, keep=1, **FACTS
+    )
+
+
+def predicted(table: CompositionScores, row: int, columns: list[int], bias: float | None) -> int:
+    """The definition, one image at a time; -1 where no candidate is left."""
+    score = table.scores[row]
+    alive = [c for c in columns if score[c] > -np.inf]
+    if not alive:
+        return -1
+    if bias is None:
+        return min(alive, key=lambda c: (-score[c], c))
+    best = {}
+    for side in (True, False):
+        mine = [c for c in alive if table.seen[c] == side]
+        if mine:
+            best[side] = min(mine, key=lambda c: (-score[c], c))
+    if len(best) == 1:
+        return next(iter(best.values()))
+    return best[bool(bias <= score[best[True]] - score[best[False]])]
+
+
+@quick
+@given(worlds, st.sampled_from(BIASES), st.sampled_from(["attr", "obj"]))
+def test_accuracy_is_the_share_of_images_whose_predicted_pair_has_it(drawn, bias, kind):
+    table = world(**drawn)
+    which = ("attr", "obj").index(kind)
+    n, right = Counter(), Counter()
+    for q, target in enumerate(table.target):
+        truth = table.pairs[target][which]
+        guess = predicted(table, q, list(range(table.shape[1])), bias)
+        for side in ("all", bool(table.seen[target])):
+            n[truth, side] += 1
+            right[truth, side] += guess >= 0 and table.pairs[guess][which] == truth
+    found = accuracy(table, kind, bias)
+    assert list(found.names) == sorted({name for name, _ in n})
+    want = [
+        [right[name, s] / n[name, s] if n[name, s] else np.nan for s in ("all", True, False)]
+        for name in found.names
+    ]
+    np.testing.assert_array_equal(found.share(), want)
+    np.testing.assert_array_equal(found.n, [[n[m, True], n[m, False]] for m in found.names])
+    also = accuracy(summary_of(table), kind, bias)
+    assert also.names == found.names
+    np.testing.assert_array_equal(also.right, found.right)
+
+
+@quick
+@given(worlds)
+def test_without_bias_the_mean_over_images_is_the_accuracy_of_the_table(drawn):
+    table = world(**drawn)
+    metrics = czsl.evaluate(table)
+    for kind in ("attr", "obj"):
+        found = accuracy(table, kind, None)
+        assert found.right.sum() / len(table.target) == metrics[f"{kind}_acc"]
+
+
+@quick
+@given(worlds)
+def test_at_the_best_bias_pairs_are_right_as_often_as_the_curve_says(drawn):
+    table = world(**drawn)
+    bias = best_hm_bias(table)
+    if not all(table.counts):
+        assert bias is None
+        return
+    points = czsl.exact_curve(table)
+    at = best_point(points.seen[None], points.unseen[None])[0]
+    if bias is None:
+        assert points.seen[at] * points.unseen[at] == 0
+        return
+    hit = table.sides().at(bias) == table.target
+    assert hit[table.seen_labelled].mean() == points.seen[at]
+    assert hit[~table.seen_labelled].mean() == points.unseen[at]
+    assert best_hm_bias(summary_of(table)) == bias
+
+
+@quick
+@given(worlds, st.sampled_from(BIASES))
+def test_confusion_counts_the_best_attribute_among_the_pairs_of_the_true_object(drawn, bias):
+    table = world(**drawn)
+    cells, silent, drawn_right, alone = Counter(), Counter(), 0.0, 0
+    for q, target in enumerate(table.target):
+        attr, obj = table.pairs[target]
+        columns = [c for c, pair in enumerate(table.pairs) if pair[1] == obj]
+        alive = [c for c in columns if table.scores[q, c] > -np.inf]
+        drawn_right += 1 / len(alive) if target in alive else 0
+        alone += len(alive) == 1
+        guess = predicted(table, q, columns, bias)
+        if guess < 0:
+            silent[attr] += 1
+        else:
+            cells[attr, table.pairs[guess][0], obj] += 1
+    found = confusion(table, bias)
+    names = [(found.attrs[a], found.attrs[g], found.objs[o]) for a, g, o in found.cells]
+    assert dict(zip(names, found.count, strict=True)) == cells
+    assert {a: n for a, n in zip(found.attrs, found.silent, strict=True) if n} == silent
+    assert found.alone == alone
+    assert found.chance == pytest.approx(drawn_right / len(table.target))
+    right = sum(n for (a, g, _), n in cells.items() if a == g) / len(table.target)
+    assert found.right() == pytest.approx(right)
+    wrong = {k: n for k, n in cells.items() if k[0] != k[1]}
+    pair = Counter({})
+    for (a, _, o), n in cells.items():
+        pair[a, o] += n
+    assert [tuple(line) for line in found.most()] == [
+        (*k, wrong[k], pair[k[0], k[2]]) for k in sorted(wrong, key=lambda k: (-wrong[k], k))
+    ]
+
+
+@quick
+@given(worlds, st.sampled_from(BIASES))
+def test_rows_of_the_matrix_sum_to_the_images_of_an_attribute(drawn, bias):
+    table = world(**drawn)
+    found = confusion(table, bias)
+    truth = Counter(str(table.pairs[t][0]) for t in table.target)
+    total = found.matrix().sum(1) + found.silent
+    assert dict(zip(found.attrs, total, strict=True)) == {a: truth[a] for a in found.attrs}
+
+
+@quick
+@given(worlds, st.sampled_from(BIASES), st.randoms(use_true_random=False))
+def test_other_names_permute_accuracy_and_matrix(drawn, bias, random):
+    table = world(**drawn)
+    old = sorted({a for a, _ in table.pairs})
+    new = random.sample([f"b{i}" for i in range(len(old))], len(old))
+    renamed = dict(zip(old, new, strict=True))
+    pairs = [(renamed[a], o) for a, o in table.pairs]
+    other = CompositionScores(table.scores, table.target, pairs, table.seen, **FACTS)
+    found, moved = confusion(table, bias), confusion(other, bias)
+    order = [moved.attrs.index(renamed[a]) for a in found.attrs]
+    np.testing.assert_array_equal(found.matrix(), moved.matrix()[np.ix_(order, order)])
+    np.testing.assert_array_equal(found.silent, moved.silent[order])
+    shares = [dict(zip(x.names, x.share().tolist(), strict=True)) for x in
+              (accuracy(t, "attr", bias) for t in (table, other))]  # fmt: skip
+    assert {renamed[a]: str(v) for a, v in shares[0].items()} == {
+        a: str(v) for a, v in shares[1].items()
+    }
+
+
+@quick
+@given(worlds)
+def test_a_perfect_table_confuses_nothing(drawn):
+    table = world(**drawn)
+    perfect = np.zeros(table.shape)
+    perfect[np.arange(len(perfect)), table.target] = 1.0
+    table = CompositionScores(perfect, table.target, table.pairs, table.seen, **FACTS)
+    bias = best_hm_bias(table)
+    assert bias is None or abs(bias) < 1
+    found = confusion(table, bias)
+    assert np.array_equal(found.matrix(), np.diag(found.matrix().sum(1)))
+    assert found.right() == 1
+    assert found.most() == []
+    assert len(most_confused(found.matrix(), 5)) == 0
+    for kind in ("attr", "obj"):
+        assert (accuracy(table, kind, bias).share()[:, 0] == 1).all()
+
+
+@quick
+@given(worlds)
+def test_the_mean_of_a_confusion_with_itself_is_itself_and_otherwise_of_counts(drawn):
+    table = world(**drawn)
+    one, two = confusion(table, None), confusion(table, np.inf)
+    same, both = mean_confusion([one, one]), mean_confusion([one, two])
+    np.testing.assert_array_equal(same.matrix(), one.matrix())
+    assert same.most() == one.most()
+    np.testing.assert_allclose(both.matrix(), (one.matrix() + two.matrix()) / 2)
+    assert both.right() == pytest.approx((one.right() + two.right()) / 2)
+    assert (both.silent.tolist(), both.alone, both.chance) == (
+        one.silent.tolist(), one.alone, one.chance,
+    )  # fmt: skip
+
+
+def test_a_bias_without_bound_is_infinite() -> None:
+    """One unseen-labelled image has no seen candidate: it is right at every bias, the first point is as good as any."""
+    scores = np.array([[1.0, -np.inf, -np.inf], [-np.inf, -np.inf, 1.0]])
+    pairs = [("a", "o"), ("b", "o"), ("c", "o")]
+    table = CompositionScores(
+        scores, np.array([0, 2]), pairs, np.array([True, True, False]), **FACTS
+    )
+    assert best_hm_bias(table) == -np.inf
+    assert accuracy(table, "attr", -np.inf).share()[:, 0].tolist() == [1, 1]
+    scores[0] = [
+        1.0,
+        -np.inf,
+        2.0,
+    ]  # right below 1 − 2 only; then another image is right above that
+    two = np.vstack([scores, scores[:1]])
+    two[2] = [0.0, -np.inf, 2.0]
+    both = CompositionScores(
+        two, np.array([0, 2, 2]), pairs, np.array([True, True, False]), **FACTS
+    )
+    assert best_hm_bias(both) == pytest.approx(-1.5)
+
+
+def test_confusion_needs_every_score() -> None:
+    table = world(q=3, a=2, o=2, share=0.5, tied=False, seed=1)
+    with pytest.raises(ScoreTableError, match="--dense"):
+        confusion(summary_of(table), None)
+    other = world(q=3, a=1, o=2, share=0.5, tied=False, seed=1)
+    with pytest.raises(ScoreTableError, match="no mean"):
+        mean_confusion([confusion(table, None), confusion(other, None)])
+
+
+def test_numbers_for_names_are_words_in_the_result() -> None:
+    table = CompositionScores(
+        np.eye(2), np.array([0, 0]), np.array([[1, 7], [0, 7]]), np.array([True, False]), **FACTS
+    )
+    found = confusion(table, None)
+    assert found.most() == [("1", "0", "7", 1.0, 2.0)]
+
+
+@quick
+@given(st.integers(1, 7), st.integers(1, 8), st.integers(0, 10_000))
+def test_the_chain_holds_the_attributes_confused_most_each_once(a, k, seed):
+    rng = np.random.default_rng(seed)
+    matrix = rng.integers(0, 4, (a, a)).astype(float)
+    chain = most_confused(matrix, k)
+    both = matrix + matrix.T - 2 * np.diag(np.diag(matrix))
+    total = both.sum(1)
+    want = [i for i in sorted(range(a), key=lambda i: (-total[i], i))[:k] if total[i] > 0]
+    assert sorted(chain) == sorted(want)
+    if len(chain) > 1:
+        inside = both[np.ix_(chain, chain)]
+        assert inside.max() in np.diag(inside, 1)
+
+
+def test_attributes_taken_for_each_other_stand_side_by_side() -> None:
+    matrix = np.diag([9.0] * 5)
+    matrix[0, 3], matrix[3, 4], matrix[1, 2] = 5, 2, 1
+    assert most_confused(matrix, 5).tolist() == [0, 3, 4, 1, 2]
+    assert most_confused(matrix, 3).tolist() == [0, 3, 4]
+
+
+def test_a_confusion_without_images_of_one_kind_has_no_best_bias() -> None:
+    table = world(q=4, a=2, o=2, share=1.0, tied=False, seed=0)
+    assert best_hm_bias(table) is None
+    assert isinstance(confusion(table, None), Confusion)
