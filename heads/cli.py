@@ -1,4 +1,4 @@
-"""`headstart`: train · score · words · list · demo, and the verbs of the other rooms.
+"""`headstart`: train · score · words · compare · list · demo, and the verbs of the other rooms.
 
 Nothing heavy is imported here: `headstart --help` answers at once, torch comes with the verb that needs it.
 """
