@@ -15,10 +15,11 @@ _COLOURS = {"holds": "up", "does not hold": "down", "not decided": ""}
 def summary(verdicts: Sequence[Verdict]) -> str:
     """One sentence: how many hold, how many do not."""
     n = {decision: sum(v.verdict == decision for v in verdicts) for decision in DECISIONS}
-    counted = ", ".join(f"{count} {decision}" for decision, count in n.items())
+    many = "s" * (len(verdicts) != 1)
     return (
-        f"{len(verdicts)} differences measured: {counted}. In points, with the paired 95 % interval over test items "
-        "and seeds (over items alone where a row has one seed); not corrected for their number."
+        f"{len(verdicts)} difference{many} measured: the claim holds in {n['holds']}, does not hold in "
+        f"{n['does not hold']}, and is not decided in {n['not decided']}. In points, with the paired 95 % interval over "
+        "test items and seeds (over items alone where a row has one seed); not corrected for their number."
     )
 
 

@@ -176,7 +176,10 @@ def test_a_report_says_plainly_what_holds_and_what_does_not(folder: Path, tmp_pa
     assert '<span class="down">does not hold</span>' in html
     assert "a &lt;paper&gt; (P)" in html
     assert "it reads &lt;words&gt;" in html
-    assert "2 differences measured: 1 holds, 1 does not hold, 0 not decided" in text
+    assert (
+        "2 differences measured: the claim holds in 1, does not hold in 1, and is not decided in 0."
+        in text
+    )
     lines = [line.split(" | ") for line in text.splitlines() if "points" not in line]
     (holds,) = (line for line in lines if line[0].startswith("| good above bad"))
     assert [holds[5].strip(), holds[6].strip()] == ["2", "holds"]

@@ -1,13 +1,17 @@
 """Ablations as data: what is packaged is sound and trains, mistakes are named, what a backbone cannot do is said."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn import drawn
 
-from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from cache_builder import FeatureCache, build
+from cache_builder.plugins import find
+from cache_builder.words import with_words
 from heads import load_method
 from heads.ablation import Ablation, names, plan, read
 from heads.cli import main
@@ -61,17 +65,16 @@ def mine(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def small(fast_folder: Path) -> Callable[[str], FeatureCache]:
-    """The bundled backbones on a hundred scenes with the words of the task; built when first asked for."""
-    found: dict[str, FeatureCache] = {}
+    """`drawn()` with the words of its task under a family's miniature, whose files stay; built when first asked for."""
 
     def get(family: str) -> FeatureCache:
-        if family not in found:
-            dataset = load_dataset("toy_world", scale=0.01, words="vocabulary")
-            path = fast_folder / f"ablation-{family}.zarr"
-            found[family] = build(dataset, load_backbone(f"{family}:demo"), path, progress=False)
-        return found[family]
+        files = fast_folder / f"ablation-{family}-files"
+        backbone = find("cache_builder.backbones", family).tiny(files)
+        named = {"backbone_name": f"{family}:{files}", "progress": False}
+        path = fast_folder / f"ablation-{family}.zarr"
+        return build(with_words(drawn(), "vocabulary"), backbone, path, **named)
 
-    return get
+    return functools.cache(get)
 
 
 RIGHT = {"trident": ("llava", "clip")}
@@ -270,7 +273,7 @@ def test_one_command_trains_judges_and_reports(
     assert re.search(
         r"\| local above global \| auc .* \| (holds|does not hold|not decided) ", shown
     )
-    assert "1 differences measured" in shown
+    assert "1 difference measured" in shown
     for name in ("report.html", "report.md", "report.csv"):
         assert f"wrote {out / name}" in shown
         assert "local" in (out / name).read_text()
