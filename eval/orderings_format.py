@@ -18,8 +18,8 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     many = "s" * (len(verdicts) != 1)
     return (
         f"{len(verdicts)} difference{many} measured: the claim holds in {n['holds']}, does not hold in "
-        f"{n['does not hold']}, and is not decided in {n['not decided']}. In points, with the paired 95 % interval over "
-        "test items and seeds (over items alone where a row has one seed); not corrected for their number."
+        f"{n['does not hold']}, and is not decided in {n['not decided']}. In points, with the paired 95 % interval "
+        "over test items and seeds (over items alone where a row has one seed); not corrected for their number."
     )
 
 
