@@ -1,6 +1,6 @@
 """Verdicts on claimed orderings as markdown, HTML and CSV; what does not hold is said as plainly as what does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from eval.formats import csv_text
 from eval.markup import text
@@ -24,14 +24,14 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 
 def sentences(
-    orderings: Sequence[Ordering], verdicts: Sequence[Verdict], left_out: Sequence[str] = ()
+    orderings: Sequence[Ordering], verdicts: Sequence[Verdict], notes: Sequence[str] = ()
 ) -> list[str]:
-    """What the table cannot show: claims that were not measured, and rows that are missing."""
+    """What the table cannot show: claims that were not measured, and what the caller has to say."""
     missing = [
         f"Not measured: {o.words()} in {o.metric} ({o.says}); no backbone here has both rows with this metric."
         for o in unmeasured(orderings, verdicts)
     ]
-    return [*missing, *left_out]
+    return [*missing, *notes]
 
 
 def as_markdown(verdicts: Sequence[Verdict], notes: Sequence[str] = ()) -> str:
@@ -52,14 +52,18 @@ def as_markdown(verdicts: Sequence[Verdict], notes: Sequence[str] = ()) -> str:
 
 
 def as_html(verdicts: Sequence[Verdict], notes: Sequence[str] = ()) -> str:
-    """The same as HTML, without a heading."""
+    """A table with a column a backbone and the sentences below it, without a heading."""
     parts: list[str] = []
     if verdicts:
-        head = "".join(f'<th class="words">{text(cell)}</th>' for cell in HEAD)
-        body = "".join(map(_html_row, verdicts))
+        backbones = list(dict.fromkeys(v.backbone for v in verdicts))
+        rows: dict[tuple[Ordering, int], dict[str, Verdict]] = {}
+        for v in verdicts:
+            rows.setdefault((v.ordering, id(v.comparison)), {})[v.backbone] = v
+        head = "".join(f'<th class="words">{text(n)}</th>' for n in ("metric", *backbones))
+        body = "".join(_html_row(found, backbones) for found in rows.values())
         parts.append(
-            f'<p class="soft">{text(summary(verdicts))}</p><div class="wide" tabindex="0"><table><thead><tr>{head}</tr>'
-            f"</thead><tbody>{body}</tbody></table></div>"
+            f'<p class="soft">{text(summary(verdicts))}</p><div class="wide" tabindex="0"><table><thead><tr>'
+            f"<th>claim, and who says so</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
     return "".join([*parts, *(f'<p class="note">{text(note)}</p>' for note in notes)])
 
@@ -78,19 +82,36 @@ def csv_lines(verdicts: Sequence[Verdict]) -> str:
 
 
 def _cells(v: Verdict) -> list[str]:
-    q, o = v.comparison.question, v.ordering
-    task = " · ".join(w for w in (q.kind, q.variant, q.world, q.dataset) if w)
-    difference = f"{100 * v.difference:+.2f} [{100 * v.low:+.2f}, {100 * v.high:+.2f}]"
-    metric = v.comparison.name(o.metric)
-    return [o.words(), metric, v.backbone, task, difference, _seeds(v), v.verdict, o.says]
+    o, metric = v.ordering, v.comparison.name(v.ordering.metric)
+    return [o.words(), metric, v.backbone, _task(v), _range(v), _seeds(v), v.verdict, o.says]
 
 
-def _html_row(v: Verdict) -> str:
-    claim, metric, backbone, task, difference, seeds, verdict, says = map(text, _cells(v))
-    cells = [f'<td class="words">{cell}</td>' for cell in (metric, backbone, task)]
-    cells += [f"<td>{difference}</td>", f"<td>{seeds}</td>"]
-    cells.append(f'<td class="words"><span class="{_COLOURS[v.verdict]}">{verdict}</span></td>')
-    return f'<tr><th scope=row>{claim}</th>{"".join(cells)}<td class="words">{says}</td></tr>'
+def _html_row(found: Mapping[str, Verdict], backbones: Sequence[str]) -> str:
+    """One claim in one comparison; "–" for a backbone that lacks one of the rows."""
+    v = next(iter(found.values()))
+    metric = text(v.comparison.name(v.ordering.metric))
+    cells = [f'<td class="words">{metric}<small class=soft>{text(_task(v))}</small></td>']
+    cells += [_html_cell(found[name]) if name in found else "<td>–</td>" for name in backbones]
+    claim = f"{text(v.ordering.words())}<small class=soft>{text(v.ordering.says)}</small>"
+    return f"<tr><th scope=row>{claim}</th>{''.join(cells)}</tr>"
+
+
+def _html_cell(v: Verdict) -> str:
+    seeds = f"{_seeds(v)} seed{'s' * (v.seeds != (1, 1))}"
+    return (
+        f'<td class="words"><span class="{_COLOURS[v.verdict]}">{v.verdict}</span>'
+        f"<small class=soft>{_range(v)}<br>{seeds}</small></td>"
+    )
+
+
+def _task(v: Verdict) -> str:
+    q = v.comparison.question
+    return " · ".join(w for w in (q.kind, q.variant, q.world, q.dataset) if w)
+
+
+def _range(v: Verdict) -> str:
+    """In points; two digits, as small differences are what is asked for."""
+    return f"{100 * v.difference:+.2f} [{100 * v.low:+.2f}, {100 * v.high:+.2f}]"
 
 
 def _seeds(v: Verdict) -> str:

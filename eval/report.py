@@ -27,7 +27,7 @@ def report(
     title: str = "headstart",
     published: bool = False,
     orderings: Sequence[Ordering] = (),
-    left_out: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write the page `out`, and beside it the same tables as .md, .csv and, seed by seed, .json.
 
@@ -39,7 +39,7 @@ def report(
         published: print verified published numbers under the tables that they may be compared with, and under the
             others why none is shown.
         orderings: claims to hold against the runs, in a section of their own (`eval/orderings.py`).
-        left_out: sentences to stand there: which rows are missing, and why.
+        notes: sentences to stand below them, such as which rows are missing, and why.
 
     Returns:
         The four files: the page, .md, .csv, .json.
@@ -60,11 +60,11 @@ def report(
     theirs: list[Beside | None] = [beside(c) if published else None for c in comparisons]
     pairs = list(zip(comparisons, theirs, strict=True))
     verdicts = judge(comparisons, orderings)
-    notes = orderings_format.sentences(orderings, verdicts, left_out)
+    said = orderings_format.sentences(orderings, verdicts, notes)
     claims, claims_html = "", ""
-    if verdicts or notes:
-        claims = orderings_format.as_markdown(verdicts, notes)
-        claims_html = orderings_format.as_html(verdicts, notes)
+    if verdicts or said:
+        claims = orderings_format.as_markdown(verdicts, said)
+        claims_html = orderings_format.as_html(verdicts, said)
     below = [as_html(*pair) for pair in pairs]
     blocks = [part for c, b in pairs for part in (markdown([c]), as_markdown(c, b))]
     texts = {

@@ -38,6 +38,9 @@ from heads.source import check_streams, context_of
 from heads.tasks import task_of
 from heads.train_config import TrainConfig
 
+LEGEND = "In brackets: P paper, C its released code, T third-party notes, D deduced, O ours."
+"""Of the packaged sources, for people."""
+
 KINDS = {"two_by_two": "matching"}
 """Task → what eval calls its tables, where the two differ."""
 

@@ -57,7 +57,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _compare(args: argparse.Namespace) -> None:
     from eval.report import report
-    from heads.ablation import plan, read
+    from heads.ablation import LEGEND, plan, read
     from heads.compare import compare
     from heads.config import read_settings
 
@@ -81,7 +81,7 @@ def _compare(args: argparse.Namespace) -> None:
         out / "report.html",
         title=f"Ablation of {ablation.method}",
         orderings=made.orderings,
-        left_out=made.left_out,
+        notes=[LEGEND, *made.left_out],
     )
     print(next(p for p in paths if p.suffix == ".md").read_text(encoding="utf-8"))
     for path in paths:

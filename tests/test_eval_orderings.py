@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,14 +169,15 @@ def test_a_report_says_plainly_what_holds_and_what_does_not(folder: Path, tmp_pa
         Ordering("bad", "good", "group_score", "a seed"),
         Ordering("good", "gone", "i2t", "nobody"),
     ]
-    left_out = ["clip: row 'gone' is left out, as it reads <words>"]
-    page, md, table, _ = report([folder], tmp_path / "r.html", orderings=claims, left_out=left_out)
+    notes = ["clip: row 'gone' is left out, as it reads <words>"]
+    page, md, table, _ = report([folder], tmp_path / "r.html", orderings=claims, notes=notes)
     html, text = page.read_text(), md.read_text()
     assert '<section id="orderings"><h2>Claimed orderings</h2>' in html
     assert '<span class="up">holds</span>' in html
     assert '<span class="down">does not hold</span>' in html
     assert "a &lt;paper&gt; (P)" in html
     assert "it reads &lt;words&gt;" in html
+    assert re.search(r"good above bad<small.*?</th><td.*?group_score.*?2 seeds", html)
     assert (
         "2 differences measured: the claim holds in 1, does not hold in 1, and is not decided in 0."
         in text
