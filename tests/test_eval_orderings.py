@@ -117,6 +117,7 @@ def test_a_gain_of_one_lucky_seed_is_not_decided() -> None:
     runs = [run("b", s, items(base)) for s in range(3)]
     runs += [run("a", s, items(x)) for s, x in enumerate((up, down, base))]
     assert one(runs).difference > 0
+    assert one([*runs[:1], *runs[3:]]).seeds == (3, 1)
     assert one(runs).verdict == "not decided"
     assert one([run("b", 0, items(base)), run("a", 0, items(up))]).verdict == "holds"
 

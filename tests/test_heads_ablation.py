@@ -178,6 +178,8 @@ def test_the_command_line_goes_before_the_file_and_twins_are_left_out(
     changed = plan(ablation, caches, settings=settings).entries["it"]
     assert [e.train for e in changed] == [{"lr": 3e-3, "epochs": 1}] * 3
     assert [e.head.get("dim") for e in changed] == [None, 8, 8]
+    other = plan(ablation, caches, settings={"head": {"variant": "late_maxsim"}}).entries["it"]
+    assert row_of(other, "global").head["variant"] == "late_maxsim"
     flat = {"head": {"variant": "global"}, "train": {"lr": 1e-3}}
     made = plan(ablation, caches, settings=flat)
     assert [e.label for e in made.entries["it"]] == ["zero_shot", "global"]
