@@ -110,8 +110,13 @@ def _task(v: Verdict) -> str:
 
 
 def _range(v: Verdict) -> str:
-    """In points; two digits, as small differences are what is asked for."""
-    return f"{100 * v.difference:+.2f} [{100 * v.low:+.2f}, {100 * v.high:+.2f}]"
+    return f"{_points(v.difference)} [{_points(v.low)}, {_points(v.high)}]"
+
+
+def _points(value: float) -> str:
+    """With two digits, as small differences are what is asked for; more where it would else read as 0."""
+    shown = f"{100 * value:+.2f}"
+    return shown if float(shown) or not value else f"{100 * value:+.1g}"
 
 
 def _seeds(v: Verdict) -> str:

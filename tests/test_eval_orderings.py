@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import bootstrap, score_io
+from eval import bootstrap, orderings_format, score_io
 from eval.comparison import compare
 from eval.composition import CompositionScores
 from eval.draws import draws, strata
@@ -197,6 +197,15 @@ def test_a_report_says_plainly_what_holds_and_what_does_not(folder: Path, tmp_pa
     numbers = [float(found["good minus bad"][k]) for k in ("mean", "low", "high")]
     assert numbers == pytest.approx([verdict.difference, verdict.low, verdict.high], rel=1e-5)
     assert found["bad minus good"]["source"] == "a seed"
+
+
+def test_an_end_of_an_interval_never_reads_as_zero_unless_it_is() -> None:
+    verdict = one([run("a", 0, items(share(0.5, 1))), run("b", 0, items(share(0.5, 2)))])
+    narrow = replace(verdict, interval=bootstrap.Interval(0.0012, 0.00002, 0.0025))
+    assert narrow.verdict == "holds"
+    assert "+0.12 [+0.002, +0.25]" in orderings_format.as_markdown([narrow])
+    zero = replace(verdict, interval=bootstrap.Interval(0.0, 0.0, 0.0))
+    assert "+0.00 [+0.00, +0.00]" in orderings_format.as_markdown([zero])
 
 
 def test_a_report_without_claims_has_no_such_section(folder: Path, tmp_path: Path) -> None:
