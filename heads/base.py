@@ -6,7 +6,7 @@ below one of the bases here. Hyper-parameters come in through `Config`, facts ab
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,6 +46,11 @@ class Needs:
     unless_none: frozenset[str] = frozenset()
     live: frozenset[str] = frozenset()
     partners: frozenset[str] = frozenset()
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """What two heads that read the same rows need together."""
+        mine = (getattr(self, f.name) | getattr(other, f.name) for f in fields(self))
+        return Needs(*mine)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from cache_builder.errors import CacheError
 from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
-from heads import cli_compare, cli_feasibility, cli_words
+from heads import cli_compare, cli_feasibility, cli_train, cli_words
 from heads.errors import HeadError
 
 SHELVES = {
@@ -26,8 +26,6 @@ SHELVES = {
     "methods": "heads.methods",
 }
 """What can be listed, and the folder whose files it is."""
-
-MOVED = "where the cache's backbone lies now, for methods that run its text tower"
 
 LEGEND = """\
 N patches × width W, prefix rows, joint dim D, at most L text rows × width V, blocks image/text; KiB of patches and
@@ -55,32 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verbs of this room."""
-    train = verbs.add_parser(
-        "train",
-        help="train a head on a cache",
-        description="Train METHOD on the train split, keep the weights best on val, and write a run directory.",
-    )
-    train.add_argument("method", help="a file of heads/methods, or a dotted module of your own")
-    train.add_argument("--cache", type=Path, required=True, help="the feature cache to train on")
-    train.add_argument(
-        "--task", help="czsl, matching, two_by_two or retrieval; needed if the cache has several"
-    )
-    train.add_argument("--config", type=Path, help="TOML with the tables [head] and [train]")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="one setting, e.g. train.lr=3e-4 or head.variant=global; may be repeated, overrides --config",
-    )
-    train.add_argument("--seed", type=int, help="short for --set train.seed=N")
-    train.add_argument(
-        "--out",
-        type=Path,
-        help="run directory (default: runs/METHOD-CACHE-TASK-seedN); must be new",
-    )
-    train.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=MOVED)
-    train.set_defaults(func=_train)
+    cli_train.add_verb(verbs)
 
     score = verbs.add_parser(
         "score",
@@ -116,7 +89,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         metavar="N",
         help="also draw for N examples where each word looks (tf_local); reads the data set's images again",
     )
-    score.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=MOVED)
+    score.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=cli_train.MOVED)
     score.set_defaults(func=_score)
 
     cli_words.add_verbs(verbs)
@@ -167,35 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     cli_feasibility.add_verbs(verbs)
     eval_cli.add_verbs(verbs)
     return parser
-
-
-def _train(args: argparse.Namespace) -> None:
-    from cache_builder import FeatureCache
-    from heads.config import parse, read_settings
-    from heads.runs import train_run
-    from heads.tasks import task_of
-    from heads.train_config import TrainConfig
-
-    sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
-    settings = read_settings(args.config, sets)
-    cache = FeatureCache.open(args.cache, check="read")
-    task = task_of(cache, args.task)
-    seed = parse(TrainConfig, settings["train"], "train").seed
-    out = args.out or Path("runs", f"{args.method}-{args.cache.stem}-{task}-seed{seed}")
-    run = train_run(cache, args.method, out, task=task, settings=settings, backbone=args.backbone)
-    record = run.record
-    for split, n in record["dropped"].items():
-        if n:
-            print(f"left out {n} {split} examples whose image is quarantined")
-    wait = record["data_wait_seconds"] / max(record["seconds"], 1e-9)
-    print(
-        f"{args.method} · {task} · seed {seed}: {record['parameters']:,} parameters, {record['steps']} steps in "
-        f"{record['seconds']:.1f} s ({wait:.0%} waiting for data)"
-    )
-    if run.result.best:
-        metric = record["train"]["select"]
-        print(f"best val {metric} {run.result.best[metric]:.4f} at step {run.result.best['step']}")
-    print(f"wrote {out}; next: headstart score {out} --split test")
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ Axis letters, everywhere in this room:
     letters in lower case.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -44,6 +44,12 @@ class Features:
             {k: v.index_select(0, index) for k, v in self.streams.items()},
             {k: v.index_select(0, index) for k, v in self.labels.items()},
         )
+
+    def only(self, streams: Collection[str]) -> "Features":
+        """The same rows, of their streams only these, with the masks beside them."""
+        beside = {f"{name.rpartition('/')[0]}/mask" for name in streams}
+        kept = {k: v for k, v in self.streams.items() if k in streams or k in beside}
+        return Features(kept, self.labels)
 
     def to(self, device: torch.device | str) -> "Features":
         """The same rows on a device."""
@@ -95,6 +101,21 @@ class Batch:
     ignore: Bool[Tensor, "b m"]
     negative: Int[Tensor, "b k"]
     partners: Mapping[str, Partner] = field(default_factory=dict)
+
+    def only(
+        self, queries: Collection[str], candidates: Collection[str], partners: Collection[str]
+    ) -> "Batch":
+        """The same batch, with only these streams of each role, and only these kinds of partners."""
+        return replace(
+            self,
+            queries=self.queries.only(queries),
+            candidates=self.candidates.only(candidates),
+            partners={
+                name: replace(partner, features=partner.features.only(queries))
+                for name, partner in self.partners.items()
+                if name in partners
+            },
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""

@@ -49,6 +49,8 @@ class Loader:
         device: where batches are put.
         device_limit: bytes that streams may take on the device, tried before memory; None is half of what a CUDA
             device has free, and nothing on the CPU.
+        source: the rows of `data` with the streams of `needs`, if somebody holds them already; the two limits on where
+            streams are kept are then theirs.
 
     Attributes:
         waited: seconds that the consumer has waited for batches, reading and gathering included.
@@ -66,6 +68,7 @@ class Loader:
         ram_limit: int | None = None,
         device: str | torch.device = "cpu",
         device_limit: int | None = None,
+        source: Source | None = None,
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
         ram_limit = quarter_of_free_memory() if ram_limit is None else ram_limit
@@ -78,7 +81,7 @@ class Loader:
             )
         self.examples_per_batch = batch_size // per_example
         self.paired_negatives = per_example == 2
-        self.source = Source(
+        self.source = source or Source(
             data.cache,
             needs,
             self.plan.images,

@@ -11,7 +11,7 @@ A directory that holds anything is never trained into, and a score table never o
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +19,25 @@ from cache_builder import FeatureCache
 from cache_builder.errors import CacheError
 from eval import score_io
 from eval.any_table import Table
-from eval.czsl import Composition
-from eval.czsl import evaluate as evaluate_czsl
 from eval.czsl_summary import KEEP
 from eval.feasibility import Feasibility
-from eval.matching import MatchingScores
-from eval.matching import evaluate as evaluate_matching
-from eval.retrieval import evaluate as evaluate_retrieval
-from heads import checkpoint, load_method
+from heads import checkpoint
 from heads.base import Head
-from heads.config import describe_cache, git_commit, parse, versions
-from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists, TaskError
-from heads.loader import Loader
-from heads.overlap import TrainOverlap, train_overlap
-from heads.plans import usual_negatives
-from heads.score import Direction, score, score_both, score_open, source_of
-from heads.source import check_streams, context_of
-from heads.tasks import (
-    CompositionData,
-    MatchingData,
-    RetrievalData,
-    TaskData,
-    load_task,
-    splits_of,
-    task_of,
+from heads.config import describe_cache
+from heads.errors import (
+    CheckpointMismatch,
+    ConfigError,
+    HeadError,
+    RunExists,
+    TaskError,
+    TrainingDiverged,
 )
-from heads.train import FitResult, fit, seed_everything
-from heads.train_config import TrainConfig
+from heads.overlap import TrainOverlap, train_overlap
+from heads.score import Direction, score, score_both, score_open, source_of
+from heads.sweep import Trained, Wanted, train_runs
+from heads.tasks import CompositionData, RetrievalData, load_task
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A finished run.
-
-    Attributes:
-        path: its directory.
-        head: with the best weights, in evaluation mode.
-        result: history and best validation.
-
-    """
-
-    path: Path
-    head: Head
-    result: FitResult
-    record: dict[str, Any] = field(default_factory=dict)
 
 
 def train_run(
@@ -97,77 +70,11 @@ def train_run(
         RunExists, ConfigError, TaskError, MissingStream, CheckpointMismatch, TrainingDiverged: see their messages.
             Nothing is written before training has ended.
     """
-    out = Path(out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise RunExists(f"{out} already exists; choose another --out, or remove it")
-    module = load_method(method)
-    settings = settings or {}
-    head_config = parse(module.Config, settings.get("head", {}), "head")
-    train_config = parse(TrainConfig, settings.get("train", {}), "train")
-    task = task_of(cache, task)
-    _check_task(module.Head, method, task)
-    needs = module.Head.needs(head_config)
-    check_streams(cache, needs, method)
-    if backbone is not None:
-        checkpoint.refuse_unused(bool(needs.live), method)
-    trains = module.Head.training_kind != "none"
-    context = module.Head.prepare(head_config, context_of(cache, backbone), cache)
-    data = load_task(cache, task, "train", allow_missing=True) if trains else None
-    validation = (
-        load_task(cache, task, "val", allow_missing=True)
-        if "val" in splits_of(cache, task)
-        else None
-    )
-    train_config = _settled(train_config, data, validation)
-
-    seed_everything(train_config.seed)
-    head: Head = module.Head(head_config, context).to(train_config.torch_device())
-    # Made only now that nothing is wrong with the request, but before training: an unwritable place shows at once.
-    out.mkdir(parents=True, exist_ok=True)
-    batches = None
-    if data is not None:
-        batches = Loader(
-            data,
-            head.needs(head_config),
-            batch_size=train_config.batch_size,
-            seed=train_config.seed,
-            negatives=train_config.negatives,
-            device=train_config.torch_device(),
-        )
-    validate = _validator(validation, head) if validation is not None else None
-    result = fit(head, batches, train_config, validate=validate, progress=progress)
-    record = {
-        "method": checkpoint.method_name(head),
-        **({"label": label} if label else {}),
-        "task": task,
-        "seed": train_config.seed,
-        "head": head.config.model_dump(mode="json"),
-        "train": train_config.model_dump(mode="json"),
-        "device": str(train_config.torch_device()),
-        "parameters": head.n_trained(),
-        "examples": {
-            "train": len(data) if data else 0,
-            "val": len(validation) if validation else 0,
-        },
-        "dropped": {
-            "train": len(data.dropped) if data else 0,
-            "val": len(validation.dropped) if validation else 0,
-        },
-        "selected_on": f"val {train_config.select}" if validation is not None and trains else None,
-        "best": result.best,
-        "steps": result.steps,
-        "seconds": round(result.seconds, 3),
-        "data_wait_seconds": round(batches.waited, 3) if batches else 0.0,
-        "versions": versions(),
-        "commit": git_commit(),
-        "cache": describe_cache(cache),
-    }
-    checkpoint.save(head, out)
-    lines = "".join(f"{json.dumps(line)}\n" for line in result.history)
-    (out / "history.jsonl").write_text(lines, encoding="utf-8")
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (out / "run.json").write_text(f"{text}\n", encoding="utf-8")
-    return Trained(out, head, result, record)
+    wanted = Wanted(method, Path(out), settings or {}, label, backbone)
+    (found,) = train_runs(cache, [wanted], task=task, progress=progress)
+    if isinstance(found, TrainingDiverged):
+        raise found
+    return found
 
 
 def score_run(
@@ -309,60 +216,3 @@ def trained_cache(record: Mapping[str, Any]) -> FeatureCache:
             f"{trained[:12]}; name the cache to score on (--cache), or train again"
         )
     return cache
-
-
-def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
-    """Score and evaluate at once: czsl's and matching's metrics, or both directions of retrieval with `rsum`.
-
-    Args:
-        head: trained or in training.
-        data: a split of one task.
-        options: passed on to `score`.
-    """
-    if isinstance(data, RetrievalData):
-        both = score_both(head, data, **options)
-        found: dict[str, float] = {}
-        for direction, table in (("t2i", both.t2i), ("i2t", both.i2t)):
-            values = evaluate_retrieval(table)
-            found |= {f"{direction}_{name}": value for name, value in values.items()}
-        recalls = [value for name, value in found.items() if "_recall@" in name]
-        return found | {"rsum": sum(recalls)}
-    scores = score(head, data, **options)
-    if isinstance(scores, Composition):
-        return evaluate_czsl(scores)
-    assert isinstance(scores, MatchingScores)
-    return evaluate_matching(scores)
-
-
-def _validator(data: TaskData, head: Head):
-    """`validate` for `fit`: the rows of the split are read once and kept."""
-    source = source_of(head, data)
-    return lambda head: metrics(head, data, source=source)
-
-
-def _settled(
-    config: TrainConfig, data: TaskData | None, validation: TaskData | None
-) -> TrainConfig:
-    """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
-    negatives = config.negatives
-    if negatives == "auto":
-        negatives = usual_negatives(data) if data else "none"
-    select = config.select
-    if select is None and validation is not None:
-        select = _selection(validation)
-    return config.model_copy(update={"negatives": negatives, "select": select})
-
-
-def _selection(data: TaskData) -> str:
-    """Validation metric that chooses the weights (docs/protocols.md, model selection)."""
-    if isinstance(data, MatchingData):
-        return "group_score" if data.kind == "two_by_two" else "accuracy"
-    if isinstance(data, CompositionData):
-        # Without images of both kinds there is no curve, and hence no area under it.
-        return "auc" if len(set(data.seen[data.target].tolist())) == 2 else "pair_acc"
-    return "rsum"
-
-
-def _check_task(head: type[Head], method: str, task: str) -> None:
-    if task not in head.tasks:
-        raise ConfigError(f"{method} works on {', '.join(sorted(head.tasks))}, not on {task}")

@@ -26,7 +26,7 @@ from heads.errors import CheckpointMismatch, TaskError
 from heads.features import Features
 from heads.grid import CROSS_BLOCK, Rows, blocks, by_rows, embedded, whole
 from heads.source import Source
-from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
+from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, rows_of
 
 POOLED = Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
 
@@ -176,9 +176,8 @@ def _labels(data: CompositionData) -> dict[str, Any]:
 
 def source_of(head: Head, data: TaskData, *, ram_limit: int | None = None) -> Source:
     """The rows of `data` that `head` reads, kept in memory if they fit; on the head's device."""
-    texts = data.prompts if isinstance(data, CompositionData) else data.captions
     needs = head.needs(head.config)
-    return Source(data.cache, needs, data.images, texts, ram_limit=ram_limit, device=_device(head))
+    return Source(data.cache, needs, *rows_of(data), ram_limit=ram_limit, device=_device(head))
 
 
 def _check(head: Head, data: TaskData, rerank: int | None) -> None:

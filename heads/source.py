@@ -8,6 +8,7 @@ streams are padded to the longest row asked for:
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -213,6 +214,17 @@ class Source:
             self.take[segments.STREAM] = partial(cut.take, self.take[segments.STREAM])
         self.on_device = tuple(found["device"])
         self.on_disk = tuple(reversed(found["disk"]))
+
+    def only(self, needs: Needs) -> "Source":
+        """The same rows, held once, with the streams of `needs`, which must be among those of this source."""
+        found = copy(self)
+        found.queries = _expanded(query_streams(self.cache, needs), "image")
+        found.candidates = _expanded(needs.candidates, "text")
+        mine = {*found.queries, *found.candidates}
+        assert mine <= {*self.queries, *self.candidates}, "a stream was not announced"
+        found.on_device = tuple(s for s in self.on_device if s in mine)
+        found.on_disk = tuple(s for s in self.on_disk if s in mine)
+        return found
 
     def images(self, rows: np.ndarray, given: Mapping[str, Tensor] | None = None) -> Features:
         """Query streams of image rows; `given` holds streams that the caller has read already."""

@@ -155,6 +155,12 @@ def load_task(
     return _retrieval(cache, split, allow_missing)
 
 
+def rows_of(data: TaskData) -> tuple[np.ndarray, np.ndarray]:
+    """All image rows and all text rows of a split, repeats included, flat."""
+    texts = data.prompts if isinstance(data, CompositionData) else data.captions
+    return data.images.reshape(-1), texts.reshape(-1)
+
+
 def task_of(cache: FeatureCache, task: str | None) -> str:
     """The task that `load_task` would take: `task` itself if the cache has it, or its only one.
 

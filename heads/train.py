@@ -1,59 +1,26 @@
 """fit(): the one training loop, read top to bottom.
 
-Every optimised method of this project is trained by this loop; `closed_form` heads are solved on the whole set instead,
-and heads without parameters pass through. The defaults follow the released fine-tuning code of BiVLC (arXiv 2406.09952)
-where it gives a value; each field of `TrainConfig` names its source.
+Every optimised method of this project is trained by this loop, alone or beside others that take the same batches;
+`closed_form` heads are solved on the whole set instead, and heads without parameters pass through. The defaults follow
+the released fine-tuning code of BiVLC (arXiv 2406.09952) where it gives a value; each field of `TrainConfig` names its
+source.
+
+    batches ──▶ batch ──▶ head 1: loss, step     each with its own optimiser and random numbers (training.py):
+                    ├──▶ head 2: loss, step      the same bits as alone
+                    └──▶ …                       read, gathered, widened and moved to the device once
 """
 
-import math
-import os
-import random
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from statistics import fmean
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from heads.base import Head
 from heads.errors import ConfigError, TrainingDiverged
 from heads.loader import Loader
-from heads.optimizer import optimizer_of, rate_of
 from heads.train_config import TrainConfig
-
-Validate = Callable[[Head], dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class FitResult:
-    """What training did.
-
-    Attributes:
-        history: one record a step (step, epoch, loss, lr, data_wait, parts), and one a validation (step, epoch,
-            validation, seconds), in order; `data_wait` is the share of the step's time spent waiting for its batch.
-        best: the selected validation record's metrics with its step and epoch; empty without validation.
-        seconds: wall time of the whole fit.
-        steps: optimiser steps made.
-
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, float | int] = field(default_factory=dict)
-    seconds: float = 0.0
-    steps: int = 0
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's global generators; call it before building a head, `fit` calls it again."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        # Atomic adds would make two CUDA runs of one seed differ; kernels without a deterministic form only warn.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+from heads.training import FitResult, Training, Validate
 
 
 def fit(
@@ -78,144 +45,76 @@ def fit(
         ConfigError: the head has no trainable parameter or no data, `select` is no metric that validation returns, or
             there is `patience` but no validation to wait for.
     """
-    started = time.perf_counter()
-    seed_everything(config.seed)
-    device = config.torch_device()
-    head.to(device)
-    if head.training_kind != "gradient":
-        return _fit_without_gradient(head, batches, config, validate, started)
-    if batches is None:
-        raise ConfigError(f"{type(head).__module__} is trained by gradient, but got no batches")
-    if config.patience is not None and validate is None:
-        raise ConfigError(
-            f"train.patience is {config.patience}, but there is no validation to wait for; give the data set a val "
-            "split, or leave patience out"
-        )
-
-    optimizer = optimizer_of(head, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total = config.steps or config.epochs * len(batches)
-    history: list[dict[str, Any]] = []
-    best = _Best(config.select)
-    step, epoch = 0, 0
-    bar = tqdm(total=total, desc="fit", unit="step", disable=not progress)
-    mark, waited = time.perf_counter(), batches.waited
-    while step < total:
-        head.train()
-        for batch in islice(batches.epoch(epoch), total - step):
-            lr = rate_of(config, step, total, epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, parts = head.loss(batch.to(device))
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(_diverged("loss", loss, parts, step, lr))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            if not torch.isfinite(norm):
-                raise TrainingDiverged(_diverged("gradient norm", norm, parts, step, lr))
-            optimizer.step()
-            step += 1
-            now = time.perf_counter()
-            wait = (batches.waited - waited) / max(now - mark, 1e-9)
-            mark, waited = now, batches.waited
-            history.append(
-                {
-                    "step": step,
-                    "epoch": epoch,
-                    "loss": loss.item(),
-                    "lr": lr,
-                    "data_wait": round(wait, 4),
-                    **{name: float(value) for name, value in parts.items()},
-                }
-            )
-            bar.update()
-            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", wait=f"{wait:.0%}", refresh=False)
-        epoch += 1
-        if validate is not None:
-            history.append(_validation(head, validate, step, epoch - 1))
-            best.offer(head, history[-1])
-            bar.set_postfix_str(f"best {best.metric} {best.value:.4f}")
-            mark = time.perf_counter()
-            if config.patience is not None and best.stale >= config.patience:
-                break
-    bar.close()
-    best.restore(head)
-    head.eval()
-    return FitResult(history, best.record, time.perf_counter() - started, step)
+    (result,) = fit_together([Training(head, config, validate)], batches, progress=progress)
+    if isinstance(result, TrainingDiverged):
+        raise result
+    return result
 
 
-def _fit_without_gradient(
-    head: Head,
-    batches: Loader | None,
-    config: TrainConfig,
-    validate: Validate | None,
-    started: float,
-) -> FitResult:
-    """Solve a closed-form head on the whole set, under each configuration it offers if there is validation to choose.
+def fit_together(
+    trainings: Sequence[Training], batches: Loader | None, *, progress: bool = True
+) -> list[FitResult | TrainingDiverged]:
+    """Train several heads in one pass over the batches; each ends in the same bits as alone on the same batches.
 
-    A head without parameters is left as it is. `step` counts the configurations.
+    Args:
+        trainings: one a head, on one device; a head sees of a batch the streams it declares.
+        batches: the training data, with the streams of all of them; None for heads without training.
+        progress: show one bar for all.
+
+    Returns:
+        What each did, in order; a training that diverged is its error, and does not hold up the others.
+
+    Raises:
+        ConfigError: as for `fit`.
     """
-    history: list[dict[str, Any]] = []
-    best = _Best(config.select)
-    offered = [head.config] if validate is None else head.candidates()
-    whole = None
-    if head.training_kind == "closed_form":
-        if batches is None:
-            raise ConfigError(f"{type(head).__module__} is solved on data, but got no batches")
-        whole = batches.all().to(config.torch_device())
-    for step, head.config in enumerate(offered):
-        if whole is not None:
-            history.append({"step": step, **head.solve(whole, config.seed)})
-        if validate is not None:
-            history.append(_validation(head, validate, step, 0))
-            best.offer(head, history[-1])
-    best.restore(head)
-    head.eval()
-    return FitResult(history, best.record, time.perf_counter() - started, 0)
+    for training in trainings:
+        if batches is None and training.head.training_kind != "none":
+            how = "trained by gradient" if training.head.training_kind == "gradient" else "solved"
+            raise ConfigError(f"{type(training.head).__module__} is {how}, but got no batches")
+    if batches is not None:
+        learning = [t for t in trainings if t.head.training_kind == "gradient"]
+        for training in learning:
+            training.begin(len(batches))
+        _descend(learning, batches, progress=progress)
+    _solve([t for t in trainings if t.head.training_kind != "gradient"], batches)
+    return [t.failure or t.result() for t in trainings]
 
 
-def _validation(head: Head, validate: Validate, step: int, epoch: int) -> dict[str, Any]:
-    started = time.perf_counter()
-    head.eval()
-    metrics = validate(head)
-    seconds = round(time.perf_counter() - started, 3)
-    return {"step": step, "epoch": epoch, "validation": metrics, "seconds": seconds}
+def _descend(trainings: Sequence[Training], batches: Loader, *, progress: bool) -> None:
+    total = max((t.total for t in trainings), default=0)
+    with tqdm(total=total, desc="fit", unit="step", disable=not progress or not total) as bar:
+        epoch, waited = 0, batches.waited
+        while running := [t for t in trainings if t.runs]:
+            left = max(t.total - t.step for t in running)
+            for batch in islice(batches.epoch(epoch), left):
+                wait, waited = batches.waited - waited, batches.waited
+                for training in running:
+                    if training.runs:
+                        training.take(batch, epoch, wait)
+                bar.update()
+                bar.set_postfix_str(_standing(running), refresh=False)
+            for training in running:
+                training.end_epoch(epoch)
+            epoch += 1
 
 
-class _Best:
-    """The weights with the best validation so far, on the CPU."""
-
-    def __init__(self, metric: str | None) -> None:
-        self.metric, self.value, self.stale = metric, -math.inf, 0
-        self.record: dict[str, float | int] = {}
-        self.state: dict[str, Tensor] = {}
-        self.config: Any = None
-
-    def offer(self, head: Head, record: dict[str, Any]) -> None:
-        metrics: dict[str, float] = record["validation"]
-        self.metric = self.metric or next(iter(metrics), None)
-        if self.metric not in metrics:
-            raise ConfigError(
-                f"train.select is {self.metric!r}, but validation returns {', '.join(metrics) or 'nothing'}"
-            )
-        self.stale += 1
-        if not self.record or metrics[self.metric] > self.value:
-            self.value, self.stale = metrics[self.metric], 0
-            self.record = {"step": record["step"], "epoch": record["epoch"], **metrics}
-            self.state = {k: v.detach().cpu().clone() for k, v in head.state_dict().items()}
-            self.config = head.config
-
-    def restore(self, head: Head) -> None:
-        if self.record:
-            head.config = self.config
-            head.load_state_dict(self.state)
+def _solve(trainings: Sequence[Training], batches: Loader | None) -> None:
+    wanted = any(t.head.training_kind == "closed_form" for t in trainings)
+    whole = batches.all() if wanted and batches is not None else None
+    for training in trainings:
+        training.solve(whole if training.head.training_kind == "closed_form" else None)
 
 
-def _diverged(what: str, value: Tensor, parts: dict[str, Tensor], step: int, lr: float) -> str:
-    terms = ", ".join(f"{name} {float(part):.4g}" for name, part in parts.items())
-    return (
-        f"the {what} of step {step + 1} is {value.item()} (lr {lr:.3g}{', ' if terms else ''}{terms}); try a smaller "
-        "train.lr, a smaller train.clip or train.precision=fp32"
-    )
+def _standing(trainings: Sequence[Training]) -> str:
+    """Loss, share of waiting and best validation, of all that are running."""
+    steps = [t.history[-1] for t in trainings if t.history and "loss" in t.history[-1]]
+    if not steps:
+        return ""
+    losses = [step["loss"] for step in steps]
+    ends = dict.fromkeys(f"{end:.3f}" for end in (min(losses), max(losses)))
+    wait = fmean(step["data_wait"] for step in steps)
+    found = [f"loss {'–'.join(ends)}", f"waits {wait:.0%}"]
+    best = [t.best for t in trainings if t.best.record]
+    if best:
+        found.append(f"best {best[0].metric} {max(b.value for b in best):.4f}")
+    return " · ".join(found)

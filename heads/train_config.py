@@ -79,7 +79,17 @@ class TrainConfig(BaseModel):
     seed: int = Field(
         default=42,
         ge=0,
-        description="initialisation, order, dropout and sampling (released code of BiVLC)",
+        description="initialisation, dropout, sampling, and the order unless `order_seed` is given (released code of "
+        "BiVLC)",
+    )
+    order_seed: int | None = Field(
+        default=None,
+        ge=0,
+        description="order of the examples, and which of several captions is drawn; none: as `seed` (our choice)",
+    )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the loss: the first steps wait for the compiler, and rounding differs (our choice)",
     )
     device: str = Field(
         default="auto",

@@ -18,7 +18,7 @@ from heads.errors import CheckpointMismatch
 from heads.loader import Loader
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.train import seed_everything
+from heads.training import seed_everything
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
 

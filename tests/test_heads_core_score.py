@@ -20,7 +20,7 @@ from heads.loader import Loader
 from heads.score import Direction, _below, _cosines, score_both
 from heads.source import Source, context_of
 from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, load_task
-from heads.train import seed_everything
+from heads.training import seed_everything
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
 HEADS = [

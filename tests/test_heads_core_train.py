@@ -17,8 +17,8 @@ from heads.loader import Loader
 from heads.optimizer import cosine_share, optimizer_of, parameter_groups, rate_of
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.train import seed_everything
 from heads.train_config import TrainConfig
+from heads.training import seed_everything
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12}
 TOY = TrainConfig(epochs=3, batch_size=4, lr=1e-2, device="cpu", seed=7)

@@ -21,9 +21,10 @@ from heads.errors import CheckpointMismatch, ConfigError
 from heads.features import Batch, Features
 from heads.loader import Loader
 from heads.methods import csp
-from heads.runs import metrics, score_run, train_run
+from heads.runs import score_run, train_run
 from heads.source import context_of
 from heads.tasks import load_task
+from heads.validation import metrics
 
 VARIANTS: list[dict[str, Any]] = [
     {},

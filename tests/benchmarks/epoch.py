@@ -37,7 +37,7 @@ from heads.features import Features
 from heads.loader import Loader
 from heads.source import Source, context_of
 from heads.tasks import load_task
-from heads.train import seed_everything
+from heads.training import seed_everything
 
 SCORER = {"dim": 64, "heads": 4, "ffn": 128, "n_sampled": 2}
 HEADS: dict[str, dict[str, Any]] = {

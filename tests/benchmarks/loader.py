@@ -38,8 +38,8 @@ from heads.base import Needs
 from heads.loader import Loader
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.train import seed_everything
 from heads.train_config import TrainConfig
+from heads.training import seed_everything
 
 NEEDS = Needs(frozenset({"image/patches"}), frozenset({"text/pooled"}))
 SCORER = {"dim": 64, "heads": 4, "ffn": 128, "n_sampled": 2}

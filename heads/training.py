@@ -1,0 +1,245 @@
+"""One head in training: its optimiser, its random numbers, what it has done, and its best weights so far.
+
+`train.py` decides whose turn it is; what happens in a turn is here. Between turns a training's random numbers stay
+where it left them, so that it ends in the same bits beside others as alone.
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heads.base import Head
+from heads.errors import ConfigError, TrainingDiverged
+from heads.features import Batch
+from heads.optimizer import optimizer_of, rate_of
+from heads.train_config import TrainConfig
+
+Validate = Callable[[Head], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What training did.
+
+    Attributes:
+        history: one record a step (step, epoch, loss, lr, data_wait, parts), and one a validation (step, epoch,
+            validation, seconds), in order; `data_wait` is the share of the step's time spent waiting for its batch.
+        best: the selected validation record's metrics with its step and epoch; empty without validation.
+        seconds: its own steps and validations, and the waiting for its batches.
+        steps: optimiser steps made.
+
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, float | int] = field(default_factory=dict)
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's global generators; call it before building a head, training calls it again."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        # Atomic adds would make two CUDA runs of one seed differ; kernels without a deterministic form only warn.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+
+
+class Training:
+    """A head, how it is trained, and where it stands.
+
+    Args:
+        head: freshly built under `seed_everything(config.seed)`, so that the same seed gives the same weights.
+        config: the recipe.
+        validate: metrics of the head on held-out data, larger is better; called after every epoch and at the end.
+
+    Attributes:
+        step, total: optimiser steps made, and to be made; `total` may fall when patience ends.
+        history, seconds: as in `FitResult`.
+        failure: why it ended early, if it did.
+
+    Raises:
+        ConfigError: there is `patience` but no validation to wait for.
+    """
+
+    def __init__(self, head: Head, config: TrainConfig, validate: Validate | None = None) -> None:
+        if head.training_kind == "gradient" and config.patience is not None and validate is None:
+            raise ConfigError(
+                f"train.patience is {config.patience}, but there is no validation to wait for; give the data set a val "
+                "split, or leave patience out"
+            )
+        self.head, self.config, self.validate = head, config, validate
+        self.device = config.torch_device()
+        self.needs = head.needs(head.config)
+        self.history: list[dict[str, Any]] = []
+        self.best = _Best(config.select)
+        self.step, self.total, self.seconds = 0, 0, 0.0
+        self.failure: TrainingDiverged | None = None
+        seed_everything(config.seed)
+        self.random = _random_state(self.device)
+
+    def begin(self, epoch_steps: int) -> None:
+        """Take up training by gradient, with so many batches an epoch."""
+        with self._turn():
+            self.head.to(self.device)
+            self.optimizer = optimizer_of(self.head, self.config)
+            groups = self.optimizer.param_groups
+            self.parameters = [p for group in groups for p in group["params"]]
+            self.total = self.config.steps or self.config.epochs * epoch_steps
+            compiled = self.config.compile
+            self.loss = torch.compile(self.head.loss) if compiled else self.head.loss
+
+    @property
+    def runs(self) -> bool:
+        """Are there steps left?"""
+        return self.step < self.total
+
+    def take(self, batch: Batch, epoch: int, waited: float) -> None:
+        """One step on a batch that took `waited` seconds to come; a failure ends this training alone."""
+        with self._turn():
+            started = time.perf_counter()
+            try:
+                loss, lr, parts = self._step(batch, epoch)
+            except TrainingDiverged as error:
+                self.failure, self.total = error, self.step
+                return
+            self.seconds += waited
+            self.history.append(
+                {
+                    "step": self.step,
+                    "epoch": epoch,
+                    "loss": loss.item(),
+                    "lr": lr,
+                    "data_wait": round(waited / (waited + time.perf_counter() - started), 4),
+                    **{name: float(value) for name, value in parts.items()},
+                }
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Validate, keep the best weights, and stop early where patience ends."""
+        if self.validate is None or self.failure:
+            return
+        with self._turn():
+            self._measure(self.validate, self.step, epoch)
+        if self.config.patience is not None and self.best.stale >= self.config.patience:
+            self.total = self.step
+
+    def solve(self, whole: Batch | None) -> None:
+        """Fit in closed form, under each configuration the head offers if there is validation to choose.
+
+        A head without parameters is left as it is. `step` counts the configurations.
+        """
+        with self._turn():
+            self.head.to(self.device)
+            offered = [self.head.config] if self.validate is None else self.head.candidates()
+            for step, self.head.config in enumerate(offered):
+                if whole is not None:
+                    report = self.head.solve(self._seen(whole), self.config.seed)
+                    self.history.append({"step": step, **report})
+                if self.validate is not None:
+                    self._measure(self.validate, step, 0)
+
+    def result(self) -> FitResult:
+        """What was done; the head is left with its best weights, or else its last, in evaluation mode."""
+        self.best.restore(self.head)
+        self.head.eval()
+        return FitResult(self.history, self.best.record, self.seconds, self.step)
+
+    def _seen(self, batch: Batch) -> Batch:
+        """Of a batch what the head declares."""
+        needs = self.needs
+        return batch.to(self.device).only(needs.queries, needs.candidates, needs.partners)
+
+    def _step(self, batch: Batch, epoch: int) -> tuple[Tensor, float, dict[str, Tensor]]:
+        self.head.train()
+        lr = rate_of(self.config, self.step, self.total, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            loss, parts = self.loss(self._seen(batch))
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(_diverged("loss", loss, parts, self.step, lr))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        if not torch.isfinite(norm):
+            raise TrainingDiverged(_diverged("gradient norm", norm, parts, self.step, lr))
+        self.optimizer.step()
+        self.step += 1
+        return loss, lr, parts
+
+    def _measure(self, validate: Validate, step: int, epoch: int) -> None:
+        started = time.perf_counter()
+        self.head.eval()
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "validation": validate(self.head)}
+        self.history.append({**record, "seconds": round(time.perf_counter() - started, 3)})
+        self.best.offer(self.head, record)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        started = time.perf_counter()
+        _resume_random(self.random)
+        yield
+        self.random = _random_state(self.device)
+        self.seconds += time.perf_counter() - started
+
+
+class _Best:
+    """The weights with the best validation so far, on the CPU."""
+
+    def __init__(self, metric: str | None) -> None:
+        self.metric, self.value, self.stale = metric, -math.inf, 0
+        self.record: dict[str, float | int] = {}
+        self.state: dict[str, Tensor] = {}
+        self.config: Any = None
+
+    def offer(self, head: Head, record: dict[str, Any]) -> None:
+        metrics: dict[str, float] = record["validation"]
+        self.metric = self.metric or next(iter(metrics), None)
+        if self.metric not in metrics:
+            raise ConfigError(
+                f"train.select is {self.metric!r}, but validation returns {', '.join(metrics) or 'nothing'}"
+            )
+        self.stale += 1
+        if not self.record or metrics[self.metric] > self.value:
+            self.value, self.stale = metrics[self.metric], 0
+            self.record = {"step": record["step"], "epoch": record["epoch"], **metrics}
+            self.state = {k: v.detach().cpu().clone() for k, v in head.state_dict().items()}
+            self.config = head.config
+
+    def restore(self, head: Head) -> None:
+        if self.record:
+            head.config = self.config
+            head.load_state_dict(self.state)
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Where Python's and torch's generators stand, that of a CUDA device too."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return random.getstate(), torch.get_rng_state(), device, on_device
+
+
+def _resume_random(state: tuple[Any, ...]) -> None:
+    python, cpu, device, on_device = state
+    random.setstate(python)
+    torch.set_rng_state(cpu)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device, device)
+
+
+def _diverged(what: str, value: Tensor, parts: dict[str, Tensor], step: int, lr: float) -> str:
+    terms = ", ".join(f"{name} {float(part):.4g}" for name, part in parts.items())
+    return (
+        f"the {what} of step {step + 1} is {value.item()} (lr {lr:.3g}{', ' if terms else ''}{terms}); try a smaller "
+        "train.lr, a smaller train.clip or train.precision=fp32"
+    )
