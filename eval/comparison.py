@@ -14,7 +14,7 @@ import numpy as np
 
 from eval import bootstrap, composed, czsl, matching, retrieval
 from eval.any_table import Table
-from eval.bootstrap import Interval
+from eval.bootstrap import Distribution, Interval
 from eval.composed import Ranks
 from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
@@ -72,6 +72,7 @@ class Row:
         values: every metric of each seed, fractions.
         cells: metrics that all seeds have.
         gain: the headline's difference to zero-shot on the same items.
+        resampled: what intervals and differences to other rows are made of; None for the legacy curve.
 
     """
 
@@ -79,6 +80,7 @@ class Row:
     values: tuple[Mapping[str, float], ...]
     cells: Mapping[str, Cell]
     gain: Interval | None = None
+    resampled: Distribution | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,7 +232,7 @@ def _rows(
             table, theirs = baselines[group.backbone]
             bootstrap.same_items(group.tables[0], table)
             gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[_headline(cells)]
-        rows.append(Row(group, values, cells, gain))
+        rows.append(Row(group, values, cells, gain, mine))
     return tuple(rows)
 
 

@@ -16,6 +16,7 @@ from eval.diagnostic_figures import diagnostics_of
 from eval.figures import figures_of, trained, training_figure
 from eval.formats import BELOW, percent, to_csv
 from eval.markup import chip, data_link, text
+from eval.orderings_format import TITLE as ORDERINGS
 from eval.pictures import pictures_of
 from eval.runs import Run
 
@@ -39,14 +40,20 @@ READING = {
 
 
 def render(
-    runs: Sequence[Run], comparisons: Sequence[Comparison], title: str, below: Sequence[str] = ()
+    runs: Sequence[Run],
+    comparisons: Sequence[Comparison],
+    title: str,
+    below: Sequence[str] = (),
+    claims: str = "",
 ) -> str:
-    """The whole page; `below` holds HTML to stand under each comparison."""
+    """The whole page; `below` holds HTML to stand under each comparison, `claims` that of claimed orderings."""
     under = dict(zip(map(id, comparisons), below, strict=False))
     groups = [row.group for c in comparisons for row in c.rows]
     methods = list(dict.fromkeys(group.method for group in groups))
     series = {group.label: methods.index(group.method) for group in groups}
     sections: list[tuple[str, str, str]] = []
+    if claims:
+        sections.append(("orderings", ORDERINGS, claims))
     for dataset, kind in dict.fromkeys((c.question.dataset, c.question.kind) for c in comparisons):
         mine = [c for c in comparisons if (c.question.dataset, c.question.kind) == (dataset, kind)]
         heading = f"{TITLES[kind]}, {dataset}"

@@ -9,10 +9,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import page
+from eval import orderings_format, page
 from eval.comparison import compare, metrics
 from eval.errors import ScoreTableError
 from eval.formats import markdown, to_csv
+from eval.orderings import Ordering, judge
 from eval.published import Beside, beside
 from eval.published_format import as_html, as_markdown, csv_lines
 from eval.runs import read_runs
@@ -25,6 +26,8 @@ def report(
     k: int = 1,
     title: str = "headstart",
     published: bool = False,
+    orderings: Sequence[Ordering] = (),
+    notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write the page `out`, and beside it the same tables as .md, .csv and, seed by seed, .json.
 
@@ -35,6 +38,8 @@ def report(
         title: heading of the page.
         published: print verified published numbers under the tables that they may be compared with, and under the
             others why none is shown.
+        orderings: claims to hold against the runs, in a section of their own (`eval/orderings.py`).
+        notes: sentences to stand below them, such as which rows are missing, and why.
 
     Returns:
         The four files: the page, .md, .csv, .json.
@@ -54,12 +59,20 @@ def report(
     comparisons = compare(found, k=k)
     theirs: list[Beside | None] = [beside(c) if published else None for c in comparisons]
     pairs = list(zip(comparisons, theirs, strict=True))
+    verdicts = judge(comparisons, orderings)
+    said = orderings_format.sentences(orderings, verdicts, notes)
+    claims, claims_html = "", ""
+    if verdicts or said:
+        claims = orderings_format.as_markdown(verdicts, said)
+        claims_html = orderings_format.as_html(verdicts, said)
+    below = [as_html(*pair) for pair in pairs]
+    blocks = [part for c, b in pairs for part in (markdown([c]), as_markdown(c, b))]
     texts = {
-        out: page.render(found, comparisons, title, [as_html(*pair) for pair in pairs]),
-        out.with_suffix(".md"): "\n".join(
-            part for c, b in pairs for part in (markdown([c]), as_markdown(c, b)) if part
-        ),
-        out.with_suffix(".csv"): to_csv(comparisons) + csv_lines(pairs),
+        out: page.render(found, comparisons, title, below, claims_html),
+        out.with_suffix(".md"): "\n".join(part for part in (*blocks, claims) if part),
+        out.with_suffix(".csv"): to_csv(comparisons)
+        + csv_lines(pairs)
+        + orderings_format.csv_lines(verdicts),
         out.with_suffix(".json"): json.dumps(metrics(comparisons), indent=1, ensure_ascii=False),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`headstart`: train · score · words · list · demo, and the verbs of the other rooms.
+"""`headstart`: train · score · words · compare · list · demo, and the verbs of the other rooms.
 
 Nothing heavy is imported here: `headstart --help` answers at once, torch comes with the verb that needs it.
 """
@@ -17,7 +17,7 @@ from cache_builder.errors import CacheError
 from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
-from heads import cli_feasibility, cli_train, cli_words
+from heads import cli_compare, cli_feasibility, cli_train, cli_words
 from heads.errors import HeadError
 
 SHELVES = {
@@ -93,6 +93,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     score.set_defaults(func=_score)
 
     cli_words.add_verbs(verbs)
+    cli_compare.add_verbs(verbs)
 
     shelf = verbs.add_parser(
         "list",

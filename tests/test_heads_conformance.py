@@ -37,6 +37,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {},
         {"train_gates": False, "gate": "relu", "mask": "softplus", "n_local": 1},
         {"global_stream": "pooled", "mask": "ones", "smoothing": 0.0, "words_lr": 1.0},
+        {"n_local": 0, "n_global": 1, "mask": "ones"},
     ],
 }
 """Configurations to check; a method that is not listed is checked under its default."""

@@ -192,6 +192,29 @@ def test_the_full_size_head_has_the_parameters_of_its_equations() -> None:
     assert round((expected - 360 * v) / 1e6, 1) == 25.2
 
 
+def test_without_local_slots_no_patch_is_read_and_nothing_is_kept_for_them() -> None:
+    full = context()
+    shapes = {k: v for k, v in full.shapes.items() if k != "image/patches"}
+    facts = Context(shapes, full.readout, ATTRS, OBJS, full.tables)
+    head = head_of(facts, n_local=0)
+    assert head.needs(head.config).queries == {"image/prefix"}
+    assert not [name for name, _ in head.named_parameters() if name.startswith("local")]
+    with_slots = head_of(full)
+    gone = W * (H + 1) + W + 2 * W + 3 * (W + 1) + W * W  # convolution, norm, gates, half of W_img
+    assert with_slots.n_trained() - head.n_trained() == gone
+    queries = rows([0, 1], [0, 1], 4)
+    bare = Features({"image/prefix": queries["image/prefix"]}, queries.labels)
+    g = queries["image/prefix"][:, 0]
+    mean = torch.stack([m.clamp(min=0) * g for m in head.masks.masks]).mean(0)
+    expected = F.normalize(mean @ head.image.weight.T + head.image.bias, dim=-1)
+    assert torch.allclose(head.eval().embed_queries(bare), expected, atol=1e-6)
+
+
+def test_patches_are_not_pooled_where_none_are_read() -> None:
+    with pytest.raises(ValueError, match="with n_local 0 none are read"):
+        trident.Config(n_local=0, pool_patches=True)
+
+
 # Slots.
 
 
@@ -360,17 +383,19 @@ def slow_loss(head: Any, facts: Context, batch: Batch) -> dict[str, Any]:
         for i in range(3)
     ]
 
-    # Z: projector, 1x1 convolution, batch norm over items and patches, ReLU.
+    # Z: projector, 1x1 convolution, batch norm over items and patches, ReLU; none of it without local slots.
     tokens = []
-    for features, i in images:
+    for features, i in images if config.n_local else ():
         for x in features["image/patches"][i]:
             h = F.gelu(r["fc1.weight"] @ x + r["fc1.bias"])
             projected = r["fc2.weight"] @ h + r["fc2.bias"]
             tokens.append(
                 p["local.projection.conv.weight"] @ projected + p["local.projection.conv.bias"]
             )
-    z = norm_of_training(torch.stack(tokens), p["local.norm.weight"], p["local.norm.bias"])
-    z = z.clamp(min=0).reshape(len(images), PATCHES, W)
+    z = [torch.empty(0, W)] * len(images)
+    if config.n_local:
+        z = norm_of_training(torch.stack(tokens), p["local.norm.weight"], p["local.norm.bias"])
+        z = z.clamp(min=0).reshape(len(images), PATCHES, W)
 
     slots, vectors, ortho = [], [], []
     for (features, i), zi in zip(images, z, strict=True):
@@ -383,11 +408,12 @@ def slow_loss(head: Any, facts: Context, batch: Batch) -> dict[str, Any]:
             local.append(total / PATCHES)
         g = features["image/prefix"][i, 0]
         whole = [m.clamp(min=0) * g for m in p["masks.masks"]]
-        means = [torch.stack(some).mean(0) for some in (local, whole)]
+        kinds = [some for some in (local, whole) if some]
+        means = [torch.stack(some).mean(0) for some in kinds]
         v = p["image.weight"] @ torch.cat(means) + p["image.bias"]
         slots.append(local + whole)
         vectors.append(v)
-        for some in (local, whole):
+        for some in kinds:
             squares = [
                 (F.cosine_similarity(x, y, dim=0) - float(s == t)) ** 2
                 for s, x in enumerate(some)
@@ -465,10 +491,13 @@ def slow_loss(head: Any, facts: Context, batch: Batch) -> dict[str, Any]:
     return {"loss": loss, "comp_loss": l_comp, "ortho_loss": l_ortho, "dis_loss": l_dis}
 
 
+@pytest.mark.parametrize("n_local", [3, 0])
 @pytest.mark.parametrize("steps", [0, 1])
-def test_the_loss_is_that_of_the_equations_at_the_start_and_after_a_step(steps: int) -> None:
+def test_the_loss_is_that_of_the_equations_at_the_start_and_after_a_step(
+    steps: int, n_local: int
+) -> None:
     facts, batch = context(), batch_of()
-    head = head_of(facts, smoothing=0.3).train()
+    head = head_of(facts, smoothing=0.3, n_local=n_local).train()
     if steps:
         optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
         head.loss(batch_of())[0].backward()
@@ -544,7 +573,7 @@ def test_the_score_is_the_cosine_of_image_and_pair() -> None:
     scores = head(batch.queries, batch.candidates)
     assert head.score_space == "cosine"
     assert (scores.abs() <= 1 + 1e-6).all()
-    v = head._embed(*head._slots(batch.queries))
+    v = head._embed(head._slots(batch.queries))
     e = head.words()
     for i in range(3):
         for c, (a, o) in enumerate((a, o) for a in range(A) for o in range(O)):
@@ -586,7 +615,7 @@ def test_another_family_goes_through_its_own_final_norm() -> None:
 
     local = head.local(normed(queries["image/patches"]))
     whole = head.masks(normed(queries["image/prefix"][:, 0]))
-    expected = F.normalize(head._embed(local, whole), dim=-1)
+    expected = F.normalize(head._embed((local, whole)), dim=-1)
     assert torch.allclose(head.embed_queries(queries), expected, atol=1e-6)
 
 

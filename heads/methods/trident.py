@@ -47,7 +47,11 @@ from heads.words import K_AUXILIARY, word_tables
 class Config(HeadConfig):
     """Provenance in brackets: P paper, C authors' released code, T third-party notes, O our choice."""
 
-    n_local: int = Field(default=12, ge=1, description="local slots; MIT-States 12, C-GQA 4 (C)")
+    n_local: int = Field(
+        default=12,
+        ge=0,
+        description="local slots; MIT-States 12, C-GQA 4 (C); 0: none, and no patch is read, an ablation (O)",
+    )
     n_global: int = Field(default=6, ge=1, description="global slots; MIT-States 6, C-GQA 2 (C)")
     smoothing: float = Field(
         default=0.09,
@@ -117,6 +121,8 @@ class Config(HeadConfig):
                 f"glove names the file of words=glove, and belongs to nothing else; words is {self.words!r} and glove "
                 f"{self.glove!r}"
             )
+        if self.pool_patches and not self.n_local:
+            raise ValueError("pool_patches averages patches, but with n_local 0 none are read")
         return self
 
 
@@ -136,21 +142,9 @@ class Head(EmbeddingHead):
         self.readout = Readout(context.readout)
         stream = f"image/{config.global_stream}"
         width = context.shapes[stream][-1]
-        _, patch_width = context.shapes["image/patches"]
-        if config.pool_patches:
-            _check_grid(context.shapes["image/patches"][0])
-        projection = Projection(
-            self.readout, patch_width, width, activation=config.projector_activation
-        )
-        self.local = Aggregation(
-            projection,
-            config.n_local,
-            gate=config.gate,
-            train_gates=config.train_gates,
-            dropout=config.dropout,
-        )
+        self.local = self._aggregation(width) if config.n_local else None
         self.masks = ConditionMasks(config.n_global, width, config.mask)
-        self.image = nn.Linear(2 * width, width)
+        self.image = nn.Linear((1 if self.local is None else 2) * width, width)
         self.pair = nn.Linear(2 * width, width)
         self.pair_dropout = nn.Dropout(config.word_dropout)
         table = context.tables["words"]
@@ -161,8 +155,9 @@ class Head(EmbeddingHead):
     @classmethod
     def needs(cls, config: Any) -> Needs:
         """Patches and a global vector; of candidates the labels alone; a partner of each kind to train."""
+        patches = {"image/patches"} if config.n_local else set()
         return Needs(
-            frozenset({"image/patches", f"image/{config.global_stream}"}),
+            frozenset({f"image/{config.global_stream}", *patches}),
             frozenset(),
             partners=frozenset({"same_attr", "same_obj"}),
         )
@@ -189,7 +184,7 @@ class Head(EmbeddingHead):
 
     def embed_queries(self, queries: Features) -> Float[Tensor, "q d"]:
         """Unit image vectors."""
-        return F.normalize(self._embed(*self._slots(queries)).float(), dim=-1)
+        return F.normalize(self._embed(self._slots(queries)).float(), dim=-1)
 
     def embed_candidates(self, candidates: Features) -> Float[Tensor, "c d"]:
         """Unit pair vectors, from the candidates' labels alone."""
@@ -203,17 +198,17 @@ class Head(EmbeddingHead):
         """
         partners = [batch.partners[kind] for kind in ("same_attr", "same_obj")]
         images = [batch.queries, *(partner.features for partner in partners)]
-        local, whole = self._slots(_joined(images))
+        kinds = self._slots(_joined(images))
         words = self.words()
 
-        vectors = F.normalize(self._embed(local, whole).float(), dim=-1)
+        vectors = F.normalize(self._embed(kinds).float(), dim=-1)
         target = torch.cat([batch.target, *(partner.target for partner in partners)])
         with torch.autocast(vectors.device.type, enabled=False):
             logits = vectors @ self._pairs(words, batch.candidates).T / self.config.temperature
             comp = F.cross_entropy(logits, target)
             # Three images of one size each: the mean over all of them is the mean of the six terms.
-            ortho = (losses.orthogonality(local) + losses.orthogonality(whole)) / 2
-        slots = torch.cat([local, whole], dim=1).chunk(3)
+            ortho = torch.stack([losses.orthogonality(slots) for slots in kinds]).mean()
+        slots = torch.cat(kinds, dim=1).chunk(3)
         terms: list[Tensor] = []
         for kind, partner, theirs in zip(("attr", "obj"), partners, slots[1:], strict=True):
             found = self.disentangler(slots[0], theirs)
@@ -231,12 +226,16 @@ class Head(EmbeddingHead):
 
     def maps(self, query: Features, candidate: Features) -> Maps:
         """The gates of every local slot over the patches, and the condition masks; the text plays no part."""
-        patches = self.readout.norm("image", query["image/patches"])
-        if self.config.pool_patches:
-            patches = pool_grid(patches)
         n, masks = self.config.n_local, self.masks.values().detach()
+        if self.local is None:
+            gates = masks.new_empty(0, self.context.shapes["image/patches"][0])
+        else:
+            patches = self.readout.norm("image", query["image/patches"])
+            gates = self.local.weights(pool_grid(patches) if self.config.pool_patches else patches)[
+                0
+            ]
         return Maps(
-            self.local.weights(patches)[0] if n else patches.new_empty(0, patches.shape[1]),
+            gates,
             tuple(f"slot {i + 1}" for i in range(n)),
             f"how far the {self.config.gate} gate of each local slot lets a patch through; a slot is the mean of all "
             "patches, each times its gate. The text plays no part",
@@ -245,8 +244,28 @@ class Head(EmbeddingHead):
             f"{self.config.mask} of what was trained, so that 0 closes a channel",
         )
 
-    def _slots(self, images: Features) -> tuple[Tensor, Tensor]:
-        """Local (B, n_local, w) and global slots (B, n_global, w)."""
+    def _aggregation(self, width: int) -> Aggregation:
+        """What makes local slots."""
+        n_patches, patch_width = self.context.shapes["image/patches"]
+        config = self.config
+        if config.pool_patches:
+            _check_grid(n_patches)
+        projection = Projection(
+            self.readout, patch_width, width, activation=config.projector_activation
+        )
+        chosen = config.model_dump(include={"gate", "train_gates", "dropout"})
+        return Aggregation(projection, config.n_local, **chosen)
+
+    def _slots(self, images: Features) -> tuple[Tensor, ...]:
+        """Local (B, n_local, w), if there are any, and global slots (B, n_global, w)."""
+        if self.config.global_stream == "prefix":
+            vector = self.readout.norm("image", images["image/prefix"][:, 0])
+        else:
+            vector = images["image/pooled"]
+        whole = self.masks(vector)
+        return (whole,) if self.local is None else (self._local(self.local, images), whole)
+
+    def _local(self, aggregation: Aggregation, images: Features) -> Tensor:
         patches = self.readout.norm("image", images["image/patches"])
         mask = images.streams.get("image/mask")
         if self.config.pool_patches:
@@ -256,15 +275,11 @@ class Head(EmbeddingHead):
                     "head.pool_patches=false"
                 )
             patches = pool_grid(patches)
-        if self.config.global_stream == "prefix":
-            vector = self.readout.norm("image", images["image/prefix"][:, 0])
-        else:
-            vector = images["image/pooled"]
-        return self.local(patches, mask), self.masks(vector)
+        return aggregation(patches, mask)
 
-    def _embed(self, local: Tensor, whole: Tensor) -> Tensor:
-        """Image vectors W [mean l ; mean g]."""
-        return self.image(torch.cat([local.mean(1), whole.mean(1)], dim=-1))
+    def _embed(self, kinds: tuple[Tensor, ...]) -> Tensor:
+        """Image vectors W [mean l ; mean g], or W mean g where there are no local slots."""
+        return self.image(torch.cat([slots.mean(1) for slots in kinds], dim=-1))
 
     def _pairs(self, words: Tensor, candidates: Features) -> Tensor:
         """Unit t_(a,o) = W Dropout [e_o ; e_a]."""
@@ -307,9 +322,9 @@ class Head(EmbeddingHead):
 
 def _joined(images: list[Features]) -> Features:
     """Rows of several images one after the other; ragged patches are padded to the longest."""
-    longest = max(one["image/patches"].shape[1] for one in images)
 
     def padded(name: str, value: Tensor) -> Tensor:
+        longest = max(one[name].shape[1] for one in images)
         missing = longest - value.shape[1] if name in ("image/patches", "image/mask") else 0
         return F.pad(value, (*(0, 0) * (value.ndim - 2), 0, missing)) if missing else value
 

@@ -1,0 +1,282 @@
+"""A method's ablation as data: rows that differ in a few fields, and the orderings that somebody claims of them.
+
+    method = "simfp"                        a file of heads/methods, or a dotted module
+    task = "czsl"                           what every row is trained on
+    asked = [{ task = "czsl" }, { task = "czsl", world = "open" }]     what is scored, once, on test
+    [head]  [train]                         what all rows share
+    [family.llava]                          [head] fields that one family of backbones needs otherwise
+    [[row]]                                 label, and `head` and `train` fields that differ; with a `method` of its own
+    label = "no_fusion"                       a row takes nothing from [head] and [family]
+    head = { fusion = "none" }
+    [[ordering]]                            better, than: labels; metric; source: who claims it, and how that is known
+    better = "inter"                          (P paper, C released code, T third-party notes, D deduced, O our choice)
+    than = "no_fusion"
+    metric = "best_hm"
+    source = "…"
+
+The packaged ones are heads/ablations/<method>.toml; a path names one of your own.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cache_builder import FeatureCache
+from eval.comparison import COLUMNS
+from eval.orderings import Ordering
+from heads import load_method
+from heads.compare import Entry, Question
+from heads.config import parse
+from heads.errors import ConfigError, MissingStream
+from heads.source import check_streams, context_of
+from heads.tasks import task_of
+from heads.train_config import TrainConfig
+
+LEGEND = "In brackets: P paper, C its released code, T third-party notes, D deduced, O ours."
+"""Of the packaged sources, for people."""
+
+KINDS = {"two_by_two": "matching"}
+"""Task → what eval calls its tables, where the two differ."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Asked(_Table):
+    """What a trained row is asked on the test split."""
+
+    task: str
+    world: str = "closed"
+
+
+class Row(_Table):
+    """One row of the ablation."""
+
+    label: str = Field(pattern=r"^[\w.+-]+$", description="its name in tables and on disk")
+    method: str | None = Field(default=None, description="another one than the ablation's")
+    head: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class Claim(_Table):
+    """Somebody's ordering of two rows."""
+
+    better: str
+    than: str
+    metric: str
+    source: str = Field(min_length=1, description="who claims it, and how that is known")
+
+
+class Ablation(_Table):
+    """A file, as read; see the module's own text for what its tables mean."""
+
+    method: str
+    task: str
+    asked: tuple[Asked, ...] = Field(min_length=1)
+    row: tuple[Row, ...] = Field(min_length=1)
+    ordering: tuple[Claim, ...] = ()
+    head: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    family: dict[str, dict[str, Any]] = {}
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the rows, in order."""
+        return [row.label for row in self.row]
+
+    def orderings(self) -> list[Ordering]:
+        """For `eval.orderings.judge`."""
+        return [Ordering(c.better, c.than, c.metric, c.source) for c in self.ordering]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be trained.
+
+    Attributes:
+        entries: cache's name → rows that it can do, for `heads.compare.compare`; caches without any are not in it.
+        orderings: those between rows that were asked for.
+        left_out: sentences about rows that a cache cannot do: which, and why.
+
+    """
+
+    entries: dict[str, list[Entry]]
+    orderings: list[Ordering]
+    left_out: list[str]
+
+
+def names() -> list[str]:
+    """Methods with a packaged ablation, sorted."""
+    folder = files("heads") / "ablations"
+    return sorted(
+        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
+    )
+
+
+def read(which: str) -> Ablation:
+    """A packaged ablation by its method's name, or a file by its path.
+
+    Raises:
+        ConfigError: no such ablation, unreadable TOML, an unknown key, labels that occur twice, an ordering of rows
+            that are not there or in a metric that nothing asked has.
+        FileNotFoundError: a path at which there is no file.
+    """
+    if which.endswith(".toml"):
+        place, text = which, Path(which).read_bytes()
+    elif which in names():
+        place = f"{which}.toml"
+        text = (files("heads") / "ablations" / place).read_bytes()
+    else:
+        raise ConfigError(
+            f"no ablation {which!r}{_nearest(which, names())}; packaged are {', '.join(names())}, and a path that ends "
+            "in .toml names one of your own"
+        )
+    try:
+        found = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place} is not TOML: {error}") from error
+    for key, model in {"asked": Asked, "row": Row, "ordering": Claim}.items():
+        given = found.get(key, [])
+        if not isinstance(given, list) or not all(isinstance(table, dict) for table in given):
+            raise ConfigError(f"{key} in {place} must be a list of tables, but is {given!r}")
+        found[key] = tuple(parse(model, t, f"{place} {key}[{i}]") for i, t in enumerate(given))
+    ablation = parse(Ablation, found, place)
+    _check(ablation, place)
+    return ablation
+
+
+def _check(ablation: Ablation, place: str) -> None:
+    """What the fields cannot say one by one."""
+    labels = ablation.labels
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"{place} has two rows called {twice[0]}; labels tell rows apart")
+    kinds = {KINDS.get(asked.task, asked.task) for asked in ablation.asked}
+    if unknown := sorted(kinds - {*COLUMNS}):
+        raise ConfigError(
+            f"{place} asks for {unknown[0]!r}{_nearest(unknown[0], [*COLUMNS, *KINDS])}; known are "
+            f"{', '.join([*COLUMNS, *KINDS])}"
+        )
+    metrics = sorted({m.partition("/")[0] for kind in kinds for m in COLUMNS[kind]})
+    for claim in ablation.ordering:
+        for label in (claim.better, claim.than):
+            if label not in labels:
+                raise ConfigError(
+                    f"{place} orders {claim.better} and {claim.than}, but has no row {label!r}"
+                    f"{_nearest(label, labels)}"
+                )
+        if claim.metric.partition("/")[0] not in metrics:
+            raise ConfigError(
+                f"{place} orders rows by {claim.metric!r}{_nearest(claim.metric, metrics)}; what is asked has "
+                f"{', '.join(metrics)}"
+            )
+
+
+def plan(
+    ablation: Ablation,
+    caches: Mapping[str, FeatureCache],
+    *,
+    rows: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
+    """Which rows to train on which cache; every head is built once, so that what cannot be is known before training.
+
+    Args:
+        ablation: as read.
+        caches: name → cache.
+        rows: labels of those wanted; None takes all.
+        settings: {"head": {…}, "train": {…}} from the command line, over everything that the file says; `head` is for
+            rows of the ablation's own method.
+
+    Raises:
+        ConfigError: a label that is not there, an unknown key or a wrong value in a row, or nothing left to train.
+        TaskError: a cache without the task.
+    """
+    known = ablation.labels
+    for label in rows or ():
+        if label not in known:
+            raise ConfigError(
+                f"no row {label!r}{_nearest(label, known)}; the ablation of {ablation.method} has {', '.join(known)}"
+            )
+    wanted = [row for row in ablation.row if rows is None or row.label in rows]
+    entries: dict[str, list[Entry]] = {}
+    left_out: list[str] = []
+    for name, cache in caches.items():
+        for task in (ablation.task, *(asked.task for asked in ablation.asked)):
+            task_of(cache, task)
+        reasons: dict[str, list[str]] = {}
+        for row in wanted:
+            entry = _entry(ablation, row, cache.spec.backbone.family, settings or {})
+            why = _twin(entry, entries.get(name, ())) or _obstacle(entry, cache)
+            if why is None:
+                entries.setdefault(name, []).append(entry)
+            else:
+                reasons.setdefault(why, []).append(row.label)
+        left_out += [_left_out(name, labels, why) for why, labels in reasons.items()]
+    if not entries:
+        raise ConfigError(f"no row can be trained; {left_out[0]}")
+    chosen = {row.label for row in wanted}
+    orderings = [o for o in ablation.orderings() if {o.better, o.than} <= chosen]
+    return Plan(entries, orderings, left_out)
+
+
+def _entry(
+    ablation: Ablation, row: Row, family: str, settings: Mapping[str, Mapping[str, Any]]
+) -> Entry:
+    """A row's settings on a family: what all share, what the family needs, what differs, what the command line says."""
+    head = dict(row.head)
+    if row.method is None:
+        shared = {**ablation.head, **ablation.family.get(family, {})}
+        head = {**shared, **head, **settings.get("head", {})}
+    train = {**ablation.train, **row.train, **settings.get("train", {})}
+    asked = tuple(Question(a.task, a.world) for a in ablation.asked)
+    return Entry(row.label, row.method or ablation.method, ablation.task, asked, head, train)
+
+
+def _twin(entry: Entry, others: Iterable[Entry]) -> str | None:
+    """Why a row is no row of its own; None if it is."""
+    for other in others:
+        if replace(other, label=entry.label) == entry:
+            return f"under these settings it is the same as row {other.label}"
+    return None
+
+
+def _obstacle(entry: Entry, cache: FeatureCache) -> str | None:
+    """Why a cache's backbone cannot do a row; None if it can.
+
+    Raises:
+        ConfigError: a key or value that no backbone would make right, or a task that the method does not know.
+    """
+    module = load_method(entry.method)
+    try:
+        config = parse(module.Config, entry.head, "head")
+        parse(TrainConfig, entry.train, "train")
+    except ConfigError as error:
+        raise ConfigError(f"row {entry.label}: {error}") from error
+    if entry.task not in module.Head.tasks:
+        known = ", ".join(sorted(module.Head.tasks))
+        raise ConfigError(
+            f"row {entry.label}: {entry.method} works on {known}, not on {entry.task}"
+        )
+    try:
+        check_streams(cache, module.Head.needs(config), entry.method)
+        module.Head(config, module.Head.prepare(config, context_of(cache), cache))
+    except MissingStream as error:
+        return str(error)
+    return None
+
+
+def _left_out(cache: str, labels: Sequence[str], why: str) -> str:
+    what = f"row {labels[0]} is" if len(labels) == 1 else f"rows {', '.join(labels)} are"
+    return f"{cache}: {what} left out, as {why}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
