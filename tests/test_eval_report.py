@@ -468,9 +468,8 @@ def test_the_page_says_what_every_number_needs(files):
     assert 'class="below"' in text
     assert "f00dcafe1234" in text
     assert "0.2064 → 0.1978" in text
-    assert (
-        text.count("<svg ") == 1 + 3 + 1
-    )  # curve, three metrics by category, training of tf_local
+    # Curve, three metrics by category, training of tf_local; accuracy by attribute and object, a confusion map a row.
+    assert text.count("<svg viewBox") - text.count('class="key"') == 1 + 3 + 1 + 2 + 2
     assert all('role="img" aria-label="' in svg for svg in re.findall(r"<svg [^>]*>", text))
 
 
