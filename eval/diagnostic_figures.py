@@ -110,9 +110,7 @@ def _accuracies(c: Comparison, kind: Kind, series: Mapping[str, int]) -> str:
         svg = diagnostic_plots.primitive_dots(
             names, mine, series, counts, f"Accuracy by {noun}, {backbone}, {c.title}"
         )
-        keys = ", ".join(
-            f"{_key(series[label])}{text(label.partition(' · ')[0])}" for label in mine
-        )
+        keys = ", ".join(_key(series[row], row.partition(" · ")[0]) for row in mine)
         link = "" if figures else data_link(f"accuracy-{kind}", csv_text(lines))
         figures.append(
             f"<figure>{svg}<figcaption><b>Accuracy by {noun}</b>, {text(backbone)}: {keys}.{cut} {link}</figcaption>"
@@ -122,20 +120,21 @@ def _accuracies(c: Comparison, kind: Kind, series: Mapping[str, int]) -> str:
 
 
 def _lines(label: str, seed: int, bias: float | None, found: Accuracy) -> list[Sequence[object]]:
-    shown = "none" if bias is None else f"{bias:.6g}"
+    shown = "none" if bias is None else bias
     return [
         (label, seed, name, shown, int(n.sum()), int(right.sum()), int(n[0]), int(right[0]), int(n[1]), int(right[1]))
         for name, n, right in zip(found.names, found.n, found.right, strict=True)
     ]  # fmt: skip
 
 
-def _key(number: int) -> str:
-    """The mark of a series, as in the plot."""
+def _key(number: int, name: str) -> str:
+    """The mark of a series, as in the plot, and its name."""
     mark = diagnostic_plots.MARKS[number % len(diagnostic_plots.MARKS)]
     fill = diagnostic_plots.colour(number)
     return (
-        f'<svg class="key" viewBox="-7 -7 14 14" aria-hidden="true"><path d="{mark}" fill="{fill}"/></svg> '
-    )  # fmt: skip
+        f'<span class="key"><svg viewBox="-7 -7 14 14" aria-hidden="true"><path d="{mark}" fill="{fill}"/></svg> '
+        f"{text(name)}</span>"
+    )
 
 
 def _confusion(row: Row, series: Mapping[str, int]) -> str:
@@ -145,9 +144,10 @@ def _confusion(row: Row, series: Mapping[str, int]) -> str:
     matrix = found.matrix()
     order = most_confused(matrix, CONFUSED)
     seeds = f", mean of {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+    alone = f"; {found.alone:.4g} images without a choice" if found.alone else ""
     heading = (
         f"<b>{chip(series[group.label])}{text(group.label)}</b>{seeds}: {100 * found.right():.1f} % right given the "
-        f"object (chance {100 * found.chance:.1f} %; {found.alone:.4g} images without a choice)."
+        f"object (chance {100 * found.chance:.1f} %{alone})."
     )
     if not len(order):
         return f"<figure><figcaption>{heading} No attribute was taken for another.</figcaption></figure>"

@@ -77,7 +77,7 @@ def _maps(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
         f'<li><span class="look{small}" style="aspect-ratio:{width}/{height}"></span><small>image</small></li>'
     ]
     for word, weight in zip(words, weights, strict=True):
-        span = f"{weight.min():.3g} – {weight.max():.3g}"
+        span = f"{weight.min():.3g}–{weight.max():.3g}"
         alt = f"where “{text(word)}” looks: {span}"
         veil = f'<img src="{data_image(_png(_veil(weight)))}" alt="{alt}">'
         look = f'<span class="look{small}" style="aspect-ratio:{width}/{height}">{veil}</span>'

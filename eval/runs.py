@@ -6,7 +6,8 @@
                            method, backbone, dataset and seed will do
       scores-<name>.zarr   score tables, any number
       history.jsonl        {"step": 10, "loss": 0.5} and {"step": 10, "validation": {"auc": 0.2}}, optional
-      pictures/*.npz       image (H, W, 3) uint8, words, weights (words, rows, columns), caption, score; optional
+      pictures/*.npz       image (H, W, 3) uint8, words, weights (words, rows, columns), and if known caption, score,
+                           says, verdict, right; or strip (words, numbers), words, says; optional
       pictures/*.png       optional
 
 Tables share a comparison when data set, task, split, world and the very items are equal; seeds of one backbone, method

@@ -1,6 +1,12 @@
 """Accuracy per primitive and confusion given the object: equal to loops from the definition, and to the curve."""
 
+import base64
+import csv
+import io
+import re
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import czsl
+from eval.comparison import Comparison, Row
 from eval.composition import CompositionScores
 from eval.curve import best_point
 from eval.czsl_summary import CompositionSummary, summarise
+from eval.diagnostic_figures import diagnostics_of
 from eval.diagnostics import (
     Confusion,
     accuracy,
@@ -22,6 +30,7 @@ from eval.diagnostics import (
 )
 from eval.errors import ScoreTableError
 from eval.reduction import Layout
+from eval.runs import Group, Question, Run
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 FACTS: dict[str, Any] = {"split": "test", "space": "logit"}
@@ -291,3 +300,103 @@ def test_a_confusion_without_images_of_one_kind_has_no_best_bias() -> None:
     table = world(q=4, a=2, o=2, share=1.0, tied=False, seed=0)
     assert best_hm_bias(table) is None
     assert isinstance(confusion(table, None), Confusion)
+
+
+# ── in the report ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plotted(n_attrs: int = 4, n_objs: int = 3, seeds: tuple[int, ...] = (0, 1)) -> Comparison:
+    """One row of two seeds and one of a summary, which keeps the best pairs only."""
+    pairs = [(f"a{i:02d}<", f"o{j}") for i in range(n_attrs) for j in range(n_objs)]
+    c = len(pairs)
+    target, seen = np.arange(4 * c) % c, np.arange(c) % 3 > 0
+
+    def table(seed: int) -> CompositionScores:
+        noise = np.random.default_rng(seed).normal(size=(len(target), c))
+        return CompositionScores(noise + 1.5 * np.eye(c)[target], target, pairs, seen, **FACTS)
+
+    def group(method: str, tables: list[Any]) -> Group:
+        facts = {"method": method, "backbone": "clip:demo", "dataset": "toy"}
+        runs = [Run(Path("r"), {**facts, "seed": s}) for s in range(len(tables))]
+        return Group("clip:demo", method, "logit", tuple(runs), tuple(tables))
+
+    whole = [table(seed) for seed in seeds]
+    rows = tuple(Row(g, (), {}) for g in (group("m", whole), group("kept", [summary_of(whole[0])])))
+    question = Question("toy", "czsl", "", "test", "closed", "0")
+    return Comparison(question, 1, "exact", rows, {}, "")
+
+
+SERIES = {"m · clip:demo": 0, "kept · clip:demo": 1}
+
+
+def csvs(page: str, name: str) -> list[dict[str, str]]:
+    """The rows of the CSV files of that name in a page."""
+    code = re.findall(rf'download="{name}\.csv" href="data:text/csv;base64,([^"]+)"', page)
+    return [
+        row for one in code for row in csv.DictReader(io.StringIO(base64.b64decode(one).decode()))
+    ]
+
+
+def test_the_report_shows_each_attribute_at_its_mean_over_seeds() -> None:
+    c = plotted()
+    page = diagnostics_of(c, SERIES)
+    tables = [t for t in c.rows[0].group.tables if isinstance(t, CompositionScores)]
+    shares = [accuracy(t, "attr", best_hm_bias(t)).share()[:, 0] for t in tables]
+    for i, mean in enumerate(np.mean(shares, axis=0)):
+        assert f"<title>a{i:02d}&lt;, m · clip:demo: {100 * mean:.1f} % of 12</title>" in page
+    assert "a00<" not in page
+    lines = csvs(page, "accuracy-attr")
+    assert len(lines) == 4 * 2 * 3  # attributes × with and without bias × seeds of both rows
+    one = next(
+        x for x in lines if (x["attr"], x["seed"], x["row"]) == ("a02<", "1", "m · clip:demo")
+    )
+    bias = best_hm_bias(tables[1])
+    assert bias is not None
+    assert float(one["bias"]) == pytest.approx(bias, rel=1e-5)
+    found = accuracy(tables[1], "attr", bias)
+    assert [one[k] for k in ("n_seen", "right_seen", "n_unseen", "right_unseen")] == [
+        str(x) for k in (0, 1) for x in (found.n[2, k], found.right[2, k])
+    ]
+
+
+def test_the_report_shows_what_is_taken_for_what_and_says_what_is_left_out() -> None:
+    c = plotted()
+    page = diagnostics_of(c, SERIES)
+    tables = [t for t in c.rows[0].group.tables if isinstance(t, CompositionScores)]
+    found = mean_confusion([confusion(t, best_hm_bias(t)) for t in tables])
+    assert "mean of 2 seeds" in page
+    assert "tables that keep the best pairs of each image only are left out" in page
+    matrix = found.matrix()
+    for i, j in zip(*np.nonzero(matrix), strict=True):
+        n = f"{100 * matrix[i, j] / 12:.1f} % ({matrix[i, j]:.4g} images)"
+        what = f"right {n}" if i == j else f"taken for a{j:02d}&lt;: {n}"
+        assert re.search(rf"<title>a{i:02d}&lt;:? {re.escape(what)}</title>", page)
+    lines = csvs(page, "confusion")
+    assert [(x["attr"], x["taken_for"], x["obj"], float(x["images"]), float(x["of"])) for x in lines] == [
+        tuple(m) for m in found.most()
+    ]  # fmt: skip
+    assert page.count("<li>") == 8
+    assert f"{100 * found.right():.1f} % right given the object" in page
+
+
+def test_with_many_attributes_the_hardest_and_most_confused_are_drawn_and_the_page_says_so() -> (
+    None
+):
+    c = plotted(n_attrs=40, n_objs=2, seeds=(3,))
+    page = diagnostics_of(c, SERIES)
+    assert "The 30 of 40 with the lowest mean over the rows are drawn." in page
+    assert re.search(r"The 24 attributes with the most confusions, of \d\d with any", page)
+    assert len(csvs(page, "accuracy-attr")) == 40 * 2 * 2
+    assert len(page) < 250_000
+
+
+def test_other_tables_have_no_such_section_and_a_perfect_one_has_no_map() -> None:
+    c = plotted()
+    assert diagnostics_of(replace(c, curve="legacy"), SERIES) == ""
+    table = c.rows[0].group.tables[0]
+    assert isinstance(table, CompositionScores)
+    perfect = replace(table, scores=np.eye(table.shape[1])[table.target])
+    group = replace(c.rows[0].group, runs=c.rows[0].group.runs[:1], tables=(perfect,))
+    page = diagnostics_of(replace(c, rows=(replace(c.rows[0], group=group),)), SERIES)
+    assert "100.0 % right given the object" in page
+    assert "No attribute was taken for another." in page

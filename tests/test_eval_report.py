@@ -468,10 +468,10 @@ def test_the_page_says_what_every_number_needs(files):
     assert 'class="below"' in text
     assert "f00dcafe1234" in text
     assert "0.2064 → 0.1978" in text
-    assert (
-        text.count("<svg ") == 1 + 3 + 1
-    )  # curve, three metrics by category, training of tf_local
-    assert all('role="img" aria-label="' in svg for svg in re.findall(r"<svg [^>]*>", text))
+    # Curve, three metrics by category, training of tf_local; accuracy by attribute and object, a confusion map a row.
+    assert text.count("<svg viewBox") - text.count('class="key"') == 1 + 3 + 1 + 2 + 2
+    pictures = [svg for svg in re.findall(r"<svg [^>]*>", text) if "aria-hidden" not in svg]
+    assert all('role="img" aria-label="' in svg for svg in pictures)
 
 
 def test_a_training_panel_says_whose_it_is(tmp_path):
@@ -564,17 +564,41 @@ def test_pictures_show_every_word_and_whose_they_are(tmp_path):
     assert '<b>a red cup</b><span class="soft"> · score 0.250' in text
     assert '<b>red cup</b><span class="soft"></span>' in text
     assert [text.count(f"where “{word}” looks") for word in ("red", "cup")] == [2, 2]
+    assert text.count("cup<small>6–11</small>") == 1
+    assert "verdict" not in text.partition("<body>")[2]
     assert 'alt="c"' in text
     assert Page(text).fetched == []
 
 
-def test_a_veil_is_clear_where_the_word_looks_most():
+def test_a_picture_says_what_its_maps_are_and_whether_the_head_was_right(tmp_path):
+    run = write_run(tmp_path / "runs", "trident")
+    says = {"says": np.array("gates <of> slots")}
+    attention(run / "pictures" / "a.npz", verdict=np.array("predicted"), right=np.True_, **says)
+    attention(run / "pictures" / "b.npz", verdict=np.array("not it"), right=np.False_, **says)
+    strip = np.array([[0.0, 2.0, 0.0, 4.0], [1.0, 0.0, 0.0, 0.0]])
+    words = np.array(["mask 1", "mask 2"])
+    np.savez(run / "pictures" / "strip.npz", strip=strip, words=words, says=np.array("masks"))
+    text = report([run], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    assert text.count("Shown: gates &lt;of&gt; slots.") == 1
+    assert '<p class="verdict"><span class="up">✓</span> predicted</p>' in text
+    assert '<p class="verdict"><span class="down">✗</span> not it</p>' in text
+    assert '<span class="soft">masks</span>' in text
+    assert "<small>mask 1: 50 % closed, largest 4</small>" in text
+    assert "<small>mask 2: 75 % closed, largest 1</small>" in text
+    page = Page(text)
+    assert (page.fetched, page.open) == ([], [])
+    np.savez(run / "pictures" / "strip.npz", strip=strip, words=words[:1])
+    with pytest.raises(RunError, match=r"strip\.npz must hold strip.*\(2, 4\) and 1 words"):
+        report([run], tmp_path / "r.html")
+
+
+def test_a_veil_is_clear_at_the_largest_weight_and_dark_at_the_smallest():
     from eval.pictures import _veil
 
-    veil = _veil(np.array([[0.1, 0.4], [0.0, 0.2]]))
-    assert veil[0, 1, 3] == 0
-    assert veil[1, 0, 3] == veil[..., 3].max() == round(255 * 0.82)
-    assert (_veil(np.zeros((2, 2)))[..., 3] == round(255 * 0.82)).all()
+    veil = _veil(np.array([[0.1, 0.4], [0.2, 0.25]]))[..., 3]
+    dark = round(255 * 0.82)
+    assert veil.tolist() == [[dark, 0], [139, 105]]  # 0.82 · 255 · (2/3, 1/2)
+    assert (_veil(np.full((2, 2), 0.3))[..., 3] == 0).all()
 
 
 @pytest.mark.parametrize(
