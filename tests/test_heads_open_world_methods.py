@@ -30,7 +30,6 @@ from heads.runs import train_run
 from heads.score import score, score_open
 from heads.source import context_of
 from heads.tasks import CompositionData, load_task
-from heads.train import seed_everything
 
 SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "ffn": 16, "layers": 1}
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -78,7 +77,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FeatureCache]:
 
 def head_of(cache: FeatureCache, method: str, config: dict[str, Any], seed: int = 0) -> Head:
     """A head whose every parameter was moved at random, or solved."""
-    seed_everything(seed)
+    torch.manual_seed(seed)
     module = load_method(method)
     chosen = module.Config(**config)
     head: Head = module.Head(chosen, module.Head.prepare(chosen, context_of(cache), cache))

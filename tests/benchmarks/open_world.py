@@ -6,6 +6,8 @@
 product      the inner products alone, in the same blocks: what any evaluation of these scores has to pay
 reduced      the same rows, made and reduced as `heads.score` does it, with 50 feasibility levels and the best K kept;
              then the exact curve at all 50 thresholds
+relative     a few images by p(pair) + p(attr)·p(obj), as simfp scores: every threshold's kept pairs as a set of their
+             own, their softmaxes made anew; without what a head spends on its logits
 whole        a table of as many images as fit --limit-gib, every score kept: its exact curve, and the legacy procedure
 
 CPU seconds, one torch thread; what is compared is time an image. Each runs in a process of its own, whose largest
@@ -18,7 +20,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +31,14 @@ from torch import Tensor
 
 from eval import czsl
 from eval.composition import CompositionScores
-from eval.czsl_summary import Layout, summarise
+from eval.czsl_summary import Layout, summarise, summarise_levels
 from eval.feasibility import grid
 from eval.legacy import legacy_curve
 from eval.open_world import search_threshold
-from heads.base import Context, EmbeddingHead, HeadConfig, Needs
+from heads.base import Context, EmbeddingHead, HeadConfig, Needs, SetHead
+from heads.blocks.nested import nested_mixture
 from heads.features import Features
-from heads.grid import by_rows, whole
+from heads.grid import by_levels, by_rows, whole
 
 ATTRS, OBJS, SEEN = 413, 674, 5_592
 """C-GQA."""
@@ -56,6 +59,35 @@ class Synthetic(EmbeddingHead):
 
     def embed_candidates(self, candidates: Features) -> Float[Tensor, "c d"]:
         return candidates["x"]
+
+
+class Mixture(SetHead):
+    """Pair logits by inner products, those of words as large as random ones of their number."""
+
+    score_space = "probability"
+    training_kind = "none"
+
+    def __init__(self, world: "World") -> None:
+        super().__init__(HeadConfig(), Context(shapes={}))
+        order = torch.from_numpy(world.layout.order)
+        self.attr, self.obj, self.words = order // OBJS, order % OBJS, world.words
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        return Needs(frozenset(), frozenset())
+
+    def gather(self, parts: Iterable[Features]) -> Tensor:
+        return torch.cat([part["x"] for part in parts])
+
+    def against(self, queries: Features, gathered: Any) -> Float[Tensor, "q c"]:
+        return next(self.nested(queries, gathered, [len(gathered)]))
+
+    def nested(
+        self, queries: Features, gathered: Any, sizes: Sequence[int]
+    ) -> Iterator[Float[Tensor, "q n"]]:
+        q = queries["x"]
+        attr, obj = (q @ w.T for w in self.words)
+        return nested_mixture(10 * (q @ gathered.T), attr, obj, self.attr, self.obj, sizes)
 
 
 class World:
@@ -108,6 +140,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     with torch.inference_mode():
         if args.part == "whole":
             measure_whole(world, whole(*given, 64), clock)
+        elif args.part == "relative":
+            mixture = by_levels(Mixture(world), *given[1:], 1024, world.layout.sizes())
+            with clock("all"):
+                summarise_levels(
+                    mixture, world.layout, world.target, world.pairs,
+                    split="test", space="probability", keep=args.keep,
+                )  # fmt: skip
         elif args.part == "product":
             with clock("all"):
                 for _ in by_rows(*given, 1024):
@@ -162,10 +201,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--images", type=int, default=5_098)
+    parser.add_argument("--relative", type=int, default=120, help="images of the part relative")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--keep", type=int, default=5)
     parser.add_argument("--limit-gib", type=float, default=2.0)
-    parser.add_argument("--part", choices=["product", "reduced", "whole"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=["product", "reduced", "relative", "whole"], help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.part:
         print(json.dumps(measure(args)))
@@ -180,6 +222,11 @@ def main() -> None:
         )
     print(f"reduced ÷ product: {reduced['all'] / product['all']:.2f}")
     print(f"50 thresholds: {reduced['search']:.2f} CPU s; auc at the best {reduced['auc']:.4f}")
+    found = apart(args, "relative", args.relative)
+    print(
+        f"relative {args.relative} images: {found['all'] / args.relative * 1e3:.0f} CPU ms an image for all 51 sets of "
+        f"candidates, peak {found['peak']:.2f} GiB"
+    )
     fits = largest_slice(args)
     found = apart(args, "whole", fits)
     per_image = (reduced["all"] - product["all"] + reduced["search"]) / args.images
