@@ -11,6 +11,7 @@ from drawn import drawn
 from torch import Tensor
 
 from cache_builder import FeatureCache
+from eval.composition import CompositionScores
 from eval.score_io import load as load_table
 from heads import load_method, miniature
 from heads.base import Context
@@ -222,6 +223,7 @@ def test_a_picture_of_czsl_shows_the_pair_predicted_and_whether_it_is_right(
     run = tmp_path / "run"
     train_run(cache, "simfp", run, task="czsl", settings=settings, progress=False)
     (table,) = (load_table(path) for path in score_run(run))
+    assert isinstance(table, CompositionScores)
     *paths, last = save_pictures(run, cache, drawn(), task="czsl", n=3)
     assert last.name[:2] == f"{len(paths):02d}"  # simfp has no strip
     first = {int(t): q for q, t in reversed(list(enumerate(table.target)))}
