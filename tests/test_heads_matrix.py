@@ -62,10 +62,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "`csp`": POOLED,
     "`simfp`": POOLED,
     "`branch_blocks`": POOLED,
-    "`trident`": ("no word/states", *("no image/prefix",) * 2, "no word/states", "yes"),
-    "`trident`, `words=clip_text`": (
-        *("adds words", "no image/prefix", "no image/prefix", "adds words", "no text/pooled"),
-    ),
+    "`trident`": ("no word/states", *("no image/prefix",) * 3, "yes"),
+    "`trident`, `words=clip_text`": (*("adds words", *("no image/prefix",) * 3, "no text/pooled"),),
     "… and `global_stream=pooled`": (*("adds words",) * 4, "no image/pooled"),
 }
 CELLS = [(m, b) for m, row in EXPECTED.items() for b, _ in zip(BACKBONES, row, strict=True)]

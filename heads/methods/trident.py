@@ -38,7 +38,7 @@ from heads.blocks.aggregation import (
 )
 from heads.blocks.readout import Readout
 from heads.blocks.words import WordEmbedder
-from heads.errors import ConfigError
+from heads.errors import ConfigError, MissingStream
 from heads.features import Batch, Features
 from heads.maps import Maps
 from heads.words import K_AUXILIARY, word_tables
@@ -164,7 +164,17 @@ class Head(EmbeddingHead):
 
     @classmethod
     def prepare(cls, config: Any, context: Context, cache: FeatureCache) -> Context:
-        """The word vectors, and the auxiliary attributes of every train pair."""
+        """The word vectors, and the auxiliary attributes of every train pair.
+
+        Raises:
+            MissingStream: the global vector would be row 0 of a backbone that pools by attention, where no row is the
+                class token; or word vectors are missing.
+        """
+        if config.global_stream == "prefix" and Readout(context.readout).pools_all_rows():
+            raise MissingStream(
+                f"trident reads the class token, row 0 of image/prefix, as its global vector, and {cache.place} is of "
+                "a backbone that pools all rows by attention: choose head.global_stream=pooled"
+            )
         chosen = config.model_dump(include={"words", "glove", "auxiliary"})
         return word_tables(context, cache, **chosen)
 
