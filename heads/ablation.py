@@ -14,7 +14,8 @@
     metric = "best_hm"
     source = "…"
 
-The packaged ones are heads/ablations/<method>.toml; a path names one of your own.
+The packaged ones are heads/ablations/<method>.toml, and czsl.toml with all heads of that task; a path names one of your
+own.
 """
 
 import difflib
@@ -113,7 +114,7 @@ class Plan:
 
 
 def names() -> list[str]:
-    """Methods with a packaged ablation, sorted."""
+    """Packaged ablations, sorted."""
     folder = files("heads") / "ablations"
     return sorted(
         p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")

@@ -18,7 +18,7 @@ from heads.cli import main
 from heads.compare import Entry
 from heads.config import parse
 from heads.errors import ConfigError, TaskError
-from heads.runs import train_run
+from heads.sweep import Trained, Wanted, train_runs
 from heads.train_config import TrainConfig
 
 MINE = """
@@ -82,14 +82,14 @@ RIGHT = {"trident": ("llava", "clip")}
 CASES = [(name, family) for name in names() for family in RIGHT.get(name, ("clip",))]
 
 
-def test_five_methods_have_an_ablation() -> None:
-    assert names() == ["branch_blocks", "csp", "simfp", "tf_local", "trident"]
+def test_five_methods_have_an_ablation_and_the_czsl_task_a_table() -> None:
+    assert names() == ["branch_blocks", "csp", "czsl", "simfp", "tf_local", "trident"]
 
 
 @pytest.mark.parametrize("name", names())
 def test_a_packaged_ablation_is_for_its_method_and_says_how_to_run_it(name: str) -> None:
     ablation = read(name)
-    assert ablation.method == name
+    assert ablation.method == name or name == ablation.task
     text = (Path(__file__).parent.parent / "heads/ablations" / f"{name}.toml").read_text()
     header = text[: text.index("\n\n")]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -101,7 +101,7 @@ def test_rows_of_a_packaged_ablation_differ_and_orderings_name_their_source(name
     ablation = read(name)
     resolved = set()
     for row in ablation.row:
-        config = load_method(row.method or name).Config
+        config = load_method(row.method or ablation.method).Config
         shared = {} if row.method else ablation.head
         head = parse(config, {**shared, **row.head}, "head")
         train = parse(TrainConfig, {**ablation.train, **row.train}, "train")
@@ -124,11 +124,12 @@ def test_every_row_trains_a_step_on_its_backbone(
     made = plan(read(name), {"it": cache}, settings={"train": {"steps": 1}})
     assert made.left_out == []
     assert [entry.label for entry in made.entries["it"]] == read(name).labels
-    for entry in made.entries["it"]:
-        settings = {"head": entry.head, "train": entry.train}
-        out = fast_path / entry.label
-        train_run(cache, entry.method, out, task=entry.task, settings=settings, progress=False)
-        assert (out / "model.safetensors").exists()
+    wanted = [
+        Wanted(entry.method, fast_path / entry.label, {"head": entry.head, "train": entry.train})
+        for entry in made.entries["it"]
+    ]
+    runs = train_runs(cache, wanted, task=read(name).task, progress=False)
+    assert all(isinstance(run, Trained) for run in runs)
 
 
 def row_of(entries: list[Entry], label: str) -> Entry:
