@@ -46,7 +46,8 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         default=[],
         metavar="KEY=VALUE,VALUE,…",
         help="a run for each value, e.g. train.seed=0,1,2; repeated, for each combination. Runs of several seeds take "
-        "the batches of the first one (train.order_seed), unless --own-order is given",
+        "the batches of the first one (train.order_seed), unless --own-order is given; heads without randomness run "
+        "under the first seed alone",
     )
     train.add_argument(
         "--own-order",
@@ -131,6 +132,7 @@ def _say(run: Any, task: str) -> None:
 
 def _points(args: argparse.Namespace) -> list[tuple[str, dict[str, dict[str, Any]], str]]:
     """Every run that is asked for: method, settings, and its directory's name among several."""
+    from heads import load_method
     from heads.config import read_settings
     from heads.errors import ConfigError
 
@@ -140,7 +142,8 @@ def _points(args: argparse.Namespace) -> list[tuple[str, dict[str, dict[str, Any
         )
     configs = _configs(args.config, args.method)
     axes = [_axis(text) for text in args.sweep]
-    if twice := sorted({key for key, _ in axes if [k for k, _ in axes].count(key) > 1}):
+    keys = [key for key, _ in axes]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"--sweep {twice[0]} is given twice; put all its values into one")
     seeds = dict(axes).get("train.seed")
     if args.own_order and not seeds:
@@ -150,7 +153,10 @@ def _points(args: argparse.Namespace) -> list[tuple[str, dict[str, dict[str, Any
     fixed = [] if args.seed is None else [f"train.seed={args.seed}"]
     out = []
     for method in args.method:
+        draws = load_method(method).Head.training_kind == "gradient"
         for values in product(*(values for _, values in axes)):
+            if seeds and not draws and values[keys.index("train.seed")] != seeds[0]:
+                continue  # without randomness, one seed says it all
             chosen = [f"{key}={value}" for (key, _), value in zip(axes, values, strict=True)]
             settings = read_settings(configs.get(method), [*args.set, *fixed, *chosen])
             if seeds and not args.own_order:

@@ -199,6 +199,9 @@ def test_several_methods_take_a_file_each(cache: FeatureCache, tmp_path: Path) -
     words = ["zero_shot", "tf_local", "--task", "matching", "--config", f"tf_local={small}"]
     assert sweep(cache, tmp_path / "runs", *words) == 0
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["tf_local", "zero_shot"]
+    assert sweep(cache, tmp_path / "seeds", *words, "--sweep", "train.seed=2,3") == 0
+    names = ["tf_local-seed2", "tf_local-seed3", "zero_shot-seed2"]
+    assert sorted(p.name for p in (tmp_path / "seeds").iterdir()) == names
 
 
 @pytest.mark.parametrize(
