@@ -18,7 +18,6 @@ The packaged ones are heads/ablations/<method>.toml, and czsl.toml with all head
 own.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,13 +30,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from cache_builder import FeatureCache
 from eval.comparison import COLUMNS
 from eval.orderings import Ordering
-from heads import load_method
+from heads.base import Head
 from heads.compare import Entry, Question
-from heads.config import parse
+from heads.config import nearest, parse
 from heads.errors import ConfigError, MissingStream
-from heads.source import check_streams, context_of
+from heads.sweep import Wanted, sound
 from heads.tasks import task_of
-from heads.train_config import TrainConfig
 
 LEGEND = "In brackets: P paper, C its released code, T third-party notes, D deduced, O ours."
 """Of the packaged sources, for people."""
@@ -136,7 +134,7 @@ def read(which: str) -> Ablation:
         text = (files("heads") / "ablations" / place).read_bytes()
     else:
         raise ConfigError(
-            f"no ablation {which!r}{_nearest(which, names())}; packaged are {', '.join(names())}, and a path that ends "
+            f"no ablation {which!r}{nearest(which, names())}; packaged are {', '.join(names())}, and a path that ends "
             "in .toml names one of your own"
         )
     try:
@@ -161,7 +159,7 @@ def _check(ablation: Ablation, place: str) -> None:
     kinds = {KINDS.get(asked.task, asked.task) for asked in ablation.asked}
     if unknown := sorted(kinds - {*COLUMNS}):
         raise ConfigError(
-            f"{place} asks for {unknown[0]!r}{_nearest(unknown[0], [*COLUMNS, *KINDS])}; known are "
+            f"{place} asks for {unknown[0]!r}{nearest(unknown[0], [*COLUMNS, *KINDS])}; known are "
             f"{', '.join([*COLUMNS, *KINDS])}"
         )
     metrics = sorted({m.partition("/")[0] for kind in kinds for m in COLUMNS[kind]})
@@ -170,11 +168,11 @@ def _check(ablation: Ablation, place: str) -> None:
             if label not in labels:
                 raise ConfigError(
                     f"{place} orders {claim.better} and {claim.than}, but has no row {label!r}"
-                    f"{_nearest(label, labels)}"
+                    f"{nearest(label, labels)}"
                 )
         if claim.metric.partition("/")[0] not in metrics:
             raise ConfigError(
-                f"{place} orders rows by {claim.metric!r}{_nearest(claim.metric, metrics)}; what is asked has "
+                f"{place} orders rows by {claim.metric!r}{nearest(claim.metric, metrics)}; what is asked has "
                 f"{', '.join(metrics)}"
             )
 
@@ -203,7 +201,7 @@ def plan(
     for label in rows or ():
         if label not in known:
             raise ConfigError(
-                f"no row {label!r}{_nearest(label, known)}; the ablation of {ablation.method} has {', '.join(known)}"
+                f"no row {label!r}{nearest(label, known)}; the ablation of {ablation.method} has {', '.join(known)}"
             )
     wanted = [row for row in ablation.row if rows is None or row.label in rows]
     entries: dict[str, list[Entry]] = {}
@@ -212,9 +210,10 @@ def plan(
         for task in (ablation.task, *(asked.task for asked in ablation.asked)):
             task_of(cache, task)
         reasons: dict[str, list[str]] = {}
+        built: list[Head] = []  # kept for the loop, so that rows share one live backbone
         for row in wanted:
             entry = _entry(ablation, row, cache.spec.backbone.family, settings or {})
-            why = _twin(entry, entries.get(name, ())) or _obstacle(entry, cache)
+            why = _twin(entry, entries.get(name, ())) or _obstacle(entry, cache, built)
             if why is None:
                 entries.setdefault(name, []).append(entry)
             else:
@@ -248,36 +247,23 @@ def _twin(entry: Entry, others: Iterable[Entry]) -> str | None:
     return None
 
 
-def _obstacle(entry: Entry, cache: FeatureCache) -> str | None:
-    """Why a cache's backbone cannot do a row; None if it can.
+def _obstacle(entry: Entry, cache: FeatureCache, built: list[Head]) -> str | None:
+    """Why a cache's backbone cannot do a row; None if it can, and then its head is appended to `built`.
 
     Raises:
-        ConfigError: a key or value that no backbone would make right, or a task that the method does not know.
+        ConfigError: a key or value that is wrong, or a task that the method does not know; names the row.
     """
-    module = load_method(entry.method)
+    settings = {"head": entry.head, "train": entry.train}
     try:
-        config = parse(module.Config, entry.head, "head")
-        parse(TrainConfig, entry.train, "train")
-    except ConfigError as error:
-        raise ConfigError(f"row {entry.label}: {error}") from error
-    if entry.task not in module.Head.tasks:
-        known = ", ".join(sorted(module.Head.tasks))
-        raise ConfigError(
-            f"row {entry.label}: {entry.method} works on {known}, not on {entry.task}"
-        )
-    try:
-        check_streams(cache, module.Head.needs(config), entry.method)
-        module.Head(config, module.Head.prepare(config, context_of(cache), cache))
+        found = sound(cache, Wanted(entry.method, Path(entry.label), settings), entry.task)
+        built.append(found.build())
     except MissingStream as error:
         return str(error)
+    except ConfigError as error:
+        raise ConfigError(f"row {entry.label}: {error}") from error
     return None
 
 
 def _left_out(cache: str, labels: Sequence[str], why: str) -> str:
     what = f"row {labels[0]} is" if len(labels) == 1 else f"rows {', '.join(labels)} are"
     return f"{cache}: {what} left out, as {why}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -93,7 +93,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     score.set_defaults(func=_score)
 
     cli_words.add_verbs(verbs)
-    cli_compare.add_verbs(verbs)
+    cli_compare.add_verb(verbs)
 
     shelf = verbs.add_parser(
         "list",
@@ -175,7 +175,8 @@ def _score(args: argparse.Namespace) -> None:
 def _draw(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache, load_dataset
     from heads.pictures import save_pictures
-    from heads.runs import read_run, trained_cache
+    from heads.run_files import read_run
+    from heads.runs import trained_cache
 
     record = read_run(args.run)
     cache = FeatureCache.open(args.cache, check="read") if args.cache else trained_cache(record)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heads.errors import ConfigError
+from heads.errors import ConfigError, HeadError
 
 if TYPE_CHECKING:
     from cache_builder import FeatureCache
 
 
-def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb."""
     compare = verbs.add_parser(
         "compare",
@@ -68,24 +68,30 @@ def _compare(args: argparse.Namespace) -> None:
     made = plan(ablation, caches, rows=args.rows, settings=read_settings(None, args.set))
     for sentence in made.left_out:
         print(sentence, flush=True)
-    out = args.out or Path("runs", f"ablate-{ablation.method}")
-    runs = compare(
+    out = args.out or Path("runs", f"ablate-{Path(args.ablate).stem}")
+    compared = compare(
         {name: caches[name] for name in made.entries},
         made.entries,
         range(args.seeds),
         out,
         workers=args.workers or os.cpu_count() or 1,
     )
+    if not compared.runs:
+        raise HeadError(f"no run was made. {'; '.join(compared.failures)}")
     paths = report(
-        runs,
+        compared.runs,
         out / "report.html",
         title=f"Ablation of {ablation.method}",
         orderings=made.orderings,
-        notes=[LEGEND, *made.left_out],
+        notes=[LEGEND, *made.left_out, *compared.failures],
     )
     print(next(p for p in paths if p.suffix == ".md").read_text(encoding="utf-8"))
     for path in paths:
         print(f"wrote {path}")
+    if compared.failures:
+        raise HeadError(
+            f"{len(compared.failures)} runs failed, all others are in the report. {'; '.join(compared.failures)}"
+        )
 
 
 def _open(paths: Sequence[Path]) -> dict[str, "FeatureCache"]:

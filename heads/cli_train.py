@@ -1,11 +1,11 @@
 """`headstart train`: one head on a cache, or several heads, settings and seeds in one pass over it."""
 
 import argparse
-import re
-from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from heads.run_files import Trained
 
 MOVED = "where the cache's backbone lies now, for methods that run its text tower"
 
@@ -68,46 +68,42 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def _train(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
     from heads.config import parse
-    from heads.errors import TrainingDiverged
-    from heads.sweep import Trained, Wanted, train_runs
+    from heads.errors import HeadError
+    from heads.run_files import Failed, Trained
+    from heads.sweep import Wanted, train_runs
+    from heads.sweep_grid import config_files, points
     from heads.tasks import task_of
     from heads.train_config import TrainConfig
 
-    points = _points(args)
+    configs = config_files(args.config, args.method)
+    sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
+    asked = points(args.method, configs, sets, args.sweep, own_order=args.own_order)
     cache = FeatureCache.open(args.cache, check="read")
     task = task_of(cache, args.task)
-    if len(points) == 1:
-        method, settings, _ = points[0]
-        seed = parse(TrainConfig, settings["train"], "train").seed
-        default = Path("runs", f"{method}-{args.cache.stem}-{task}-seed{seed}")
+    if len(asked) == 1:
+        seed = parse(TrainConfig, asked[0].settings["train"], "train").seed
+        default = Path("runs", f"{asked[0].method}-{args.cache.stem}-{task}-seed{seed}")
         places = [args.out or default]
     else:
         folder = args.out or Path("runs", f"sweep-{args.cache.stem}-{task}")
-        places = [folder / name for _, _, name in points]
+        places = [folder / point.name for point in asked]
     wanted = [
-        Wanted(method, place, settings, backbone=args.backbone)
-        for (method, settings, _), place in zip(points, places, strict=True)
+        Wanted(point.method, place, point.settings, backbone=args.backbone)
+        for point, place in zip(asked, places, strict=True)
     ]
     found = train_runs(cache, wanted, task=task)
     done = [run for run in found if isinstance(run, Trained)]
-    if done:
-        for split, n in done[0].record["dropped"].items():
-            if n:
-                print(f"left out {n} {split} examples whose image is quarantined")
+    for split in ("train", "val"):
+        if n := max((run.record["dropped"][split] for run in done), default=0):
+            print(f"left out {n} {split} examples whose image is quarantined")
     for run in done:
-        _say(run, task)
-    failed = [
-        (place, run)
-        for place, run in zip(places, found, strict=True)
-        if isinstance(run, TrainingDiverged)
-    ]
+        _say(run)
+    failed = [run for run in found if isinstance(run, Failed)]
     if failed and len(found) == 1:
-        raise failed[0][1]
+        raise failed[0].error
     if failed:
-        what = "; ".join(f"{place}: {error}" for place, error in failed)
-        raise TrainingDiverged(
-            f"{len(failed)} of {len(found)} runs diverged, the others are kept. {what}"
-        )
+        what = "; ".join(f"{run.path}: {run.error}" for run in failed)
+        raise HeadError(f"{len(failed)} of {len(found)} runs failed, the others are kept. {what}")
     if len(done) == 1:
         print(f"wrote {done[0].path}; next: headstart score {done[0].path} --split test")
     else:
@@ -116,93 +112,15 @@ def _train(args: argparse.Namespace) -> None:
         )
 
 
-def _say(run: Any, task: str) -> None:
+def _say(run: "Trained") -> None:
+    """What became of a run, in a line or two."""
     record = run.record
     wait = record["data_wait_seconds"] / max(record["seconds"], 1e-9)
     beside = f", beside {record['beside']} others" if record["beside"] else ""
     print(
-        f"{record['method']} · {task} · seed {record['seed']}: {record['parameters']:,} parameters, {record['steps']} "
-        f"steps in {record['seconds']:.1f} s ({wait:.0%} waiting for data{beside})"
+        f"{record['method']} · {record['task']} · seed {record['seed']}: {record['parameters']:,} parameters, "
+        f"{record['steps']} steps in {record['seconds']:.1f} s ({wait:.0%} waiting for data{beside})"
     )
     if run.result.best:
-        metric = record["train"]["select"]
-        best = run.result.best
+        metric, best = record["train"]["select"], run.result.best
         print(f"best val {metric} {best[metric]:.4f} at step {best['step']}")
-
-
-def _points(args: argparse.Namespace) -> list[tuple[str, dict[str, dict[str, Any]], str]]:
-    """Every run that is asked for: method, settings, and its directory's name among several."""
-    from heads import load_method
-    from heads.config import read_settings
-    from heads.errors import ConfigError
-
-    if twice := sorted({m for m in args.method if args.method.count(m) > 1}):
-        raise ConfigError(
-            f"{twice[0]} is named twice; use --sweep for several settings of one method"
-        )
-    configs = _configs(args.config, args.method)
-    axes = [_axis(text) for text in args.sweep]
-    keys = [key for key, _ in axes]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ConfigError(f"--sweep {twice[0]} is given twice; put all its values into one")
-    seeds = dict(axes).get("train.seed")
-    if args.own_order and not seeds:
-        raise ConfigError(
-            "--own-order is about the seeds of --sweep train.seed=…, and there are none"
-        )
-    fixed = [] if args.seed is None else [f"train.seed={args.seed}"]
-    out = []
-    for method in args.method:
-        draws = load_method(method).Head.training_kind == "gradient"
-        for values in product(*(values for _, values in axes)):
-            if seeds and not draws and values[keys.index("train.seed")] != seeds[0]:
-                continue  # without randomness, one seed says it all
-            chosen = [f"{key}={value}" for (key, _), value in zip(axes, values, strict=True)]
-            settings = read_settings(configs.get(method), [*args.set, *fixed, *chosen])
-            if seeds and not args.own_order:
-                first = read_settings(None, [f"train.seed={seeds[0]}"])["train"]["seed"]
-                settings["train"].setdefault("order_seed", first)
-            out.append((method, settings, _name(method, axes, values)))
-    return out
-
-
-def _configs(given: Sequence[str], methods: Sequence[str]) -> dict[str, Path]:
-    """Method → its TOML file."""
-    from heads.errors import ConfigError
-
-    found: dict[str, Path] = {}
-    for text in given:
-        method, equals, file = text.partition("=")
-        if not equals and len(methods) == 1:
-            method, file = methods[0], text
-        elif method not in methods:
-            raise ConfigError(
-                f"--config {text!r} is not METHOD=FILE for one of the methods named ({', '.join(methods)})"
-            )
-        if method in found:
-            raise ConfigError(f"{method} has two --config files, {found[method]} and {file}")
-        found[method] = Path(file)
-    return found
-
-
-def _axis(text: str) -> tuple[str, list[str]]:
-    """`KEY=A,B` → KEY and its values; commas inside brackets or quotes do not separate."""
-    from heads.errors import ConfigError
-
-    key, equals, values = text.partition("=")
-    found = [v.strip() for v in re.findall(r"""(?:\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])+""", values)]
-    if not equals or not found or len(set(found)) < len(found):
-        raise ConfigError(
-            f"--sweep {text!r} is not of the form KEY=VALUE,VALUE,… with values that differ, e.g. train.seed=0,1,2"
-        )
-    return key.strip(), found
-
-
-def _name(method: str, axes: Sequence[tuple[str, list[str]]], values: Sequence[str]) -> str:
-    """e.g. `csp-dropout=0.5-seed0`."""
-    parts = [method]
-    for (key, _), value in zip(axes, values, strict=True):
-        short = key.rpartition(".")[2]
-        plain = re.sub(r"[^\w.]+", "_", value).strip("_")
-        parts.append(f"seed{plain}" if key == "train.seed" else f"{short}={plain}")
-    return "-".join(parts)

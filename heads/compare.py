@@ -3,8 +3,10 @@
 Each combination becomes an ordinary run directory, `OUT/<backbone>/<label>-seed<n>`, so `eval` reads a comparison
 exactly as it reads runs made by hand. Heads without randomness run under the first seed only.
 
-    a pass     all rows of one backbone, task and seed: trained side by side (sweep.py), then scored
-    resume     a finished run of the same request is kept, and scored where it was not yet
+    a pass     all rows of one backbone, task and seed: trained side by side (sweep.py), then scored; cut in parts
+               where there are more workers than passes
+    resume     a finished run of the same request is kept, and scored where it was not yet; a pass is written when its
+               training has ended, so one that was killed before is trained again
 """
 
 import json
@@ -21,17 +23,15 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from cache_builder import FeatureCache
-from heads import checkpoint, load_method
+from heads import load_method
 from heads.base import Head
-from heads.errors import ConfigError, RunExists, TrainingDiverged
-from heads.runs import read_run, score_paths, score_run
-from heads.sweep import RECORD, Trained, Wanted, train_runs
+from heads.errors import ConfigError, RunExists
+from heads.run_files import RECORD, Trained, clear_unfinished, read_run
+from heads.runs import score_paths, score_run
+from heads.sweep import Wanted, sound, train_runs
 
 THREADS = 1
 """Of each worker: small heads gain nothing from a second one, and the same count gives the same bits everywhere."""
-
-LEFT_BEHIND = (*checkpoint.FILES, "history.jsonl")
-"""Files of a run that was interrupted before its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,20 @@ class Job:
         return {"head": dict(self.entry.head), "train": {**self.entry.train, "seed": self.seed}}
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a comparison made.
+
+    Attributes:
+        runs: directories of the runs, in order.
+        failures: sentences about runs that failed, as by a loss that is not finite; they have no scores.
+
+    """
+
+    runs: list[Path]
+    failures: list[str]
+
+
 def compare(
     caches: Mapping[str, FeatureCache],
     entries: Sequence[Entry] | Mapping[str, Sequence[Entry]],
@@ -85,8 +99,8 @@ def compare(
     out: str | Path,
     *,
     workers: int = 1,
-) -> list[Path]:
-    """Train and score every combination; returns the run directories.
+) -> Compared:
+    """Train and score every combination; one that fails in training does not hold up the others.
 
     Args:
         caches: backbone's name → its cache. All must hold the same samples.
@@ -98,7 +112,6 @@ def compare(
     Raises:
         ConfigError: caches of different samples, or two entries of one label.
         RunExists: a run directory holds something else than was asked for.
-        TrainingDiverged: names the runs that did; all others are made.
     """
     _check_same_samples(caches)
     rows = entries if isinstance(entries, Mapping) else dict.fromkeys(caches, entries)
@@ -113,40 +126,37 @@ def compare(
         for entry in rows[name]
         for seed in _seeds(entry, seeds)
     ]
-    digests = {cache.place.absolute(): cache.digest() for cache in caches.values()}
+    opened = {cache.place.absolute(): cache for cache in caches.values()}
     for job in jobs:
-        _check_place(job, digests[job.cache])
+        _check_place(job, opened[job.cache])
     passes: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
         passes.setdefault((job.cache, job.entry.task, job.seed), []).append(job)
-    failures: list[str] = []
+    cut = -(-workers // len(passes))
+    parts = [rows[i::cut] for rows in passes.values() for i in range(min(cut, len(rows)))]
+    failures: dict[Path, str] = {}
     # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(_run, jobs): jobs for jobs in passes.values()}
+        running = {pool.submit(_run, part): part for part in parts}
         with tqdm(total=len(jobs), desc="training and scoring", unit="run") as bar:
             for done in as_completed(running):
-                failures += done.result()
-                bar.set_postfix_str(
-                    f"{running[done][0].out.parent.name}, seed {running[done][0].seed}"
-                )
+                failures |= done.result()
+                first = running[done][0]
+                bar.set_postfix_str(f"{first.out.parent.name}, seed {first.seed}")
                 bar.update(len(running[done]))
-    if failures:
-        raise TrainingDiverged(
-            f"{len(failures)} of {len(jobs)} runs diverged, all others are made. {'; '.join(failures)}"
-        )
-    return [job.out for job in jobs]
+    made = [job.out for job in jobs if job.out not in failures]
+    return Compared(made, [failures[job.out] for job in jobs if job.out in failures])
 
 
-def _run(jobs: Sequence[Job]) -> list[str]:
-    """Train and score a pass; returns what diverged."""
+def _run(jobs: Sequence[Job]) -> dict[Path, str]:
+    """Train and score a pass, or a part of one; returns what failed, and why."""
     torch.set_num_threads(THREADS)
     # scikit-learn's BLAS too: its idle threads spin and slow the worker beside it
     threadpool_limits(THREADS)
     cache = FeatureCache.open(jobs[0].cache, check="read")
     missing = [job for job in jobs if not (job.out / RECORD).exists()]
     for job in missing:
-        for name in LEFT_BEHIND:
-            (job.out / name).unlink(missing_ok=True)
+        clear_unfinished(job.out)
     wanted = [
         Wanted(job.entry.method, job.out, job.settings, label=job.entry.label) for job in missing
     ]
@@ -157,11 +167,11 @@ def _run(jobs: Sequence[Job]) -> list[str]:
         if isinstance(run, Trained):
             heads[job.out] = run.head
         else:
-            failures[job.out] = f"{job.out}: {run}"
+            failures[job.out] = f"{job.out}: {run.error}"
     for job in jobs:
         if job.out not in failures:
             _score(job, cache, heads.get(job.out))
-    return list(failures.values())
+    return failures
 
 
 def _score(job: Job, cache: FeatureCache, head: Head | None) -> None:
@@ -176,17 +186,30 @@ def _score(job: Job, cache: FeatureCache, head: Head | None) -> None:
         score_run(job.out, cache=cache, head=head, **options)
 
 
-def _check_place(job: Job, digest: str) -> None:
-    """A finished run in a job's place must be what is asked for."""
+def _check_place(job: Job, cache: FeatureCache) -> None:
+    """A finished run in a job's place must be what is asked for, down to the defaults in force."""
     if not (job.out / RECORD).exists():
         return
     record = read_run(job.out)
-    asked = json.loads(json.dumps(job.settings))
-    found = (record["method"], record["task"], record.get("asked"), record["cache"]["digest"])
-    if found != (job.entry.method, job.entry.task, asked, digest):
+    entry = job.entry
+    wanted = sound(cache, Wanted(entry.method, job.out, job.settings), entry.task)
+    now = {
+        "method": entry.method,
+        "task": entry.task,
+        "asked": json.loads(json.dumps(job.settings)),
+        "head": wanted.head_config.model_dump(mode="json"),
+        "train": wanted.train.model_dump(mode="json"),
+        "cache": cache.digest(),
+    }
+    then = {**{name: record.get(name) for name in now}, "cache": record["cache"]["digest"]}
+    if wanted.kind.training_kind == "closed_form":
+        then["head"] = now["head"]  # validation chose among configurations
+    for name in ("negatives", "select"):  # settled by the data
+        then["train"] = {**then["train"], name: now["train"][name]}
+    if differ := [name for name in now if now[name] != then[name]]:
         raise RunExists(
-            f"{job.out} holds a run of another method, task, cache or other settings than are asked for now; choose "
-            "another --out, or remove it"
+            f"{job.out} holds a run that differs from what is asked for now in {', '.join(differ)}; choose another "
+            "--out, or remove it"
         )
 
 

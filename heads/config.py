@@ -28,12 +28,15 @@ RECORDED = ("headstart", "torch", "numpy", "zarr", "safetensors", "scikit-learn"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read_settings(path: Path | None, sets: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+def read_settings(
+    path: Path | None, sets: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Merge a TOML file and `key=value` overrides into {"head": {…}, "train": {…}}.
 
     Args:
         path: TOML with the tables `head` and `train`; None for none.
         sets: e.g. "train.lr=3e-4" or "head.variant=global"; the value is TOML, a bare word is a string.
+        values: the same, as values: "train.lr" → 3e-4.
 
     Raises:
         ConfigError: unreadable TOML, an unknown table, or an override without "=" or without its table.
@@ -50,15 +53,17 @@ def read_settings(path: Path | None, sets: Iterable[str] = ()) -> dict[str, dict
             if not isinstance(table, dict):
                 raise ConfigError(f"{name} in {path} must be a table, [{name}], but is {table!r}")
             settings[name].update(table)
+    given: list[tuple[str, str, Any]] = []
     for text in sets:
         key, equals, value = text.partition("=")
+        given.append((f"--set {text!r}", key if equals else "", value_of(value.strip())))
+    given += [(f"{key}={value}", key, value) for key, value in (values or {}).items()]
+    for said, key, value in given:
         section, dot, name = key.strip().partition(".")
-        if not (equals and dot and name):
-            raise ConfigError(
-                f"--set {text!r} is not of the form head.NAME=VALUE or train.NAME=VALUE"
-            )
-        _check_section(section, f"--set {text}")
-        settings[section][name] = _value(value.strip())
+        if not (dot and name):
+            raise ConfigError(f"{said} is not of the form head.NAME=VALUE or train.NAME=VALUE")
+        _check_section(section, said)
+        settings[section][name] = value
     return settings
 
 
@@ -76,7 +81,7 @@ def parse(model: type[Model], values: Mapping[str, Any], section: str) -> Model:
     for name in values:
         if name not in model.model_fields:
             known = ", ".join(model.model_fields) or "none"
-            near = _nearest(name, model.model_fields)
+            near = nearest(name, model.model_fields)
             raise ConfigError(f"no key {section}.{name}{near} (known: {known})")
     try:
         return model.model_validate(dict(values))
@@ -136,11 +141,11 @@ def git_commit() -> str | None:
 def _check_section(name: str, where: str) -> None:
     if name not in SECTIONS:
         raise ConfigError(
-            f"{where} names {name!r}{_nearest(name, SECTIONS)}; the tables are {' and '.join(SECTIONS)}"
+            f"{where} names {name!r}{nearest(name, SECTIONS)}; the tables are {' and '.join(SECTIONS)}"
         )
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A TOML value, or the text itself where it is none: `--set head.variant=global` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -148,6 +153,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, or nothing where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

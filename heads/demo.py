@@ -13,7 +13,7 @@ from typing import Any
 from cache_builder import build, load_backbone, load_dataset
 from eval.report import report
 from heads.compare import Entry, Question, compare
-from heads.errors import RunExists
+from heads.errors import RunExists, TrainingDiverged
 from heads.pictures import save_pictures
 
 BACKBONES = ("clip", "siglip2", "pe", "llava")
@@ -101,7 +101,10 @@ def run(
         name: entries(epochs, joint="image/pooled" in cache.streams)
         for name, cache in caches.items()
     }
-    runs = compare(caches, rows, range(seeds), out / "runs", workers=os.cpu_count() or 1)
+    compared = compare(caches, rows, range(seeds), out / "runs", workers=os.cpu_count() or 1)
+    if compared.failures:
+        raise TrainingDiverged("; ".join(compared.failures))
+    runs = compared.runs
     for path in runs:
         if path.name in PICTURED:
             save_pictures(path, caches[path.parent.name], dataset, task="two_by_two", n=5)

@@ -15,6 +15,7 @@ Both give every example exactly once an epoch, in an order that depends on (seed
 
 import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,10 +136,16 @@ class Loader:
             yield batch
             del found, batch  # the consumer's is now the only one
 
-    def all(self) -> Batch:
-        """The whole set as one batch, in the order of the data: for closed-form fits."""
+    def all(self, needs: Needs | None = None) -> Batch:
+        """The whole set as one batch, in the order of the data: for closed-form fits.
+
+        Args:
+            needs: whose streams of queries; None is those of this loader.
+        """
         captions = self.plan.captions(np.random.default_rng([self.seed, 0]))
-        return self._batch(_Part(np.arange(len(self.plan.images)), {}), captions)
+        mine = copy(self)
+        mine.source = self.source if needs is None else self.source.only(needs)
+        return mine._batch(_Part(np.arange(len(self.plan.images)), {}), captions)
 
     def _sampler(self, epoch: int) -> PartnerSampler | None:
         """Who stands beside whom in an epoch, if the head wants partners."""

@@ -1,15 +1,12 @@
-"""A run: one head trained on one cache under one seed, kept in a directory of its own, and scored from there.
+"""Train a run into a directory of its own, and score it from there.
 
     runs/tf_local-photos-matching-seed42/
-      config.json model.safetensors     the head (checkpoint.py)
-      run.json                          resolved configuration, versions, commit, seed, cache, data, result
-      history.jsonl                     every step and every validation
-      scores-test.zarr …                score tables for `eval`
+      config.json model.safetensors run.json history.jsonl      the trained head (run_files.py)
+      scores-test.zarr …                                        score tables for `eval`
 
 A directory that holds anything is never trained into, and a score table never overwritten.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +27,11 @@ from heads.errors import (
     HeadError,
     RunExists,
     TaskError,
-    TrainingDiverged,
 )
 from heads.overlap import TrainOverlap, train_overlap
+from heads.run_files import Failed, Trained, read_run
 from heads.score import Direction, score, score_both, score_open, source_of
-from heads.sweep import Trained, Wanted, train_runs
+from heads.sweep import Wanted, train_runs
 from heads.tasks import CompositionData, RetrievalData, load_task
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
@@ -72,8 +69,8 @@ def train_run(
     """
     wanted = Wanted(method, Path(out), settings or {}, label, backbone)
     (found,) = train_runs(cache, [wanted], task=task, progress=progress)
-    if isinstance(found, TrainingDiverged):
-        raise found
+    if isinstance(found, Failed):
+        raise found.error
     return found
 
 
@@ -194,28 +191,6 @@ def _seen_before(
         return train_overlap(trained, record["task"], cache, task, split)
     except (CacheError, HeadError, OSError) as error:
         return TrainOverlap(None, why=str(error))
-
-
-def read_run(run: str | Path) -> dict[str, Any]:
-    """The record of a run.
-
-    Raises:
-        FileNotFoundError: not a run directory.
-        CheckpointMismatch: its `run.json` is damaged.
-    """
-    path = Path(run) / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{run} is no run: {path} is missing; make one with `headstart train`"
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        _ = record["task"], record["cache"]["path"], record["cache"]["digest"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointMismatch(
-            f"{path} is no record of a run ({error!r}); train it again"
-        ) from error
-    return record
 
 
 def trained_cache(record: Mapping[str, Any]) -> FeatureCache:

@@ -9,8 +9,7 @@ A run ends in the same bits here as alone, where its rows are held in the same p
 limit of memory, and rows that no longer fit come in the order of a block shuffle (loader.py).
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
@@ -20,19 +19,17 @@ from typing import Any, NamedTuple
 from cache_builder import FeatureCache
 from heads import checkpoint, load_method
 from heads.base import Context, Head, Needs
-from heads.config import describe_cache, git_commit, parse, versions
-from heads.errors import ConfigError, RunExists, TrainingDiverged
+from heads.config import parse
+from heads.errors import ConfigError, HeadError
+from heads.learner import Learner, seed_everything
 from heads.loader import Loader
 from heads.plans import Negatives, usual_negatives
+from heads.run_files import Failed, Trained, check_places, write
 from heads.source import Source, check_streams, context_of
 from heads.tasks import TaskData, load_task, rows_of, splits_of, task_of
 from heads.train import fit_together
 from heads.train_config import TrainConfig
-from heads.training import FitResult, Training, seed_everything
 from heads.validation import selection, validator
-
-RECORD = "run.json"
-"""Written last: a directory with one is a finished run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +43,6 @@ class Wanted:
     backbone: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A finished run.
-
-    Attributes:
-        path: its directory.
-        head: with the best weights, in evaluation mode.
-        result: history and best validation.
-        record: what `run.json` says.
-
-    """
-
-    path: Path
-    head: Head
-    result: FitResult
-    record: dict[str, Any] = field(default_factory=dict)
-
-
 class Batches(NamedTuple):
     """What runs must have in common to take the same batches."""
 
@@ -74,87 +53,131 @@ class Batches(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """A run whose request is known to be sound."""
+class Sound:
+    """A request that was looked at, and is in order.
+
+    Attributes:
+        wanted: the request.
+        kind: the method's head.
+        head_config, train: its settings.
+        context: what its head is built from.
+
+    """
 
     wanted: Wanted
+    kind: type[Head]
     head_config: Any
     train: TrainConfig
     context: Context
-    kind: type[Head]
+
+    @property
+    def learns(self) -> bool:
+        """Does it want a train split?"""
+        return self.kind.training_kind != "none"
 
     @property
     def needs(self) -> Needs:
+        """Streams it reads."""
         return self.kind.needs(self.head_config)
 
     @property
     def batches(self) -> Batches:
+        """What it must have in common with others to take the same batches."""
         config = self.train
         order = config.seed if config.order_seed is None else config.order_seed
         return Batches(config.batch_size, config.negatives, order, str(config.torch_device()))
 
     def build(self) -> Head:
+        """Its head, freshly drawn."""
         seed_everything(self.train.seed)
         return self.kind(self.head_config, self.context).to(self.train.torch_device())
 
 
+def sound(cache: FeatureCache, wanted: Wanted, task: str) -> Sound:
+    """Look at a request: its method, its settings, the streams it wants.
+
+    Raises:
+        ConfigError, MissingStream, CheckpointMismatch: what is wrong with it.
+    """
+    method, module = wanted.method, load_method(wanted.method)
+    head = module.Head
+    head_config = parse(module.Config, wanted.settings.get("head", {}), "head")
+    train = parse(TrainConfig, wanted.settings.get("train", {}), "train")
+    if task not in head.tasks:
+        raise ConfigError(f"{method} works on {', '.join(sorted(head.tasks))}, not on {task}")
+    needs = head.needs(head_config)
+    check_streams(cache, needs, method)
+    if wanted.backbone is not None:
+        checkpoint.refuse_unused(bool(needs.live), method)
+    context = head.prepare(head_config, context_of(cache, wanted.backbone), cache)
+    return Sound(wanted, head, head_config, train, context)
+
+
 def train_runs(
     cache: FeatureCache, wanted: Sequence[Wanted], *, task: str | None = None, progress: bool = True
-) -> list[Trained | TrainingDiverged]:
+) -> list[Trained | Failed]:
     """Train methods on a cache's train split, select on its val split, and keep each result in its `out`.
 
     Args:
         cache: a sealed feature cache.
-        wanted: the runs; a run that diverges does not hold up the others, and leaves an empty directory.
+        wanted: the runs; one that fails in training does not hold up the others, and leaves an empty directory.
         task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
         progress: show bars.
 
     Returns:
-        The runs in their order, or why one diverged.
+        The runs in their order, or why one failed.
 
     Raises:
         RunExists, ConfigError, TaskError, MissingStream, CheckpointMismatch: see their messages. Nothing is written
             before all requests are known to be sound, and a run's files only when its training has ended.
     """
-    _check_places([w.out for w in wanted])
+    check_places([w.out for w in wanted])
     task = task_of(cache, task)
-    runs = [_sound(cache, w, task) for w in wanted]
-    learns = any(run.kind.training_kind != "none" for run in runs)
+    runs = [sound(cache, w, task) for w in wanted]
+    learns = any(run.learns for run in runs)
     data = load_task(cache, task, "train", allow_missing=True) if learns else None
     has_val = "val" in splits_of(cache, task)
     held_out = load_task(cache, task, "val", allow_missing=True) if has_val else None
     runs = [_settled(run, data, held_out) for run in runs]
-    built = [run.build() for run in runs]
+    sources = _Sources(runs, data, held_out)
+    learners = [Learner(run.build(), run.train, sources.validation(run)) for run in runs]
+    groups: dict[Batches, list[int]] = {}
+    for i, run in enumerate(runs):
+        groups.setdefault(run.batches, []).append(i)
+    loaders = {
+        common: sources.loader(common, [runs[i] for i in groups[common]]) for common in groups
+    }
     # Made only now that nothing is wrong with the requests, but before training: an unwritable place shows at once.
     for run in runs:
         run.wanted.out.mkdir(parents=True, exist_ok=True)
-    sources = _Sources(runs, data, held_out)
-    done: dict[Path, Trained | TrainingDiverged] = {}
-    for common, group in _groups(runs):
-        batches = sources.loader(common, [runs[i] for i in group])
-        trainings = [Training(built[i], runs[i].train, sources.validation(runs[i])) for i in group]
-        results = fit_together(trainings, batches, progress=progress)
-        for i, result in zip(group, results, strict=True):
-            out = runs[i].wanted.out
-            if isinstance(result, TrainingDiverged):
-                done[out] = result
+    done: dict[int, Trained | Failed] = {}
+    for common, members in groups.items():
+        group = [learners[i] for i in members]
+        results = fit_together(group, loaders[common], progress=progress)
+        for i, learner, result in zip(members, group, results, strict=True):
+            run, out = runs[i], runs[i].wanted.out
+            if isinstance(result, HeadError):
+                done[i] = Failed(out, result)
                 continue
-            record = {
-                **_record(runs[i], built[i], result, task, data, held_out),
-                "data_wait_seconds": round(batches.waited, 3) if batches else 0.0,
-                "beside": len(group) - 1,
-                "cache": describe_cache(cache),
+            facts = {
+                "task": task,
+                "label": run.wanted.label,
+                "asked": run.wanted.settings,
+                "examples": _sizes(run, data, held_out, dropped=False),
+                "dropped": _sizes(run, data, held_out, dropped=True),
+                "selected_on": f"val {run.train.select}" if held_out and run.learns else None,
+                "beside": len(members) - 1,
+                "held": sources.places(run),
             }
-            _write(out, built[i], result, record)
-            done[out] = Trained(out, built[i], result, record)
-    return [done[run.wanted.out] for run in runs]
+            done[i] = write(out, learner.head, run.train, result, cache, facts)
+    return [done[i] for i in range(len(runs))]
 
 
 class _Sources:
     """The rows of both splits, held once, and what each run sees of them."""
 
     def __init__(
-        self, runs: Sequence[_Run], data: TaskData | None, held_out: TaskData | None
+        self, runs: Sequence[Sound], data: TaskData | None, held_out: TaskData | None
     ) -> None:
         self.data, self.held_out = data, held_out
         self.sources: dict[tuple[str, str], Source] = {}
@@ -166,8 +189,7 @@ class _Sources:
             uses = [
                 run.needs
                 for run in self.runs
-                if run.batches.device == device
-                and (split == "val" or run.kind.training_kind != "none")
+                if run.batches.device == device and (split == "val" or run.learns)
             ]
             images, texts = rows_of(data)
             self.sources[split, device] = Source(
@@ -175,9 +197,9 @@ class _Sources:
             )
         return self.sources[split, device]
 
-    def loader(self, common: Batches, runs: Sequence[_Run]) -> Loader | None:
+    def loader(self, common: Batches, runs: Sequence[Sound]) -> Loader | None:
         """Batches for a group of runs; None where nothing is trained."""
-        learning = [run.needs for run in runs if run.kind.training_kind != "none"]
+        learning = [run.needs for run in runs if run.learns]
         if self.data is None or not learning:
             return None
         source = self._source("train", self.data, common.device)
@@ -192,7 +214,20 @@ class _Sources:
             source=source.only(needs),
         )
 
-    def validation(self, run: _Run):
+    def places(self, run: Sound) -> dict[str, list[str]]:
+        """Where the rows of a run's train split are held; others may share them."""
+        if self.data is None or not run.learns:
+            return {}
+        source = self._source("train", self.data, run.batches.device).only(run.needs)
+        everywhere = {*source.queries, *source.candidates}
+        elsewhere = {*source.on_device, *source.on_disk}
+        return {
+            "device": sorted(source.on_device),
+            "memory": sorted(everywhere - elsewhere),
+            "disk": sorted(source.on_disk),
+        }
+
+    def validation(self, run: Sound) -> Callable[[Head], dict[str, float]] | None:
         """`validate` of a run, if there is a val split."""
         if self.held_out is None:
             return None
@@ -200,84 +235,22 @@ class _Sources:
         return validator(self.held_out, source.only(run.needs))
 
 
-def _sound(cache: FeatureCache, wanted: Wanted, task: str) -> _Run:
-    """A request that was looked at: its method, its settings, the streams it wants."""
-    method, head = wanted.method, load_method(wanted.method).Head
-    head_config = parse(load_method(method).Config, wanted.settings.get("head", {}), "head")
-    train = parse(TrainConfig, wanted.settings.get("train", {}), "train")
-    if task not in head.tasks:
-        raise ConfigError(f"{method} works on {', '.join(sorted(head.tasks))}, not on {task}")
-    needs = head.needs(head_config)
-    check_streams(cache, needs, method)
-    if wanted.backbone is not None:
-        checkpoint.refuse_unused(bool(needs.live), method)
-    context = head.prepare(head_config, context_of(cache, wanted.backbone), cache)
-    return _Run(wanted, head_config, train, context, head)
-
-
-def _settled(run: _Run, data: TaskData | None, held_out: TaskData | None) -> _Run:
+def _settled(run: Sound, data: TaskData | None, held_out: TaskData | None) -> Sound:
     """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
     negatives, select = run.train.negatives, run.train.select
     if negatives == "auto":
-        learns = run.kind.training_kind != "none"
-        negatives = usual_negatives(data) if data is not None and learns else "none"
+        negatives = usual_negatives(data) if data is not None and run.learns else "none"
     if select is None and held_out is not None:
         select = selection(held_out)
     train = run.train.model_copy(update={"negatives": negatives, "select": select})
     return replace(run, train=train)
 
 
-def _groups(runs: Sequence[_Run]) -> Iterator[tuple[Batches, list[int]]]:
-    """Numbers of the runs that take the same batches, in order of first appearance."""
-    found: dict[Batches, list[int]] = {}
-    for i, run in enumerate(runs):
-        found.setdefault(run.batches, []).append(i)
-    yield from found.items()
-
-
-def _check_places(places: Sequence[Path]) -> None:
-    for out in places:
-        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-            raise RunExists(f"{out} already exists; choose another --out, or remove it")
-    if twice := sorted({str(out) for out in places if places.count(out) > 1}):
-        raise ConfigError(f"several runs would be kept in {twice[0]}; give each a place of its own")
-
-
-def _record(
-    run: _Run,
-    head: Head,
-    result: FitResult,
-    task: str,
-    data: TaskData | None,
-    held_out: TaskData | None,
-) -> dict[str, Any]:
-    """What is known of a run, beside its cache and its waiting."""
-    selects = held_out is not None and head.training_kind != "none"
-    splits = {"train": data if head.training_kind != "none" else None, "val": held_out}
+def _sizes(
+    run: Sound, data: TaskData | None, held_out: TaskData | None, *, dropped: bool
+) -> dict[str, int]:
+    splits = {"train": data if run.learns else None, "val": held_out}
     return {
-        "method": checkpoint.method_name(head),
-        **({"label": run.wanted.label} if run.wanted.label else {}),
-        "task": task,
-        "seed": run.train.seed,
-        "asked": run.wanted.settings,
-        "head": head.config.model_dump(mode="json"),
-        "train": run.train.model_dump(mode="json"),
-        "device": str(run.train.torch_device()),
-        "parameters": head.n_trained(),
-        "examples": {name: len(split) if split else 0 for name, split in splits.items()},
-        "dropped": {name: len(split.dropped) if split else 0 for name, split in splits.items()},
-        "selected_on": f"val {run.train.select}" if selects else None,
-        "best": result.best,
-        "steps": result.steps,
-        "seconds": round(result.seconds, 3),
-        "versions": versions(),
-        "commit": git_commit(),
+        name: 0 if split is None else len(split.dropped if dropped else split)
+        for name, split in splits.items()
     }
-
-
-def _write(out: Path, head: Head, result: FitResult, record: Mapping[str, Any]) -> None:
-    checkpoint.save(head, out)
-    lines = "".join(f"{json.dumps(line)}\n" for line in result.history)
-    (out / "history.jsonl").write_text(lines, encoding="utf-8")
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (out / RECORD).write_text(f"{text}\n", encoding="utf-8")

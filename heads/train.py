@@ -5,22 +5,23 @@ Every optimised method of this project is trained by this loop, alone or beside 
 the released fine-tuning code of BiVLC (arXiv 2406.09952) where it gives a value; each field of `TrainConfig` names its
 source.
 
-    batches ──▶ batch ──▶ head 1: loss, step     each with its own optimiser and random numbers (training.py):
+    batches ──▶ batch ──▶ head 1: loss, step     each with its own optimiser and random numbers (learner.py):
                     ├──▶ head 2: loss, step      the same bits as alone
                     └──▶ …                       read, gathered, widened and moved to the device once
 """
 
 from collections.abc import Sequence
-from itertools import islice
+from functools import reduce
+from operator import or_
 from statistics import fmean
 
 from tqdm import tqdm
 
 from heads.base import Head
-from heads.errors import ConfigError, TrainingDiverged
+from heads.errors import ConfigError, HeadError
+from heads.learner import FitResult, Learner, Validate
 from heads.loader import Loader
 from heads.train_config import TrainConfig
-from heads.training import FitResult, Training, Validate
 
 
 def fit(
@@ -45,76 +46,79 @@ def fit(
         ConfigError: the head has no trainable parameter or no data, `select` is no metric that validation returns, or
             there is `patience` but no validation to wait for.
     """
-    (result,) = fit_together([Training(head, config, validate)], batches, progress=progress)
-    if isinstance(result, TrainingDiverged):
+    (result,) = fit_together([Learner(head, config, validate)], batches, progress=progress)
+    if isinstance(result, HeadError):
         raise result
     return result
 
 
 def fit_together(
-    trainings: Sequence[Training], batches: Loader | None, *, progress: bool = True
-) -> list[FitResult | TrainingDiverged]:
+    learners: Sequence[Learner], batches: Loader | None, *, progress: bool = True
+) -> list[FitResult | HeadError]:
     """Train several heads in one pass over the batches; each ends in the same bits as alone on the same batches.
 
     Args:
-        trainings: one a head, on one device; a head sees of a batch the streams it declares.
+        learners: one a head, on one device; a head sees of a batch the streams it declares.
         batches: the training data, with the streams of all of them; None for heads without training.
         progress: show one bar for all.
 
     Returns:
-        What each did, in order; a training that diverged is its error, and does not hold up the others.
+        What each did, in order; a learner that failed, as by a loss that is not finite, is its error, and does not
+        hold up the others.
 
     Raises:
-        ConfigError: as for `fit`.
+        ConfigError: there are no batches for a head that learns from data.
     """
-    for training in trainings:
-        if batches is None and training.head.training_kind != "none":
-            how = "trained by gradient" if training.head.training_kind == "gradient" else "solved"
-            raise ConfigError(f"{type(training.head).__module__} is {how}, but got no batches")
+    for learner in learners:
+        if batches is None and learner.head.training_kind != "none":
+            how = "trained by gradient" if learner.head.training_kind == "gradient" else "solved"
+            raise ConfigError(f"{type(learner.head).__module__} is {how}, but got no batches")
     if batches is not None:
-        learning = [t for t in trainings if t.head.training_kind == "gradient"]
-        for training in learning:
-            training.begin(len(batches))
-        _descend(learning, batches, progress=progress)
-    _solve([t for t in trainings if t.head.training_kind != "gradient"], batches)
-    return [t.failure or t.result() for t in trainings]
+        _descend([x for x in learners if x.head.training_kind == "gradient"], batches, progress)
+    _solve([x for x in learners if x.head.training_kind != "gradient"], batches)
+    return [learner.failure or learner.result() for learner in learners]
 
 
-def _descend(trainings: Sequence[Training], batches: Loader, *, progress: bool) -> None:
-    total = max((t.total for t in trainings), default=0)
+def _descend(learners: Sequence[Learner], batches: Loader, progress: bool) -> None:
+    for learner in learners:
+        learner.begin(len(batches))
+    total = max((learner.total for learner in learners), default=0)
     with tqdm(total=total, desc="fit", unit="step", disable=not progress or not total) as bar:
         epoch, waited = 0, batches.waited
-        while running := [t for t in trainings if t.runs]:
-            left = max(t.total - t.step for t in running)
-            for batch in islice(batches.epoch(epoch), left):
+        while running := [learner for learner in learners if learner.runs]:
+            for batch in batches.epoch(epoch):
                 wait, waited = batches.waited - waited, batches.waited
-                for training in running:
-                    if training.runs:
-                        training.take(batch, epoch, wait)
+                for learner in running:
+                    if learner.runs:
+                        learner.take(batch, epoch, wait)
                 bar.update()
                 bar.set_postfix_str(_standing(running), refresh=False)
-            for training in running:
-                training.end_epoch(epoch)
+                if not any(learner.runs for learner in running):
+                    break
+            for learner in running:
+                learner.end_epoch(epoch)
             epoch += 1
 
 
-def _solve(trainings: Sequence[Training], batches: Loader | None) -> None:
-    wanted = any(t.head.training_kind == "closed_form" for t in trainings)
-    whole = batches.all() if wanted and batches is not None else None
-    for training in trainings:
-        training.solve(whole if training.head.training_kind == "closed_form" else None)
+def _solve(learners: Sequence[Learner], batches: Loader | None) -> None:
+    solved = [learner for learner in learners if learner.head.training_kind == "closed_form"]
+    whole = None
+    if solved and batches is not None:
+        whole = batches.all(reduce(or_, (learner.needs for learner in solved)))
+    for learner in learners:
+        learner.solve(whole if learner in solved else None)
 
 
-def _standing(trainings: Sequence[Training]) -> str:
+def _standing(learners: Sequence[Learner]) -> str:
     """Loss, share of waiting and best validation, of all that are running."""
-    steps = [t.history[-1] for t in trainings if t.history and "loss" in t.history[-1]]
+    steps = [x.history[-1] for x in learners if x.history and "loss" in x.history[-1]]
     if not steps:
         return ""
     losses = [step["loss"] for step in steps]
     ends = dict.fromkeys(f"{end:.3f}" for end in (min(losses), max(losses)))
     wait = fmean(step["data_wait"] for step in steps)
     found = [f"loss {'–'.join(ends)}", f"waits {wait:.0%}"]
-    best = [t.best for t in trainings if t.best.record]
+    best = [learner.best for learner in learners if learner.best.record]
     if best:
         found.append(f"best {best[0].metric} {max(b.value for b in best):.4f}")
     return " · ".join(found)

@@ -15,10 +15,10 @@ from cache_builder.errors import UnknownName
 from heads import checkpoint, load_method, score
 from heads.base import Head
 from heads.errors import CheckpointMismatch
+from heads.learner import seed_everything
 from heads.loader import Loader
 from heads.source import context_of
 from heads.tasks import load_task
-from heads.training import seed_everything
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
 

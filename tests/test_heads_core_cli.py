@@ -20,7 +20,8 @@ from eval import score_io
 from heads import checkpoint
 from heads.cli import main
 from heads.errors import CheckpointMismatch, TaskError
-from heads.runs import read_run, score_run, train_run
+from heads.run_files import read_run
+from heads.runs import score_run, train_run
 
 SMALL = ["head.layers=1", "head.dim=8", "head.heads=2", "head.ffn=12"]
 QUICK = ["train.epochs=2", "train.batch_size=6", "train.device=cpu"]

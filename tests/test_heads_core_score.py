@@ -16,11 +16,11 @@ from heads import load_method, score
 from heads.base import CrossHead, Head, HeadConfig, Needs
 from heads.errors import CheckpointMismatch, MissingStream, TaskError
 from heads.features import Features
+from heads.learner import seed_everything
 from heads.loader import Loader
 from heads.score import Direction, _below, _cosines, score_both
 from heads.source import Source, context_of
 from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, load_task
-from heads.training import seed_everything
 
 SMALL = {"layers": 2, "dim": 8, "heads": 2, "ffn": 12}
 HEADS = [

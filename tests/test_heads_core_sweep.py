@@ -16,8 +16,10 @@ from heads import pools as pools_file
 from heads import source as source_file
 from heads.cli import main
 from heads.errors import ConfigError, RunExists, TrainingDiverged
-from heads.runs import read_run, train_run
-from heads.sweep import Trained, Wanted, train_runs
+from heads.loader import Loader
+from heads.run_files import Failed, Trained, read_run
+from heads.runs import train_run
+from heads.sweep import Wanted, train_runs
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12, "dropout": 0.3}
 TRAIN = {"epochs": 2, "batch_size": 6, "lr": 1e-2, "device": "cpu"}
@@ -84,13 +86,24 @@ def test_each_run_ends_in_the_same_bits_as_alone(
 
 
 def test_a_probe_is_solved_beside_heads_that_are_trained(
-    cache: FeatureCache, tmp_path: Path
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The whole set in one batch is made of its own streams alone."""
+    seen: list[list[str]] = []
+    real = Loader.all
+
+    def watched(self: Loader, *args: Any) -> Any:
+        batch = real(self, *args)
+        seen.append(list(batch.queries.streams))
+        return batch
+
+    monkeypatch.setattr(Loader, "all", watched)
     probe = wanted(tmp_path / "all" / "probe", "linear_probe", {"C": 1.0}, seed=1)
     beside, _ = together(
         cache, [probe, wanted(tmp_path / "all" / "local", "tf_local", SMALL, seed=1)], "czsl"
     )
     single = alone(cache, probe, tmp_path / "alone", "czsl")
+    assert seen == [["image/pooled"]] * 2
     mine, theirs = beside.head.state_dict(), single.head.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -145,7 +158,8 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(
     good = wanted(tmp_path / "good", "tf_local", SMALL, seed=1)
     bad = wanted(tmp_path / "bad", "tf_local", SMALL, seed=1, lr=1e30, warmup_steps=0)
     failed, run = train_runs(cache, [bad, good], task="two_by_two", progress=False)
-    assert isinstance(failed, TrainingDiverged)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, TrainingDiverged)
     assert isinstance(run, Trained)
     single = alone(cache, good, tmp_path / "alone", "two_by_two")
     mine, theirs = run.head.state_dict(), single.head.state_dict()
@@ -210,9 +224,11 @@ def test_several_methods_take_a_file_each(cache: FeatureCache, tmp_path: Path) -
         (["tf_local", "tf_local"], "named twice"),
         (["tf_local", "--sweep", "train.seed"], "not of the form KEY=VALUE,VALUE"),
         (["tf_local", "--sweep", "train.seed=1,1"], "with values that differ"),
-        (["tf_local", "--sweep", "seed=1,2"], "not of the form head.NAME=VALUE"),
+        (["tf_local", "--sweep", "seed=1,2"], "seed=1 is not of the form head.NAME=VALUE"),
         (["tf_local", "--sweep", "train.lr=1,2", "--sweep", "train.lr=3"], "given twice"),
-        (["tf_local", "--own-order"], "there are none"),
+        (["tf_local", "--own-order"], "there are no two"),
+        (["tf_local", "--sweep", "train.lr=1e-3,0.001"], "with values that differ"),
+        (["tf_local", "--seed", "1", "--sweep", "train.seed=1,2"], "both set and swept"),
         (["tf_local", "zero_shot", "--config", "a.toml"], "METHOD=FILE"),
         (["tf_local", "--config", "a.toml", "--config", "tf_local=b.toml"], "two --config files"),
         (["tf_local", "--sweep", "head.pos=learned,nowhere"], "'nowhere'"),
@@ -237,3 +253,42 @@ def test_values_in_brackets_are_one_value(cache: FeatureCache, tmp_path: Path) -
     assert sweep(cache, tmp_path / "runs", *words) == 0
     found = {tuple(read_run(p)["train"]["betas"]) for p in (tmp_path / "runs").iterdir()}
     assert found == {(0.9, 0.98), (0.9, 0.999)}
+
+
+def test_a_failure_before_any_step_writes_nothing(cache: FeatureCache, tmp_path: Path) -> None:
+    good = wanted(tmp_path / "good", "tf_local", SMALL, seed=1, batch_size=4)
+    odd = wanted(tmp_path / "odd", "tf_local", SMALL, seed=1, batch_size=5)
+    with pytest.raises(ConfigError, match="batch_size 5"):
+        train_runs(cache, [good, odd], task="two_by_two", progress=False)
+    assert not good.out.exists()
+
+
+def test_a_metric_that_is_not_there_fails_one_run_alone(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    good = wanted(tmp_path / "good", "tf_local", SMALL, seed=1)
+    bad = wanted(tmp_path / "bad", "tf_local", SMALL, seed=1, select="aucc")
+    failed, run = train_runs(cache, [bad, good], task="two_by_two", progress=False)
+    assert isinstance(run, Trained)
+    assert isinstance(failed, Failed)
+    assert "'aucc', but validation returns" in str(failed.error)
+
+
+def test_once_nobody_runs_no_batch_is_read(cache: FeatureCache, tmp_path: Path) -> None:
+    """Waiting is counted by run: one that took a single batch has not waited for the others'."""
+    short = wanted(tmp_path / "short", "tf_local", SMALL, seed=1, steps=1)
+    long = wanted(tmp_path / "long", "tf_local", SMALL, seed=1)
+    first, second = together(cache, [short, long], "retrieval")
+    assert first.record["steps"] == 1
+    assert 0 < first.record["data_wait_seconds"] < second.record["data_wait_seconds"]
+    assert first.record["data_wait_seconds"] <= first.record["seconds"]
+    assert set(first.record["held"]["memory"]) == {"image/patches", "text/tokens"}
+
+
+def test_a_directory_with_an_equals_sign_is_no_method(cache: FeatureCache, tmp_path: Path) -> None:
+    small = tmp_path / "lr=0.1" / "small.toml"
+    small.parent.mkdir()
+    small.write_text("[head]\nlayers = 1\ndim = 8\nheads = 2\nffn = 12\n")
+    words = ["tf_local", "--task", "matching", "--config", str(small)]
+    assert sweep(cache, tmp_path / "run", *words) == 0
+    assert read_run(tmp_path / "run")["head"]["dim"] == 8

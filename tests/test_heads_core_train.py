@@ -18,12 +18,12 @@ from heads.base import Context, EmbeddingHead, Head, HeadConfig, Needs
 from heads.config import parse
 from heads.errors import ConfigError, TrainingDiverged
 from heads.features import Batch, Features
+from heads.learner import seed_everything
 from heads.loader import Loader
 from heads.optimizer import cosine_share, optimizer_of, parameter_groups, rate_of
 from heads.source import context_of
 from heads.tasks import load_task
 from heads.train_config import TrainConfig
-from heads.training import seed_everything
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12}
 TOY = TrainConfig(epochs=3, batch_size=4, lr=1e-2, device="cpu", seed=7)

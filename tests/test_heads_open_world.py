@@ -23,12 +23,12 @@ from heads.cli import main
 from heads.errors import ConfigError, MissingStream, TaskError
 from heads.feasibility import feasibility_of, published
 from heads.grid import by_rows
+from heads.learner import seed_everything
 from heads.loader import Loader
 from heads.runs import score_run, train_run
 from heads.score import score_open, source_of
 from heads.source import context_of
 from heads.tasks import CompositionData, load_task
-from heads.training import seed_everything
 
 ATTRS, OBJS = ("blue", "green", "red"), ("bag", "cup", "fan", "hat", "toy")
 RHO = Feasibility(np.linspace(-1, 1, 15)[[*range(7, 15), *range(7)]], ATTRS, OBJS, "by hand")

@@ -34,10 +34,10 @@ from cache_builder.datasets.base import Dataset, ImageRecord, Tasks
 from cache_builder.images import decode
 from heads import Head, load_method
 from heads.features import Features
+from heads.learner import seed_everything
 from heads.loader import Loader
 from heads.source import Source, context_of
 from heads.tasks import load_task
-from heads.training import seed_everything
 
 SCORER = {"dim": 64, "heads": 4, "ffn": 128, "n_sampled": 2}
 HEADS: dict[str, dict[str, Any]] = {

@@ -35,11 +35,11 @@ from cache_builder import FeatureCache
 from cache_builder.reader import ChunkReader, aligned_empty
 from heads import fit, load_method
 from heads.base import Needs
+from heads.learner import seed_everything
 from heads.loader import Loader
 from heads.source import context_of
 from heads.tasks import load_task
 from heads.train_config import TrainConfig
-from heads.training import seed_everything
 
 NEEDS = Needs(frozenset({"image/patches"}), frozenset({"text/pooled"}))
 SCORER = {"dim": 64, "heads": 4, "ffn": 128, "n_sampled": 2}

@@ -1,6 +1,6 @@
 """One head in training: its optimiser, its random numbers, what it has done, and its best weights so far.
 
-`train.py` decides whose turn it is; what happens in a turn is here. Between turns a training's random numbers stay
+`train.py` decides whose turn it is; what happens in a turn is here. Between turns a learner's random numbers stay
 where it left them, so that it ends in the same bits beside others as alone.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eval.errors import ScoreTableError
 from heads.base import Head
-from heads.errors import ConfigError, TrainingDiverged
+from heads.errors import ConfigError, HeadError, TrainingDiverged
 from heads.features import Batch
 from heads.optimizer import optimizer_of, rate_of
 from heads.train_config import TrainConfig
@@ -35,6 +35,7 @@ class FitResult:
             validation, seconds), in order; `data_wait` is the share of the step's time spent waiting for its batch.
         best: the selected validation record's metrics with its step and epoch; empty without validation.
         seconds: its own steps and validations, and the waiting for its batches.
+        waited: seconds of that spent waiting.
         steps: optimiser steps made.
 
     """
@@ -42,6 +43,7 @@ class FitResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float | int] = field(default_factory=dict)
     seconds: float = 0.0
+    waited: float = 0.0
     steps: int = 0
 
 
@@ -55,7 +57,7 @@ def seed_everything(seed: int) -> None:
         torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
 
-class Training:
+class Learner:
     """A head, how it is trained, and where it stands.
 
     Args:
@@ -65,39 +67,37 @@ class Training:
 
     Attributes:
         step, total: optimiser steps made, and to be made; `total` may fall when patience ends.
-        history, seconds: as in `FitResult`.
+        history, seconds, waited: as in `FitResult`.
         failure: why it ended early, if it did.
 
     Raises:
-        ConfigError: there is `patience` but no validation to wait for.
+        ConfigError: the head has no trainable parameter, or there is `patience` but no validation to wait for.
     """
 
     def __init__(self, head: Head, config: TrainConfig, validate: Validate | None = None) -> None:
-        if head.training_kind == "gradient" and config.patience is not None and validate is None:
-            raise ConfigError(
-                f"train.patience is {config.patience}, but there is no validation to wait for; give the data set a val "
-                "split, or leave patience out"
-            )
         self.head, self.config, self.validate = head, config, validate
         self.device = config.torch_device()
         self.needs = head.needs(head.config)
         self.history: list[dict[str, Any]] = []
         self.best = _Best(config.select)
-        self.step, self.total, self.seconds = 0, 0, 0.0
-        self.failure: TrainingDiverged | None = None
+        self.step, self.total, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.failure: HeadError | None = None
+        head.to(self.device)
+        if head.training_kind == "gradient":
+            if config.patience is not None and validate is None:
+                raise ConfigError(
+                    f"train.patience is {config.patience}, but there is no validation to wait for; give the data set "
+                    "a val split, or leave patience out"
+                )
+            self.optimizer = optimizer_of(head, config)
+            self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+            self.loss = torch.compile(head.loss) if config.compile else head.loss
         seed_everything(config.seed)
         self.random = _random_state(self.device)
 
     def begin(self, epoch_steps: int) -> None:
         """Take up training by gradient, with so many batches an epoch."""
-        with self._turn():
-            self.head.to(self.device)
-            self.optimizer = optimizer_of(self.head, self.config)
-            groups = self.optimizer.param_groups
-            self.parameters = [p for group in groups for p in group["params"]]
-            self.total = self.config.steps or self.config.epochs * epoch_steps
-            compiled = self.config.compile
-            self.loss = torch.compile(self.head.loss) if compiled else self.head.loss
+        self.total = self.config.steps or self.config.epochs * epoch_steps
 
     @property
     def runs(self) -> bool:
@@ -105,15 +105,12 @@ class Training:
         return self.step < self.total
 
     def take(self, batch: Batch, epoch: int, waited: float) -> None:
-        """One step on a batch that took `waited` seconds to come; a failure ends this training alone."""
+        """One step on a batch that took `waited` seconds to come; a failure ends this learner alone."""
+        self.waited += waited
+        self.seconds += waited
         with self._turn():
             started = time.perf_counter()
-            try:
-                loss, lr, parts = self._step(batch, epoch)
-            except TrainingDiverged as error:
-                self.failure, self.total = error, self.step
-                return
-            self.seconds += waited
+            loss, lr, parts = self._step(batch, epoch)
             self.history.append(
                 {
                     "step": self.step,
@@ -130,15 +127,7 @@ class Training:
         if self.validate is None or self.failure:
             return
         with self._turn():
-            try:
-                self._measure(self.validate, self.step, epoch)
-            except ScoreTableError as error:
-                self.failure, self.total = (
-                    TrainingDiverged(
-                        f"after step {self.step}, validation could not use the scores: {error}"
-                    ),
-                    self.step,
-                )
+            self._measure(self.validate, self.step, epoch)
         if self.config.patience is not None and self.best.stale >= self.config.patience:
             self.total = self.step
 
@@ -148,7 +137,6 @@ class Training:
         A head without parameters is left as it is. `step` counts the configurations.
         """
         with self._turn():
-            self.head.to(self.device)
             offered = [self.head.config] if self.validate is None else self.head.candidates()
             for step, self.head.config in enumerate(offered):
                 if whole is not None:
@@ -161,7 +149,7 @@ class Training:
         """What was done; the head is left with its best weights, or else its last, in evaluation mode."""
         self.best.restore(self.head)
         self.head.eval()
-        return FitResult(self.history, self.best.record, self.seconds, self.step)
+        return FitResult(self.history, self.best.record, self.seconds, self.waited, self.step)
 
     def _seen(self, batch: Batch) -> Batch:
         """Of a batch what the head declares."""
@@ -190,15 +178,25 @@ class Training:
     def _measure(self, validate: Validate, step: int, epoch: int) -> None:
         started = time.perf_counter()
         self.head.eval()
-        record: dict[str, Any] = {"step": step, "epoch": epoch, "validation": validate(self.head)}
+        try:
+            metrics = validate(self.head)
+        except ScoreTableError as error:
+            raise TrainingDiverged(
+                f"after step {step}, validation could not use the scores: {error}"
+            ) from error
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "validation": metrics}
         self.history.append({**record, "seconds": round(time.perf_counter() - started, 3)})
         self.best.offer(self.head, record)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
+        """Own random numbers and clock; what goes wrong ends this learner, and is kept."""
         started = time.perf_counter()
         _resume_random(self.random)
-        yield
+        try:
+            yield
+        except HeadError as error:
+            self.failure, self.total = error, self.step
         self.random = _random_state(self.device)
         self.seconds += time.perf_counter() - started
 

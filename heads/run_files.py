@@ -1,0 +1,135 @@
+"""A run on disk: what training leaves in its directory, and what may be there before.
+
+    config.json model.safetensors     the head (checkpoint.py)
+    history.jsonl                     every step and every validation
+    run.json                          settings asked for and as resolved, versions, commit, seed, cache, data, result
+
+`run.json` is written last: a directory with one is a finished run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache_builder import FeatureCache
+from heads import checkpoint
+from heads.base import Head
+from heads.config import describe_cache, git_commit, versions
+from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists
+from heads.learner import FitResult
+from heads.train_config import TrainConfig
+
+RECORD = "run.json"
+HISTORY = "history.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        path: its directory.
+        head: with the best weights, in evaluation mode.
+        result: history and best validation.
+        record: what `run.json` says.
+
+    """
+
+    path: Path
+    head: Head
+    result: FitResult
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A run that ended in an error; its directory is empty."""
+
+    path: Path
+    error: HeadError
+
+
+def check_places(places: Sequence[Path]) -> None:
+    """Refuse places that hold anything, and two runs in one.
+
+    Raises:
+        RunExists, ConfigError: names the place.
+    """
+    for out in places:
+        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+            raise RunExists(f"{out} already exists; choose another --out, or remove it")
+    if twice := sorted({str(out) for out in places if places.count(out) > 1}):
+        raise ConfigError(f"several runs would be kept in {twice[0]}; give each a place of its own")
+
+
+def clear_unfinished(out: Path) -> None:
+    """Remove the files of a run that was interrupted before its record."""
+    if not (out / RECORD).exists():
+        for name in (*checkpoint.FILES, HISTORY):
+            (out / name).unlink(missing_ok=True)
+
+
+def write(
+    out: Path,
+    head: Head,
+    train: TrainConfig,
+    result: FitResult,
+    cache: FeatureCache,
+    facts: Mapping[str, Any],
+) -> Trained:
+    """Keep a trained head in `out`, with its record.
+
+    Args:
+        out: a directory that `check_places` let pass.
+        head, train, result: what was trained, how, and what came of it.
+        cache: what it was trained on.
+        facts: what else the record says; a label of None is left out.
+    """
+    label = {"label": facts["label"]} if facts["label"] else {}
+    record = {
+        "method": checkpoint.method_name(head),
+        **label,
+        "seed": train.seed,
+        **{name: value for name, value in facts.items() if name != "label"},
+        "head": head.config.model_dump(mode="json"),
+        "train": train.model_dump(mode="json"),
+        "device": str(train.torch_device()),
+        "parameters": head.n_trained(),
+        "best": result.best,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 3),
+        "data_wait_seconds": round(result.waited, 3),
+        "versions": versions(),
+        "commit": git_commit(),
+        "cache": describe_cache(cache),
+    }
+    checkpoint.save(head, out)
+    lines = "".join(f"{json.dumps(line)}\n" for line in result.history)
+    (out / HISTORY).write_text(lines, encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    (out / RECORD).write_text(f"{text}\n", encoding="utf-8")
+    return Trained(out, head, result, json.loads(text))
+
+
+def read_run(run: str | Path) -> dict[str, Any]:
+    """The record of a run.
+
+    Raises:
+        FileNotFoundError: not a run directory.
+        CheckpointMismatch: its `run.json` is damaged.
+    """
+    path = Path(run) / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run} is no run: {path} is missing; make one with `headstart train`"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _ = record["task"], record["cache"]["path"], record["cache"]["digest"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointMismatch(
+            f"{path} is no record of a run ({error!r}); train it again"
+        ) from error
+    return record
