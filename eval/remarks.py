@@ -4,6 +4,7 @@
     train_overlap          benchmark images that were trained on, or that nobody can tell apart
     selected_on            the split and metric that chose the checkpoint; not held out, where it is the split scored
     rerank                 only the K' best of every query were scored by the head
+    order_seed             training took the batches of another seed than its own (`train` of the run's record)
     feasibility            pairs of the open world that were pruned, by which rule and threshold
     notes                  what an importer found (`eval.importers`)
 
@@ -30,7 +31,7 @@ def remarks(table: Table) -> list[str]:
     found = [*_partial(meta), *_overlap(meta), *_selected(meta, table.split)]
     if k := meta.get("rerank"):
         found.append(f"reranked: the head scored only the {k} best by cosine; not a full ranking")
-    found += [*_feasibility(meta), *(str(note) for note in meta.get("notes") or ())]
+    found += [*_order(meta), *_feasibility(meta), *(str(note) for note in meta.get("notes") or ())]
     return [plain(sentence) for sentence in found]
 
 
@@ -80,6 +81,19 @@ def _selected(meta: Mapping[str, Any], split: str) -> list[str]:
     if split in str(chosen).split():
         return [f"the checkpoint was selected on {chosen}, the split scored: no held-out number"]
     return [f"the checkpoint was selected on {chosen}"]
+
+
+def _order(meta: Mapping[str, Any]) -> list[str]:
+    """Where seeds of a sweep shared one order."""
+    run: Mapping[str, Any] = meta.get("run") or {}
+    train: Mapping[str, Any] = run.get("train") or {}
+    order = train.get("order_seed")
+    if order is None or order == run.get("seed"):
+        return []
+    return [
+        f"trained on the batches of seed {order}, whatever the seed: the spread over seeds leaves the order of the data "
+        "out"
+    ]
 
 
 def _feasibility(meta: Mapping[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ OVERLAP = {"count": 2, "says": "2 of the 9 images scored were trained on"}
         ({"selected_on": "test rsum"}, "selected on test rsum, the split scored: no held-out number"),
         ({"rerank": 16}, "reranked: the head scored only the 16 best by cosine"),
         ({"feasibility": {"mode": "neg_inf", "threshold": 0.40691}}, "mode neg_inf, threshold 0.4069;"),
+        ({"run": {"seed": 2, "train": {"order_seed": 0}}}, "on the batches of seed 0, whatever the seed"),
         ({"notes": ["a list\x07 ends early"]}, "a list\\x07 ends early"),
     ],
 )  # fmt: skip
@@ -56,6 +57,8 @@ def test_each_fact_is_one_sentence(meta, sentence):
         {"partial": False, "dropped": []},
         {"train_overlap": {"count": 0, "says": "none was trained on"}},
         {"run": {"selected_on": None, "method": "a"}, "direction": "t2i"},
+        {"run": {"seed": 2, "train": {"order_seed": None}}},
+        {"run": {"seed": 0, "train": {"order_seed": 0}}},
     ],
 )
 def test_nothing_is_said_where_there_is_nothing_to_say(meta):
