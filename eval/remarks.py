@@ -91,8 +91,8 @@ def _order(meta: Mapping[str, Any]) -> list[str]:
     if order is None or order == run.get("seed"):
         return []
     return [
-        f"trained on the batches of seed {order}, whatever the seed: the spread over seeds leaves the order of the data "
-        "out"
+        f"trained on the batches of seed {order}, whatever the seed: the spread over seeds leaves out the order of "
+        "the data"
     ]
 
 
