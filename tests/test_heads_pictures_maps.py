@@ -285,6 +285,7 @@ def test_masks_are_kept_once_beside_the_pictures(cache: FeatureCache, tmp_path: 
         assert found["words"].tolist() == ["mask 1", "mask 2", "mask 3"]
         want = trained.get_parameter("masks.masks").detach().clamp(min=0)
         np.testing.assert_array_equal(found["strip"], want)
+        assert (str(found["task"]), str(found["split"])) == ("czsl", "test")
     with np.load(paths[0], allow_pickle=False) as found:
         assert found["words"].tolist() == ["slot 1", "slot 2"]
 
