@@ -19,7 +19,7 @@ from eval.diagnostics import (
     mean_confusion,
     most_confused,
 )
-from eval.formats import csv_text
+from eval.formats import csv_table
 from eval.markup import chip, data_link, text
 
 SHOWN = 30
@@ -111,7 +111,7 @@ def _accuracies(c: Comparison, kind: Kind, series: Mapping[str, int]) -> str:
             names, mine, series, counts, f"Accuracy by {noun}, {backbone}, {c.title}"
         )
         keys = ", ".join(_key(series[row], row.partition(" · ")[0]) for row in mine)
-        link = "" if figures else data_link(f"accuracy-{kind}", csv_text(lines))
+        link = "" if figures else data_link(f"accuracy-{kind}", csv_table(lines))
         figures.append(
             f"<figure>{svg}<figcaption><b>Accuracy by {noun}</b>, {text(backbone)}: {keys}.{cut} {link}</figcaption>"
             "</figure>"
@@ -168,7 +168,7 @@ def _confusion(row: Row, series: Mapping[str, int]) -> str:
         f"<li>{text(m.obj)}: {text(m.attr)} taken for {text(m.guess)}, {m.taken:.4g} of {m.n:.4g}</li>"
         for m in most[:LISTED]
     )
-    link = data_link("confusion", csv_text([("attr", "taken_for", "obj", "images", "of"), *most]))
+    link = data_link("confusion", csv_table([("attr", "taken_for", "obj", "images", "of"), *most]))
     return f"<figure>{svg}<figcaption>{heading}{cut} {link}<ol>{listed}</ol></figcaption></figure>"
 
 

@@ -11,7 +11,7 @@ from eval import plots
 from eval.comparison import Comparison, Row
 from eval.composition import Composition
 from eval.czsl import exact_curve
-from eval.formats import csv_text
+from eval.formats import csv_table
 from eval.markup import chip, data_link, text
 from eval.runs import Run
 
@@ -58,7 +58,7 @@ def _curve_figure(c: Comparison, series: Mapping[str, int]) -> str:
     caption = (
         f"<b>Seen–unseen curve</b>, {text(c.rows[0].group.backbone)}. Each line is one seed; the bias grows from left "
         f"to right. "
-        f"{data_link('curve', csv_text(lines))}"
+        f"{data_link('curve', csv_table(lines))}"
     )
     return _figure(plots.seen_unseen(curves, series, what), caption)
 
@@ -80,7 +80,7 @@ def _category_figure(
         ]
     caption = (
         f"<b>{text(metric)} by category</b>, {text(c.rows[0].group.backbone)}, with 95 % intervals; dashed: chance. "
-        f"{data_link(metric, csv_text(lines))}"
+        f"{data_link(metric, csv_table(lines))}"
     )
     what = f"{metric} by category, {c.title}"
     return _figure(plots.category_bars(categories, values, series, chance, what), caption)
@@ -139,7 +139,7 @@ def training_figure(runs: Sequence[Run], series: Mapping[str, int]) -> str:
         rows += [(run.seed, step, None, value) for step, value in check]
     caption = (
         f"{chip(number)}<b>{text(label)}</b>{text(trained_on)}, {text(first.dataset)}: one line a seed. "
-        f"{data_link('training', csv_text(rows))}"
+        f"{data_link('training', csv_table(rows))}"
     )
     svg = plots.training(losses, checks, metric, number, f"Training of {label}{trained_on}")
     return _figure(svg, caption)

@@ -108,7 +108,7 @@ def save_pictures(
     pixels = {record.id: record for record in dataset.images}
     files: dict[str, dict[str, Any]] = {}
     strip: dict[str, Any] = {}
-    facts = {"task": np.array(task), "split": np.array(split)}
+    facts: dict[str, Any] = {"task": np.array(task), "split": np.array(split)}
     with torch.no_grad():
         for item in _items(head, data, source, n):
             query = source.images(np.array([item.image]))
