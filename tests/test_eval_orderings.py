@@ -175,6 +175,11 @@ def test_seeds_of_one_row_vary_beside_a_row_of_one_seed() -> None:
     assert (line["seeds"], line["seeds_other"]) == ("5", "1")
 
 
+def test_every_line_of_the_report_s_csv_has_all_columns() -> None:
+    head, short = csv.reader(io.StringIO(formats.to_csv([]) + formats.csv_text([["toy_world"]])))
+    assert short == ["toy_world", *[""] * (len(head) - 1)]
+
+
 def test_a_claim_of_one_world_is_judged_there_alone() -> None:
     runs = [run(n, 0, images(1.0, i), images(1.0, i, "open")) for i, n in enumerate("ab")]
     claims = [Ordering("a", "b", "auc", "x", world) for world in (None, "open", "closed")]
