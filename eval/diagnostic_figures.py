@@ -1,14 +1,15 @@
 """What CZSL rows get right attribute by attribute, and what they take for what, in words, plots and CSV."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 
 from eval import diagnostic_plots
 from eval.comparison import Comparison, Row
 from eval.composition import Composition, CompositionScores
+from eval.czsl_summary import summarise
 from eval.diagnostics import (
     Accuracy,
     Confusion,
@@ -19,8 +20,11 @@ from eval.diagnostics import (
     mean_confusion,
     most_confused,
 )
-from eval.formats import csv_text
+from eval.figures import figure, names_of, numbers_of
+from eval.formats import csv_table
 from eval.markup import chip, data_link, text
+from eval.reduction import Layout
+from eval.table import blocks
 
 SHOWN = 30
 """Attributes drawn with their accuracy, at most; the CSV has all."""
@@ -34,12 +38,37 @@ LISTED = 8
 NOUNS: Mapping[Kind, str] = {"attr": "attribute", "obj": "object"}
 
 
+class _Line(NamedTuple):
+    """A row of the table, drawn.
+
+    Attributes:
+        row: as it is in the table.
+        name, number: of it on the page, and of its colour and mark.
+        best: of each seed, its table with the best pairs of each image alone: all that accuracies need.
+        bias: of each seed, that of the best harmonic mean.
+
+    """
+
+    row: Row
+    name: str
+    number: int
+    best: list[Composition]
+    bias: list[float | None]
+
+
 def diagnostics_of(c: Comparison, series: Mapping[str, int]) -> str:
     """All of it for one CZSL table on the exact curve; nothing for others."""
     if c.curve != "exact":
         return ""
-    figures = [_accuracies(c, kind, series) for kind in NOUNS]
-    maps = [_confusion(row, series) for row in c.rows if _is_whole(row)]
+    names = names_of(c)
+    numbers = numbers_of(names, series)
+    rows: list[_Line] = []
+    for row in c.rows:
+        best = [_best_pairs(table) for table in _tables(row)]
+        name = names[row.group]
+        rows.append(_Line(row, name, numbers[name], best, [best_hm_bias(t) for t in best]))
+    figures = [_accuracies(c, rows, kind) for kind in NOUNS]
+    maps = [_confusion(line) for line in rows if _is_whole(line.row)]
     note = ""
     if len(maps) < len(c.rows):
         note = (
@@ -76,46 +105,52 @@ def _is_whole(row: Row) -> bool:
     return all(isinstance(table, CompositionScores) for table in row.group.tables)
 
 
-def _accuracies(c: Comparison, kind: Kind, series: Mapping[str, int]) -> str:
+def _best_pairs(table: Composition) -> Composition:
+    """The same images with their best seen and best unseen pair alone: the scores are gone through once."""
+    if not isinstance(table, CompositionScores):
+        return table
+    rows = (table.scores[b] for b in blocks(*table.shape))
+    facts: dict[str, Any] = {"split": table.split, "space": table.space, "world": table.world}
+    return summarise(rows, Layout.of(table.seen), table.target, table.pairs, keep=1, **facts)
+
+
+def _accuracies(c: Comparison, rows: Sequence[_Line], kind: Kind) -> str:
     """Marks of every row on the hardest primitives, all rows of the table in one plot a kind and backbone."""
     lines: list[Sequence[object]] = [
         ("row", "seed", kind, "bias", "n", "right", "n_seen", "right_seen", "n_unseen", "right_unseen")
     ]  # fmt: skip
-    shares: dict[str, NDArray[np.float64]] = {}
-    first = accuracy(_tables(c.rows[0])[0], kind, None)
-    for row in c.rows:
-        found: list[Accuracy] = []
-        for run, table in zip(row.group.runs, _tables(row), strict=True):
-            best = best_hm_bias(table)
-            found.append(accuracy(table, kind, best))
-            for bias in dict.fromkeys((best, None)):
-                lines += _lines(row.group.label, run.seed, bias, accuracy(table, kind, bias))
-        shares[row.group.label] = np.mean([f.share()[:, 0] for f in found], axis=0)
-    mean = np.mean(list(shares.values()), axis=0)
-    hardest = np.argsort(mean, kind="stable")[:SHOWN]
+    at_best: list[list[Accuracy]] = []
+    for line in rows:
+        at_best.append([])
+        for run, table, best in zip(line.row.group.runs, line.best, line.bias, strict=True):
+            found = {bias: accuracy(table, kind, bias) for bias in dict.fromkeys((best, None))}
+            at_best[-1].append(found[best])
+            for bias, measured in found.items():
+                lines += _lines(line.name, run.seed, bias, measured)
+    first = at_best[0][0]
+    shares = [np.mean([f.share()[:, 0] for f in found], axis=0) for found in at_best]
+    hardest = np.argsort(np.mean(shares, axis=0), kind="stable")[:SHOWN]
     drawn = [int(i) for i in hardest]
     names, counts = [first.names[i] for i in drawn], [int(first.n[i].sum()) for i in drawn]
     noun = NOUNS[kind]
-    backbones = list(dict.fromkeys(row.group.backbone for row in c.rows))
     cut = ""
     if len(first.names) > SHOWN:
         cut = f" The {SHOWN} of {len(first.names)} with the lowest mean over the rows are drawn."
+    numbers = {line.name: line.number for line in rows}
     figures: list[str] = []
-    for backbone in backbones:
+    for backbone in dict.fromkeys(line.row.group.backbone for line in rows):
         mine = {
-            row.group.label: shares[row.group.label][hardest]
-            for row in c.rows
-            if row.group.backbone == backbone
+            line.name: share[hardest]
+            for line, share in zip(rows, shares, strict=True)
+            if line.row.group.backbone == backbone
         }
         svg = diagnostic_plots.primitive_dots(
-            names, mine, series, counts, f"Accuracy by {noun}, {backbone}, {c.title}"
+            names, mine, numbers, counts, f"Accuracy by {noun}, {backbone}, {c.title}"
         )
-        keys = ", ".join(_key(series[row], row.partition(" · ")[0]) for row in mine)
-        link = "" if figures else data_link(f"accuracy-{kind}", csv_text(lines))
-        figures.append(
-            f"<figure>{svg}<figcaption><b>Accuracy by {noun}</b>, {text(backbone)}: {keys}.{cut} {link}</figcaption>"
-            "</figure>"
-        )
+        keys = ", ".join(_key(numbers[row], row.removesuffix(f" · {backbone}")) for row in mine)
+        link = "" if figures else data_link(f"accuracy-{kind}", csv_table(lines))
+        caption = f"<b>Accuracy by {noun}</b>, {text(backbone)}: {keys}.{cut} {link}"
+        figures.append(figure(svg, caption))
     return "".join(figures)
 
 
@@ -137,20 +172,21 @@ def _key(number: int, name: str) -> str:
     )
 
 
-def _confusion(row: Row, series: Mapping[str, int]) -> str:
+def _confusion(line: _Line) -> str:
     """The map of one row, its most frequent confusions in words, and all of them as CSV."""
-    group = row.group
-    found = mean_confusion([confusion(table, best_hm_bias(table)) for table in _tables(row)])
+    tables, seeds = _tables(line.row), ""
+    if len(tables) > 1:
+        seeds = f", mean of {len(tables)} seeds"
+    found = mean_confusion([confusion(t, b) for t, b in zip(tables, line.bias, strict=True)])
     matrix = found.matrix()
     order = most_confused(matrix, CONFUSED)
-    seeds = f", mean of {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     alone = f"; {found.alone:.4g} images without a choice" if found.alone else ""
     heading = (
-        f"<b>{chip(series[group.label])}{text(group.label)}</b>{seeds}: {100 * found.right():.1f} % right given the "
+        f"<b>{chip(line.number)}{text(line.name)}</b>{seeds}: {100 * found.right():.1f} % right given the "
         f"object (chance {100 * found.chance:.1f} %{alone})."
     )
     if not len(order):
-        return f"<figure><figcaption>{heading} No attribute was taken for another.</figcaption></figure>"
+        return figure("", f"{heading} No attribute was taken for another.")
     shares = _shares(matrix, found)
     some = np.ix_(order, order)
     names = [found.attrs[int(i)] for i in order]
@@ -161,15 +197,15 @@ def _confusion(row: Row, series: Mapping[str, int]) -> str:
         if confused > len(order)
         else " Attributes taken for each other stand side by side; those never confused are left out."
     )
-    label = f"Attributes taken for each other given the object, {group.label}"
+    label = f"Attributes taken for each other given the object, {line.name}"
     svg = diagnostic_plots.confusion_map(names, shares[some], matrix[some], label)
     most = found.most()
     listed = "".join(
         f"<li>{text(m.obj)}: {text(m.attr)} taken for {text(m.guess)}, {m.taken:.4g} of {m.n:.4g}</li>"
         for m in most[:LISTED]
     )
-    link = data_link("confusion", csv_text([("attr", "taken_for", "obj", "images", "of"), *most]))
-    return f"<figure>{svg}<figcaption>{heading}{cut} {link}<ol>{listed}</ol></figcaption></figure>"
+    link = data_link("confusion", csv_table([("attr", "taken_for", "obj", "images", "of"), *most]))
+    return figure(svg, f"{heading}{cut} {link}<ol>{listed}</ol>")
 
 
 def _shares(matrix: Float[np.ndarray, "a a"], found: Confusion) -> Float[np.ndarray, "a a"]:

@@ -35,21 +35,46 @@ CSV_HEAD = (
         "seed_values",
     ),
     *("source", "note"),
+    "seeds_other",
 )
+"""`seeds_other` is of differences alone: the seeds of the row that is taken away."""
 
 BELOW = "▼"
 """Marks a value below chance."""
 
 
-def percent(value: float, digits: int = 1) -> str:
-    """A fraction as percent, with more digits where it would else read 0.0."""
-    shown = f"{100 * value:.{digits}f}"
-    return shown if float(shown) or not value else f"{100 * value:.2g}"
+def percent(value: float, digits: int = 1, sign: str = "") -> str:
+    """A fraction as percent, with more digits where it would else read 0.0; `sign` is "" or "+"."""
+    shown = f"{100 * value:{sign}.{digits}f}"
+    return shown if float(shown) or not value else f"{100 * value:{sign}.2g}"
 
 
-def signed(gain: Interval) -> str:
+def signed(gain: Interval, digits: int = 1) -> str:
     """A difference in points with its interval."""
-    return f"{100 * gain.estimate:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    estimate, low, high = (percent(v, digits, "+") for v in (gain.estimate, gain.low, gain.high))
+    return f"{estimate} [{low}, {high}]"
+
+
+def markdown_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of a table, its columns as wide as they must be.
+
+    Args:
+        rows: cells as they are, the head first.
+        right: columns that stand at the right.
+
+    """
+    shown = [[plain(cell).replace("|", "\\|") for cell in row] for row in rows]
+    width = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    rule = ["-" * (w - 1) + ":" if i in right else "-" * w for i, w in enumerate(width)]
+    return [
+        "| "
+        + " | ".join(
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, width, strict=True))
+        )
+        + " |"
+        for row in (shown[0], rule, *shown[1:])
+    ]
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
@@ -73,20 +98,8 @@ def _markdown(comparison: Comparison) -> str:
         percent(comparison.chance[m]) if m in comparison.chance else "–" for m in comparison.columns
     ]
     body.append(["", "*chance*", "", "", *lines] + (["–"] if gains else []))
-    body = [[plain(cell).replace("|", "\\|") for cell in line] for line in body]
-    width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    left = (0, 1, 2)
-
-    def row_text(line: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i in left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, width, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * w) if i in left else "-" * (w - 1) + ":" for i, w in enumerate(width)]
     text = [f"### {plain(comparison.title)}", "", f"{comparison.counts}; {comparison.seeds}", ""]
-    text += [row_text(head), row_text(rule), *map(row_text, body), ""]
+    text += [*markdown_table([head, *body], right=range(3, len(head))), ""]
     if any(
         comparison.is_below_chance(row, m) for row in comparison.rows for m in comparison.columns
     ):
@@ -125,6 +138,11 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Lines of the report's CSV, in the columns of `CSV_HEAD`; empty cells at a line's end may be left out."""
+    return csv_table([*row, *[None] * (len(CSV_HEAD) - len(row))] for row in rows)
+
+
+def csv_table(rows: Iterable[Sequence[object]]) -> str:
     """Rows of values as CSV, a line each; see `csv_cell`."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(map(csv_cell, row) for row in rows)

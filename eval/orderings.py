@@ -13,10 +13,12 @@ rows that are equally good, about five come out as decided.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from eval.bootstrap import Interval, percentiles, same_items, subtract
 from eval.comparison import Comparison, Row
+from eval.runs import Group
 
 Decision = Literal["holds", "does not hold", "not decided"]
 DECISIONS: tuple[Decision, ...] = ("holds", "does not hold", "not decided")
@@ -30,6 +32,7 @@ class Ordering:
         better, than: names of two rows of a comparison.
         metric: the one that it is about, e.g. "best_hm".
         says: who claims it, and how that is known.
+        world: "closed" or "open", where it was made; None is wherever the metric is.
 
     """
 
@@ -37,6 +40,7 @@ class Ordering:
     than: str
     metric: str
     says: str
+    world: str | None = None
 
     def words(self) -> str:
         """For people."""
@@ -52,7 +56,9 @@ class Verdict:
         comparison: where it was held against.
         backbone: the frozen model that both rows have.
         interval: of the difference better − than, fractions.
-        seeds: of the better and of the other row; of one alone, the interval is over items only.
+        seeds: of the better and of the other row.
+        single: does each have one seed, and are both trained? Then the interval knows nothing of what training varies.
+        spaces: score spaces of the two; None where each name has one row here, so that they tell nothing apart.
 
     """
 
@@ -61,34 +67,27 @@ class Verdict:
     backbone: str
     interval: Interval
     seeds: tuple[int, int]
+    single: bool = False
+    spaces: tuple[str, str] | None = None
 
     @property
-    def difference(self) -> float:
-        """On the items as they are, averaged over seeds; a fraction."""
-        return self.interval.estimate
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return self.interval.low
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return self.interval.high
-
-    @property
-    def verdict(self) -> Decision:
+    def decision(self) -> Decision:
         """What the interval says of the claim."""
         if self.interval.low > 0:
             return "holds"
         return "does not hold" if self.interval.high < 0 else "not decided"
 
+    def words(self) -> str:
+        """The decision for people, with a word of warning where one seed of each row has to do."""
+        alone = self.single and self.decision != "not decided"
+        return f"{self.decision} (one seed)" if alone else self.decision
+
 
 def judge(comparisons: Sequence[Comparison], orderings: Sequence[Ordering]) -> list[Verdict]:
-    """Every ordering in every comparison and on every backbone that has both rows and the metric; in this order.
+    """Every ordering in every comparison of its world and on every backbone that has both rows and the metric.
 
-    The legacy curve has no intervals and is passed over.
+    In this order. A row in several score spaces is judged in each. The legacy curve has no intervals and is passed
+    over.
 
     Raises:
         ScoreTableError: two rows of one comparison are not on the same items.
@@ -102,18 +101,29 @@ def judge(comparisons: Sequence[Comparison], orderings: Sequence[Ordering]) -> l
 
 
 def _in_comparison(comparison: Comparison, ordering: Ordering) -> list[Verdict]:
-    """One verdict a backbone."""
-    rows = {(row.group.backbone, row.group.method): row for row in comparison.rows}
+    """One verdict a backbone and pair of score spaces."""
+    if ordering.world not in (None, comparison.question.world):
+        return []
     found: list[Verdict] = []
     for backbone in dict.fromkeys(row.group.backbone for row in comparison.rows):
-        better, than = (rows.get((backbone, name)) for name in (ordering.better, ordering.than))
-        if better is None or than is None:
-            continue
-        interval = _difference(better, than, ordering.metric)
-        if interval is not None:
+        mine = [row for row in comparison.rows if row.group.backbone == backbone]
+        named = ([r for r in mine if r.group.method == n] for n in (ordering.better, ordering.than))
+        pairs = list(product(*named))
+        for better, than in pairs:
+            interval = _difference(better, than, ordering.metric)
+            if interval is None:
+                continue
+            groups = better.group, than.group
             seeds = len(better.group.runs), len(than.group.runs)
-            found.append(Verdict(ordering, comparison, backbone, interval, seeds))
+            single = seeds == (1, 1) and all(map(_is_trained, groups))
+            spaces = (better.group.space, than.group.space) if len(pairs) > 1 else None
+            found.append(Verdict(ordering, comparison, backbone, interval, seeds, single, spaces))
     return found
+
+
+def _is_trained(group: Group) -> bool:
+    """Could another seed have come out otherwise? Not of a baseline, nor where nothing is trained by steps."""
+    return not group.is_baseline and group.runs[0].facts.get("parameters") != 0
 
 
 def _difference(better: Row, than: Row, metric: str) -> Interval | None:
@@ -126,6 +136,6 @@ def _difference(better: Row, than: Row, metric: str) -> Interval | None:
 
 
 def unmeasured(orderings: Sequence[Ordering], verdicts: Sequence[Verdict]) -> list[Ordering]:
-    """Orderings without any verdict: no backbone has both rows with the metric."""
+    """Orderings without any verdict: no backbone has both rows with the metric, in the world of the claim."""
     measured = {verdict.ordering for verdict in verdicts}
     return [ordering for ordering in orderings if ordering not in measured]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from eval.formats import csv_text
+from eval.formats import csv_text, markdown_table, signed
 from eval.markup import text
 from eval.orderings import DECISIONS, Ordering, Verdict, unmeasured
 from eval.table import plain
@@ -14,12 +14,13 @@ _COLOURS = {"holds": "up", "does not hold": "down", "not decided": ""}
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """One sentence: how many hold, how many do not."""
-    n = {decision: sum(v.verdict == decision for v in verdicts) for decision in DECISIONS}
+    n = {decision: sum(v.decision == decision for v in verdicts) for decision in DECISIONS}
     many = "s" * (len(verdicts) != 1)
     return (
         f"{len(verdicts)} difference{many} measured: the claim holds in {n['holds']}, does not hold in "
         f"{n['does not hold']}, and is not decided in {n['not decided']}. In points, with the paired 95 % interval "
-        "over test items and seeds (over items alone where a row has one seed); not corrected for their number."
+        "over test items and seeds, of which a row of one seed adds no variation of its own; not corrected for their "
+        "number."
     )
 
 
@@ -28,7 +29,8 @@ def sentences(
 ) -> list[str]:
     """What the table cannot show: claims that were not measured, and what the caller has to say."""
     missing = [
-        f"Not measured: {o.words()} in {o.metric} ({o.says}); no backbone here has both rows with this metric."
+        f"Not measured: {o.words()} in {o.metric}{f', {o.world} world' if o.world else ''} ({o.says}); no backbone "
+        "here has both rows with this metric."
         for o in unmeasured(orderings, verdicts)
     ]
     return [*missing, *notes]
@@ -38,16 +40,7 @@ def as_markdown(verdicts: Sequence[Verdict], notes: Sequence[str] = ()) -> str:
     """A table and the sentences below it."""
     lines = [f"### {TITLE}", ""]
     if verdicts:
-        rows = [HEAD, *map(_cells, verdicts)]
-        shown = [[plain(cell).replace("|", "\\|") for cell in row] for row in rows]
-        width = [max(len(row[i]) for row in shown) for i in range(len(HEAD))]
-        shown.insert(1, ["-" * w for w in width])
-        lines += [summary(verdicts), ""]
-        lines += [
-            f"| {' | '.join(c.ljust(w) for c, w in zip(row, width, strict=True))} |"
-            for row in shown
-        ]
-        lines.append("")
+        lines += [summary(verdicts), "", *markdown_table([HEAD, *map(_cells, verdicts)]), ""]
     return "\n".join([*lines, *(f"Note: {plain(note)}\n" for note in notes)])
 
 
@@ -56,9 +49,9 @@ def as_html(verdicts: Sequence[Verdict], notes: Sequence[str] = ()) -> str:
     parts: list[str] = []
     if verdicts:
         backbones = list(dict.fromkeys(v.backbone for v in verdicts))
-        rows: dict[tuple[Ordering, int], dict[str, Verdict]] = {}
+        rows: dict[tuple[Ordering, int, object], dict[str, Verdict]] = {}
         for v in verdicts:
-            rows.setdefault((v.ordering, id(v.comparison)), {})[v.backbone] = v
+            rows.setdefault((v.ordering, id(v.comparison), v.spaces), {})[v.backbone] = v
         head = "".join(f'<th class="words">{text(n)}</th>' for n in ("metric", *backbones))
         body = "".join(_html_row(found, backbones) for found in rows.values())
         parts.append(
@@ -75,15 +68,16 @@ def csv_lines(verdicts: Sequence[Verdict]) -> str:
         c, o = v.comparison, v.ordering
         q = c.question
         facts = [q.dataset, q.kind, q.variant, q.split, q.world, c.k, c.curve, v.backbone]
-        facts += [f"{o.better} minus {o.than}", "", f"difference of {c.name(o.metric)}"]
-        numbers = [v.difference, None, v.low, v.high, *[None] * 5]
-        lines.append([*facts, _seeds(v), *numbers, o.says, v.verdict])
+        facts += [f"{o.better} minus {o.than}", _spaces(v, " minus ")]
+        facts += [f"difference of {c.name(o.metric)}", v.seeds[0]]
+        numbers = [v.interval.estimate, None, v.interval.low, v.interval.high, *[None] * 5]
+        lines.append([*facts, *numbers, o.says, v.words(), v.seeds[1]])
     return csv_text(lines)
 
 
 def _cells(v: Verdict) -> list[str]:
     o, metric = v.ordering, v.comparison.name(v.ordering.metric)
-    return [o.words(), metric, v.backbone, _task(v), _range(v), _seeds(v), v.verdict, o.says]
+    return [o.words(), metric, v.backbone, _task(v), _points(v), _seeds(v), v.words(), o.says]
 
 
 def _html_row(found: Mapping[str, Verdict], backbones: Sequence[str]) -> str:
@@ -99,24 +93,24 @@ def _html_row(found: Mapping[str, Verdict], backbones: Sequence[str]) -> str:
 def _html_cell(v: Verdict) -> str:
     seeds = f"{_seeds(v)} seed{'s' * (v.seeds != (1, 1))}"
     return (
-        f'<td class="words"><span class="{_COLOURS[v.verdict]}">{v.verdict}</span>'
-        f"<small class=soft>{_range(v)}<br>{seeds}</small></td>"
+        f'<td class="words"><span class="{_COLOURS[v.decision]}">{v.words()}</span>'
+        f"<small class=soft>{_points(v)}<br>{seeds}</small></td>"
     )
 
 
 def _task(v: Verdict) -> str:
     q = v.comparison.question
-    return " · ".join(w for w in (q.kind, q.variant, q.world, q.dataset) if w)
+    return " · ".join(w for w in (q.kind, q.variant, q.world, q.dataset, _spaces(v, " − ")) if w)
 
 
-def _range(v: Verdict) -> str:
-    return f"{_points(v.difference)} [{_points(v.low)}, {_points(v.high)}]"
+def _spaces(v: Verdict, minus: str) -> str:
+    """Score spaces, where they tell verdicts apart."""
+    return minus.join(dict.fromkeys(v.spaces)) if v.spaces else ""
 
 
-def _points(value: float) -> str:
-    """With two digits, as small differences are what is asked for; more where it would else read as 0."""
-    shown = f"{100 * value:+.2f}"
-    return shown if float(shown) or not value else f"{100 * value:+.1g}"
+def _points(v: Verdict) -> str:
+    """With two digits, as small differences are what is asked for."""
+    return signed(v.interval, 2)
 
 
 def _seeds(v: Verdict) -> str:

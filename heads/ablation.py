@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -71,6 +71,9 @@ class Claim(_Table):
     than: str
     metric: str
     source: str = Field(min_length=1, description="who claims it, and how that is known")
+    world: Literal["closed", "open"] | None = Field(
+        default=None, description="where it was claimed; none: wherever the metric is"
+    )
 
 
 class Ablation(_Table):
@@ -92,7 +95,7 @@ class Ablation(_Table):
 
     def orderings(self) -> list[Ordering]:
         """For `eval.orderings.judge`."""
-        return [Ordering(c.better, c.than, c.metric, c.source) for c in self.ordering]
+        return [Ordering(c.better, c.than, c.metric, c.source, c.world) for c in self.ordering]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 Any head with `maps` (heads/maps.py) can be pictured. Items are the first of every category of the split, so nobody
 chooses the pretty ones, and each says whether the head got it right. Of czsl the text shown is the pair predicted.
 
-    00-red-cup.npz   image, words (names of the maps), weights, caption, score, says, verdict, right
+    00-red_cup.npz   image, words (names of the maps), weights, caption, score, says, verdict, right
     strip.npz        strip, words, says: what is the same for every picture; only where the head has it
+
+All say their `task` and `split` too, and all are of one call: what an earlier one wrote is removed.
 """
 
 import math
@@ -33,6 +35,9 @@ from heads.tasks import CompositionData, MatchingData, TaskData, load_task
 
 LARGEST = 224
 """Pixels of the longer side of a stored picture."""
+
+WRITTEN = re.compile(r"\d{2,}-\w*\.npz|strip\.npz")
+"""Names of the files of a call."""
 
 SPECIAL = re.compile(r"<[^<>]+>")
 """Start, end and padding: tokens that are no words."""
@@ -74,7 +79,7 @@ def save_pictures(
     n: int = 6,
     backbone: str | None = None,
 ) -> list[Path]:
-    """Write up to `n` pictures of a trained run, and what is the same for all of them.
+    """Write up to `n` pictures of a trained run, and what is the same for all of them, in place of an earlier call's.
 
     Args:
         run: directory of the run.
@@ -101,10 +106,9 @@ def save_pictures(
     data = load_task(cache, task, split, allow_missing=True)
     source = source_of(head, data)
     pixels = {record.id: record for record in dataset.images}
-    folder = Path(run) / "pictures"
-    folder.mkdir(exist_ok=True)
-    paths: list[Path] = []
-    strips: list[Path] = []
+    files: dict[str, dict[str, Any]] = {}
+    strip: dict[str, Any] = {}
+    facts: dict[str, Any] = {"task": np.array(task), "split": np.array(split)}
     with torch.no_grad():
         for item in _items(head, data, source, n):
             query = source.images(np.array([item.image]))
@@ -112,27 +116,31 @@ def save_pictures(
             labels = {name: torch.tensor([label]) for name, label in item.labels.items()}
             maps = head.maps(query, Features(text, labels))
             picture = pixels[cache.image_ids[item.image]].open()
-            path = folder / f"{len(paths):02d}-{item.name}.npz"
-            np.savez(
-                path,
-                image=_square(picture, cache.spec.backbone.preprocessing),
-                caption=np.array(cache.texts[item.text]),
-                score=np.array(item.score),
-                says=np.array(maps.says),
-                verdict=np.array(item.verdict),
-                right=np.array(item.right),
+            files[f"{len(files):02d}-{item.name}.npz"] = {
+                "image": _square(picture, cache.spec.backbone.preprocessing),
+                "caption": np.array(cache.texts[item.text]),
+                "score": np.array(item.score),
+                "says": np.array(f"{maps.says}. Pictures are of {task}, split {split}"),
+                "verdict": np.array(item.verdict),
+                "right": np.array(item.right),
                 **_named(maps, cache, item.text),
-            )
-            paths.append(path)
-            if maps.strip and not strips:
-                strips.append(folder / "strip.npz")
-                np.savez(
-                    strips[0],
-                    strip=torch.stack(list(maps.strip.values())).float().numpy(),
-                    words=np.array(list(maps.strip)),
-                    says=np.array(maps.strip_says),
-                )
-    return paths + strips
+            }
+            if maps.strip and not strip:
+                strip = {
+                    "strip": torch.stack(list(maps.strip.values())).float().numpy(),
+                    "words": np.array(list(maps.strip)),
+                    "says": np.array(maps.strip_says),
+                }
+    if strip:
+        files["strip.npz"] = strip
+    folder = Path(run) / "pictures"
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if WRITTEN.fullmatch(path.name):
+            path.unlink()
+    for name, arrays in files.items():
+        np.savez(folder / name, **arrays, **facts)
+    return [folder / name for name in files]
 
 
 def _named(maps: Maps, cache: FeatureCache, text: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import czsl
-from eval.comparison import Comparison, Row
+from eval.comparison import Comparison, Row, compare
 from eval.composition import CompositionScores
 from eval.curve import best_point
 from eval.czsl_summary import CompositionSummary, summarise
@@ -29,6 +29,7 @@ from eval.diagnostics import (
     most_confused,
 )
 from eval.errors import ScoreTableError
+from eval.figures import figures_of
 from eval.reduction import Layout
 from eval.runs import Group, Question, Run
 
@@ -400,3 +401,54 @@ def test_other_tables_have_no_such_section_and_a_perfect_one_has_no_map() -> Non
     page = diagnostics_of(replace(c, rows=(replace(c.rows[0], group=group),)), SERIES)
     assert "100.0 % right given the object" in page
     assert "No attribute was taken for another." in page
+
+
+def test_rows_of_one_label_in_two_score_spaces_are_both_drawn() -> None:
+    c = plotted()
+    row = c.rows[0]
+    other = Group(
+        "clip:demo", "m", "cosine", row.group.runs, plotted(seeds=(7, 8)).rows[0].group.tables
+    )
+    page = diagnostics_of(replace(c, rows=(*c.rows, Row(other, (), {}))), SERIES)
+    lines = csvs(page, "accuracy-attr")
+    labels = ["m (logit) · clip:demo", "kept · clip:demo", "m (cosine) · clip:demo"]
+    assert list(dict.fromkeys(x["row"] for x in lines)) == labels
+    marks = re.findall(
+        r'fill="([^"]+)"[^>]*><title>a00&lt;, m \((\w+)\) · clip:demo: ([\d.]+) %', page
+    )
+    assert [space for _, space, _ in marks] == ["logit", "cosine"]
+    assert len({colour for colour, _, _ in marks}) == 2
+    for (_, _, shown), group in zip(marks, (row.group, other), strict=True):
+        tables = [t for t in group.tables if isinstance(t, CompositionScores)]
+        share = np.mean([accuracy(t, "attr", best_hm_bias(t)).share()[0, 0] for t in tables])
+        assert float(shown) == pytest.approx(100 * share, abs=0.051)
+
+
+def test_curves_of_one_label_in_two_score_spaces_are_both_drawn() -> None:
+    tables = [t for t in plotted().rows[0].group.tables if isinstance(t, CompositionScores)]
+    facts = {"method": "m", "backbone": "clip:demo", "dataset": "toy", "seed": 0}
+    both = {"0": tables[0], "1": replace(tables[1], space="cosine")}
+    exact = next(c for c in compare([Run(Path("r"), facts, both)]) if c.curve == "exact")
+    lines = csvs(figures_of(exact, SERIES), "curve")
+    for space, table in zip(("logit", "cosine"), tables, strict=True):
+        mine = [x for x in lines if x["row"] == f"m ({space}) · clip:demo"]
+        points = czsl.exact_curve(table)
+        assert [float(x["seen"]) for x in mine] == pytest.approx(points.seen, rel=1e-5)
+
+
+def test_a_table_s_scores_are_gone_through_once_for_its_accuracies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    c = plotted()
+    whole = replace(c, rows=c.rows[:1])
+    calls: list[str] = []
+    for name in ("sides", "thresholds"):
+        kept = getattr(CompositionScores, name)
+
+        def counted(self: Any, *args: Any, name: str = name, kept: Any = kept) -> Any:
+            calls.append(name)
+            return kept(self, *args)
+
+        monkeypatch.setattr(CompositionScores, name, counted)
+    assert "mean of 2 seeds" in diagnostics_of(whole, SERIES)
+    assert calls == []  # all from the best pairs, which are found in one pass

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import bootstrap, orderings_format, score_io
+from eval import bootstrap, formats, orderings_format, score_io
 from eval.comparison import compare
 from eval.composition import CompositionScores
 from eval.draws import draws, strata
@@ -19,6 +19,7 @@ from eval.matching import MatchingScores
 from eval.orderings import Ordering, Verdict, judge, unmeasured
 from eval.report import report
 from eval.runs import Run, read_runs
+from heads.ablation import read
 
 N, Q, C = 90, 60, 6
 CACHE = {
@@ -47,9 +48,10 @@ def images(strength: float, seed: int, world: str = "closed") -> CompositionScor
     return CompositionScores(scores, target, pairs, np.arange(C) < 4, "test", "logit", world)
 
 
-def run(label: str, seed: int, *tables, checkpoint: str = "demo") -> Run:
+def run(label: str, seed: int, *tables, checkpoint: str = "demo", **more) -> Run:
     backbone = {"family": "clip", "checkpoint": checkpoint}
     facts = {"method": "m", "label": label, "seed": seed, "cache": {**CACHE, "backbone": backbone}}
+    facts |= more
     named = {str(i): table for i, table in enumerate(tables)}
     return Run(Path(f"{label}-{seed}"), facts, named)
 
@@ -77,9 +79,9 @@ def test_the_interval_is_that_of_a_loop_over_draws_of_items_and_seeds() -> None:
                 other = sum(w[i] for i in range(N) if theirs[s][i]) / sum(w)
                 total += (mine - other) / 3
         differences.append(total)
-    assert found.low == pytest.approx(np.percentile(differences, 2.5))
-    assert found.high == pytest.approx(np.percentile(differences, 97.5))
-    assert found.difference == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert found.interval.low == pytest.approx(np.percentile(differences, 2.5))
+    assert found.interval.high == pytest.approx(np.percentile(differences, 97.5))
+    assert found.interval.estimate == pytest.approx(np.mean(ours) - np.mean(theirs))
     assert found.seeds == (3, 3)
     assert found.backbone == "clip:demo"
 
@@ -95,19 +97,21 @@ def test_what_is_known_to_be_better_holds_and_the_other_way_round_does_not() -> 
     runs = [run("a", s, items(share(0.8, s))) for s in range(3)]
     runs += [run("b", s, items(share(0.4, 50 + s))) for s in range(3)]
     holds, fails = one(runs), one(runs, better="b", than="a")
-    assert holds.verdict == "holds"
-    assert fails.verdict == "does not hold"
-    assert (fails.low, fails.high) == pytest.approx((-holds.high, -holds.low))
-    assert fails.difference == pytest.approx(-holds.difference)
+    assert holds.decision == "holds"
+    assert fails.decision == "does not hold"
+    mine, other = holds.interval, fails.interval
+    assert (other.low, other.high) == pytest.approx((-mine.high, -mine.low))
+    assert other.estimate == pytest.approx(-mine.estimate)
 
 
 def test_rows_that_are_equally_good_are_not_decided_and_equal_ones_neither() -> None:
     runs = [run("a", s, items(share(0.5, s))) for s in range(3)]
     runs += [run("b", s, items(share(0.5, 50 + s))) for s in range(3)]
-    assert one(runs).verdict == "not decided"
+    assert one(runs).decision == "not decided"
     twins = [run(name, 0, items(share(0.5, 7))) for name in "ab"]
     same = one(twins)
-    assert (same.low, same.difference, same.high, same.verdict) == (0, 0, 0, "not decided")
+    assert same.interval == bootstrap.Interval(0.0, 0.0, 0.0)
+    assert same.words() == "not decided"
 
 
 def test_a_gain_of_one_lucky_seed_is_not_decided() -> None:
@@ -116,10 +120,10 @@ def test_a_gain_of_one_lucky_seed_is_not_decided() -> None:
     up, down = base | share(0.8, 2), base & share(0.75, 3)
     runs = [run("b", s, items(base)) for s in range(3)]
     runs += [run("a", s, items(x)) for s, x in enumerate((up, down, base))]
-    assert one(runs).difference > 0
+    assert one(runs).interval.estimate > 0
     assert one([*runs[:1], *runs[3:]]).seeds == (3, 1)
-    assert one(runs).verdict == "not decided"
-    assert one([run("b", 0, items(base)), run("a", 0, items(up))]).verdict == "holds"
+    assert one(runs).decision == "not decided"
+    assert one([run("b", 0, items(base)), run("a", 0, items(up))]).decision == "holds"
 
 
 def test_every_backbone_and_world_is_judged_and_a_missing_row_is_none() -> None:
@@ -137,6 +141,81 @@ def test_every_backbone_and_world_is_judged_and_a_missing_row_is_none() -> None:
     assert seen[4:] == [("c", w, "clip:other") for w in ("closed", "open")]
     assert {v.comparison.curve for v in found} == {"exact"}  # the legacy curve has no intervals
     assert unmeasured(claims, found) == claims[2:]
+
+
+def test_one_seed_of_each_of_two_trained_rows_never_reads_as_plain_holds() -> None:
+    good, bad = items(share(0.9, 1)), items(share(0.3, 2))
+
+    def words(*runs: Run, **rows: str) -> str:
+        return one(list(runs), **rows).words()
+
+    assert words(run("a", 0, good), run("b", 0, bad)) == "holds (one seed)"
+    assert words(run("a", 0, bad), run("b", 0, good)) == "does not hold (one seed)"
+    assert words(run("a", 0, good), run("b", 0, bad), run("b", 1, bad)) == "holds"
+    untrained = run("b", 0, bad, method="zero_shot"), run("b", 0, bad, parameters=0)
+    for other in untrained:
+        assert words(run("a", 0, good), other) == "holds"
+    text = orderings_format.as_markdown([one([run("a", 0, good), run("b", 0, bad)])])
+    assert "the claim holds in 1, does not hold in 0" in text
+    assert "| holds (one seed) |" in text
+
+
+def test_seeds_of_one_row_vary_beside_a_row_of_one_seed() -> None:
+    """Five seeds against one: the five are drawn, as if the one had no variation of its own."""
+    ours, theirs = [items(share(0.5 + s / 20, s)) for s in range(5)], items(share(0.4, 9))
+    runs = [run("a", s, t) for s, t in enumerate(ours)] + [run("b", 0, theirs)]
+    found = one(runs)
+    assert found.seeds == (5, 1)
+    assert found.interval == bootstrap.difference(ours, [theirs])["group_score"]
+    text = orderings_format.as_markdown([found])
+    assert "a row of one seed adds no variation of its own" in text
+    head = next(csv.reader(io.StringIO(formats.to_csv([]))))
+    (cells,) = csv.reader(io.StringIO(orderings_format.csv_lines([found])))
+    line = dict(zip(head, cells, strict=True))
+    assert (line["seeds"], line["seeds_other"]) == ("5", "1")
+
+
+def test_every_line_of_the_report_s_csv_has_all_columns() -> None:
+    head, short = csv.reader(io.StringIO(formats.to_csv([]) + formats.csv_text([["toy_world"]])))
+    assert short == ["toy_world", *[""] * (len(head) - 1)]
+
+
+def test_a_claim_of_one_world_is_judged_there_alone() -> None:
+    runs = [run(n, 0, images(1.0, i), images(1.0, i, "open")) for i, n in enumerate("ab")]
+    claims = [Ordering("a", "b", "auc", "x", world) for world in (None, "open", "closed")]
+    worlds = [
+        [v.comparison.question.world for v in judge(compare(runs), [claim])] for claim in claims
+    ]
+    assert worlds == [["closed", "open"], ["open"], ["closed"]]
+    alone = compare([run(n, 0, images(1.0, i)) for i, n in enumerate("ab")])
+    found = judge(alone, claims)
+    assert unmeasured(claims, found) == [claims[1]]
+    (says,) = orderings_format.sentences(claims, found)
+    assert says.startswith("Not measured: a above b in auc, open world (x)")
+
+
+def test_packaged_claims_of_simfp_are_of_the_open_world_and_csp_s_of_both() -> None:
+    worlds = {n: [o.world for o in read(n).orderings()] for n in ("simfp", "csp")}
+    assert set(worlds["simfp"]) == {"open"}
+    assert set(worlds["csp"]) == {None}
+
+
+def test_rows_of_one_name_in_two_score_spaces_are_each_judged() -> None:
+    good, bad = items(share(0.9, 1)), items(share(0.2, 2))
+    both = [replace(good, space="cosine"), bad]  # the row a is good by its cosines alone
+    runs = [run("a", s, *both) for s in (0, 1)] + [
+        run("b", s, items(share(0.5, 3))) for s in (0, 1)
+    ]
+    found = judge(compare(runs), [Ordering("a", "b", "group_score", "x")])
+    assert {v.spaces: v.decision for v in found} == {
+        ("cosine", "logit"): "holds",
+        ("logit", "logit"): "does not hold",
+    }
+    page, text = orderings_format.as_html(found), orderings_format.as_markdown(found)
+    assert page.count("<tr><th scope=row>") == 2
+    assert "cosine − logit" in text
+    spaces = [line[9] for line in csv.reader(io.StringIO(orderings_format.csv_lines(found)))]
+    assert sorted(spaces) == ["cosine minus logit", "logit"]
 
 
 def test_rows_on_other_items_are_never_subtracted() -> None:
@@ -195,14 +274,16 @@ def test_a_report_says_plainly_what_holds_and_what_does_not(folder: Path, tmp_pa
     }
     (verdict, _) = judge(compare(read_runs([folder])), claims)
     numbers = [float(found["good minus bad"][k]) for k in ("mean", "low", "high")]
-    assert numbers == pytest.approx([verdict.difference, verdict.low, verdict.high], rel=1e-5)
+    assert numbers == pytest.approx(
+        [verdict.interval.estimate, verdict.interval.low, verdict.interval.high], rel=1e-5
+    )
     assert found["bad minus good"]["source"] == "a seed"
 
 
 def test_an_end_of_an_interval_never_reads_as_zero_unless_it_is() -> None:
     verdict = one([run("a", 0, items(share(0.5, 1))), run("b", 0, items(share(0.5, 2)))])
     narrow = replace(verdict, interval=bootstrap.Interval(0.0012, 0.00002, 0.0025))
-    assert narrow.verdict == "holds"
+    assert narrow.decision == "holds"
     assert "+0.12 [+0.002, +0.25]" in orderings_format.as_markdown([narrow])
     zero = replace(verdict, interval=bootstrap.Interval(0.0, 0.0, 0.0))
     assert "+0.00 [+0.00, +0.00]" in orderings_format.as_markdown([zero])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import Dataset, ImageRecord
+from heads.errors import ConfigError
 from heads.pictures import _square, save_pictures
 from heads.runs import train_run
 from heads.tasks import MatchingData, load_task
@@ -69,6 +70,37 @@ def test_a_picture_shows_its_own_image_words_and_weights(cache: FeatureCache, ru
         ids, _ = cache.read_ragged("text/ids", cache.rows("text", [caption_id(cache, caption)]))
         assert len(words) == len(ids) - 2  # start and end are no words
         assert not any("<" in word and ">" in word and "_of_text" in word for word in words)
+
+
+def test_a_call_replaces_what_an_earlier_one_wrote_and_nothing_else(
+    cache: FeatureCache, run: Path
+) -> None:
+    more = save_pictures(run, cache, banners(), task="two_by_two")
+    folder = more[0].parent
+    mine = ("notes.npz", "00-by hand.npz", "00-swap.png", "1-odd.npz")
+    for name in (*mine, "strip.npz"):  # a strip of an earlier head
+        (folder / name).write_bytes(b"")
+    (first,) = save_pictures(run, cache, banners(), task="two_by_two", split="train", n=1)
+    assert {path.name for path in folder.iterdir()} == {first.name, *mine}
+    with np.load(first, allow_pickle=False) as found:
+        assert (str(found["task"]), str(found["split"])) == ("two_by_two", "train")
+        assert str(found["says"]).endswith(". Pictures are of two_by_two, split train")
+    for name in mine:
+        (folder / name).unlink()
+
+
+def test_a_call_that_fails_removes_nothing(
+    cache: FeatureCache, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save_pictures(run, cache, banners(), task="two_by_two")
+
+    def nothing(*_: object) -> None:
+        raise ConfigError("nothing to show")
+
+    monkeypatch.setattr("heads.methods.tf_local.Head.maps", nothing)
+    with pytest.raises(ConfigError, match="nothing to show"):
+        save_pictures(run, cache, banners(), task="two_by_two", n=1)
+    assert sorted(before[0].parent.iterdir()) == before
 
 
 def captions(cache: FeatureCache) -> list[tuple[str, str]]:

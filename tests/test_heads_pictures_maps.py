@@ -115,6 +115,28 @@ def test_the_strip_is_what_the_global_vector_is_multiplied_by(mask: str, rows: i
         assert not strip.requires_grad
 
 
+def without_patches(**values: Any) -> Any:
+    """A trident without local slots, from a cache that holds no patches."""
+    method, small = load_method("trident"), miniature.small_context()
+    shapes = {"image/prefix": (1, miniature.W)}
+    config = method.Config(n_local=0, n_global=2, words="clip_text", **values)
+    context = Context(shapes, small.readout, small.attrs, small.objs)
+    return grown(method.Head(config, method.Head.miniature(config, context)))
+
+
+def test_without_local_slots_there_are_masks_and_no_maps() -> None:
+    head = without_patches()
+    found = maps_of(head, rows_of(head), labelled(0, 0))
+    assert (found.looks.shape[0], found.names) == (0, ())
+    assert list(found.strip) == ["mask 1", "mask 2"]
+
+
+def test_without_local_slots_and_masks_there_is_nothing_to_show() -> None:
+    head = without_patches(mask="ones")
+    with pytest.raises(ConfigError, match=r"n_local=0, mask='ones'.*train one with local slots"):
+        head.maps(rows_of(head), labelled(0, 0))
+
+
 # ── simfp, branch_blocks ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -263,6 +285,7 @@ def test_masks_are_kept_once_beside_the_pictures(cache: FeatureCache, tmp_path: 
         assert found["words"].tolist() == ["mask 1", "mask 2", "mask 3"]
         want = trained.get_parameter("masks.masks").detach().clamp(min=0)
         np.testing.assert_array_equal(found["strip"], want)
+        assert (str(found["task"]), str(found["split"])) == ("czsl", "test")
     with np.load(paths[0], allow_pickle=False) as found:
         assert found["words"].tolist() == ["slot 1", "slot 2"]
 

@@ -19,7 +19,7 @@ Order = Literal["none", "inter", "intra", "inter_intra", "intra_inter"]
 LAMBDA = 0.1
 """Where λ starts (our choice)."""
 
-OTHER = {"attr": "obj", "obj": "attr"}
+PARTNER = {"attr": "obj", "obj": "attr"}
 
 
 class CrossBlock(nn.Module):
@@ -203,7 +203,7 @@ class Fusion(nn.Module):
         }
 
     def _intra(self, rows: dict[str, Tensor], blocks: nn.ModuleList) -> dict[str, Tensor]:
-        return {k: rows[k] + blocks[self.place[k]](rows[k], rows[OTHER[k]]) for k in rows}
+        return {k: rows[k] + blocks[self.place[k]](rows[k], rows[PARTNER[k]]) for k in rows}
 
 
 class Branch(nn.Module):

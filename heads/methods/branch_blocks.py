@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from heads.base import Context, HeadConfig, Needs, SetHead
 from heads.blocks.branches import Branch, ConditionedView, ConditionedWords
+from heads.blocks.fusion import PARTNER
 from heads.blocks.prompts import SoftPrompts
 from heads.blocks.readout import Readout
 from heads.errors import ConfigError
@@ -38,7 +39,6 @@ TEMPLATES = {
     "attr": "a photo of {attr} object",
     "obj": "a photo of {obj}",
 }
-PARTNER = {"attr": "obj", "obj": "attr"}
 
 
 class Config(HeadConfig):

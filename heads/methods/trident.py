@@ -237,8 +237,13 @@ class Head(EmbeddingHead):
     def maps(self, query: Features, candidate: Features) -> Maps:
         """The gates of every local slot over the patches, and the condition masks; the text plays no part."""
         n, masks = self.config.n_local, self.masks.values().detach()
+        if not n and not len(masks):
+            raise ConfigError(
+                "trident draws the gates of its local slots and its condition masks, and this head has neither "
+                "(n_local=0, mask='ones'), so there is nothing to draw; train one with local slots or with masks"
+            )
         if self.local is None:
-            gates = masks.new_empty(0, self.context.shapes["image/patches"][0])
+            gates = masks.new_empty(0, 0)  # no patch is read, and there need not be any
         else:
             patches = self.readout.norm("image", query["image/patches"])
             gates = self.local.weights(pool_grid(patches) if self.config.pool_patches else patches)[

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,14 +33,13 @@ from epoch import SAME, SCORER, Live, trainer
 from measure import Seconds, backbone, in_turn, pressure, ratios, spread, table
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
-from cache_builder.backbones.base import Backbone
 from cache_builder.datasets.base import Dataset, ImageRecord, Tasks
 from cache_builder.images import decode
 from heads import Head, load_method
 from heads.base import Context
 from heads.live import LiveBackbone
 from heads.loader import Loader
-from heads.source import context_of
+from heads.source import Source, context_of
 from heads.tasks import load_task
 
 
@@ -119,7 +119,8 @@ def n_at_published_size(case: Case) -> int:
         tables["auxiliary"] = torch.zeros(1, 5, dtype=torch.long)
     readout = {k: torch.zeros(v) for k, v in sizes.items()} | {"logit_scale": torch.zeros(())}
     small: Any = load_backbone("clip:demo")
-    spec = replace_dims(small.spec, image_width=W, text_width=V, joint=D)
+    dims = {**small.spec.dims, "image_width": W, "text_width": V, "joint": D}
+    spec = small.spec.model_copy(update={"dims": dims})
     context = Context(
         shapes, readout, tuple(f"a{i}" for i in range(A)), tuple(f"o{i}" for i in range(O)), tables,
         spec, "clip:demo",
@@ -131,32 +132,15 @@ def n_at_published_size(case: Case) -> int:
     return head.n_trained()
 
 
-def replace_dims(spec: Any, **dims: int) -> Any:
-    """A backbone's spec of another width."""
-    changed = {**spec.dims, **dims}
-    return (
-        spec.model_copy(update={"dims": changed})
-        if hasattr(spec, "model_copy")
-        else replace(spec, dims=changed)
-    )
-
-
-class LiveMaker:
-    """Sources that encode each picture whenever it is asked for."""
-
-    def __init__(self, dataset: Dataset, model: Backbone) -> None:
-        self.dataset, self.model = dataset, model
-
-    def for_source(self, source: Any) -> Live:
-        """In place of a source of the cache."""
-        return Live(source, self.dataset, self.model)
-
-
 class Run:
     """One head on one cache, fed from the cache or live."""
 
     def __init__(
-        self, case: Case, cache: FeatureCache, batch_size: int, live: LiveMaker | None
+        self,
+        case: Case,
+        cache: FeatureCache,
+        batch_size: int,
+        live: Callable[[Source], Live] | None,
     ) -> None:
         module, data = load_method(case.method), load_task(cache, "czsl", "train")
         config = module.Config(**case.config)
@@ -164,7 +148,7 @@ class Run:
         self.head: Head = module.Head(config, module.Head.prepare(config, context_of(cache), cache))
         self.batches = Loader(data, self.head.needs(config), batch_size=batch_size, seed=0)
         if live is not None:
-            self.batches.source = live.for_source(self.batches.source)
+            self.batches.source = live(self.batches.source)
         closed = module.Head.training_kind == "closed_form"
         self.epoch = self._solve if closed else trainer(self.head, self.batches)
         self.closed = closed
@@ -190,7 +174,7 @@ def compare(
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     model = stack.enter_context(backbone(name))
     cache = build(dataset, model, Path(folder, "c.zarr"), progress=False)
-    maker = LiveMaker(dataset, model)
+    maker = partial(Live, dataset=dataset, model=model)
     runs = {
         label: {
             side: Run(case, cache, min(n, args.batch_size), maker if side == "live" else None)
