@@ -8,7 +8,8 @@
     [[row]]                                 label, and `head` and `train` fields that differ; with a `method` of its own
     label = "no_fusion"                       a row takes nothing from [head] and [family]
     head = { fusion = "none" }
-    [[ordering]]                            better, than: labels; metric; source: who claims it, and how that is known
+    [[ordering]]                            better, than: labels; metric; world, where it is claimed of one alone;
+                                              source: who claims it, and how that is known
     better = "inter"                          (P paper, C released code, T third-party notes, D deduced, O our choice)
     than = "no_fusion"
     metric = "best_hm"
