@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from cache_builder import cli as cache_cli
+from cache_builder.cli_build import INTERRUPTED
 from cache_builder.errors import CacheError
 from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with quiet_when_unread():
             args.func(args)
+    except KeyboardInterrupt:
+        print(f"\nheadstart {args.verb}: stopped; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
     except (CacheError, ScoreTableError, HeadError) as error:
         print(f"headstart {args.verb}: {error}", file=sys.stderr)
         return 1
@@ -145,8 +149,12 @@ def _parser() -> argparse.ArgumentParser:
 def _score(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
     from eval import score_io
+    from heads.pictures import check_has_maps
+    from heads.run_files import read_run
     from heads.runs import score_run
 
+    if args.pictures:
+        check_has_maps(read_run(args.run)["method"])
     paths = score_run(
         args.run,
         split=args.split,

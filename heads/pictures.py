@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from cache_builder import FeatureCache, plugins
 from cache_builder.datasets.base import Dataset
 from eval.composition import CompositionScores
-from heads import checkpoint, methods
+from heads import checkpoint, load_method, methods
 from heads.base import Head
 from heads.errors import ConfigError
 from heads.features import Features
@@ -69,6 +69,18 @@ class Item:
     right: bool = False
 
 
+def check_has_maps(method: str) -> None:
+    """Refuse a method that has nothing to draw.
+
+    Raises:
+        ConfigError: names those that have.
+    """
+    if not hasattr(load_method(method).Head, "maps"):
+        raise ConfigError(
+            f"{method} has no maps to draw (no method `maps`, see heads/maps.py); these have: {', '.join(_with_maps())}"
+        )
+
+
 def save_pictures(
     run: str | Path,
     cache: FeatureCache,
@@ -98,11 +110,8 @@ def save_pictures(
             "square grids of patches only"
         )
     head = checkpoint.load(run, backbone=backbone)
-    if not isinstance(head, Mapped):
-        raise ConfigError(
-            f"{checkpoint.method_name(head)} has no maps to draw (no method `maps`, see heads/maps.py); these have: "
-            f"{', '.join(_with_maps())}"
-        )
+    check_has_maps(checkpoint.method_name(head))
+    assert isinstance(head, Mapped)
     data = load_task(cache, task, split, allow_missing=True)
     source = source_of(head, data)
     pixels = {record.id: record for record in dataset.images}

@@ -7,8 +7,10 @@
 `run.json` is written last: a directory with one is a finished run.
 """
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from heads.train_config import TrainConfig
 
 RECORD = "run.json"
 HISTORY = "history.jsonl"
+LOCK = "lock"
+"""Held while a run is trained; the kernel frees it however its holder ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A run that ended in an error; its directory is empty."""
+    """A run that ended in an error, of which nothing is kept."""
 
     path: Path
     error: HeadError
@@ -58,10 +62,38 @@ def check_places(places: Sequence[Path]) -> None:
         RunExists, ConfigError: names the place.
     """
     for out in places:
-        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {LOCK}):
             raise RunExists(f"{out} already exists; choose another --out, or remove it")
     if twice := sorted({str(out) for out in places if places.count(out) > 1}):
         raise ConfigError(f"several runs would be kept in {twice[0]}; give each a place of its own")
+
+
+@contextmanager
+def taken(places: Sequence[Path]) -> Iterator[None]:
+    """Make the directories of runs, and hold them against other processes; those left empty are gone afterwards.
+
+    Raises:
+        RunExists: another process trains into one of them, or did meanwhile.
+    """
+    with ExitStack() as held:
+        for out in places:
+            out.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((out / LOCK).open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunExists(
+                    f"another process is training into {out}; wait for it, or choose another --out"
+                ) from None
+            held.callback(_let_go, out)
+        check_places(places)
+        yield
+
+
+def _let_go(out: Path) -> None:
+    (out / LOCK).unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def clear_unfinished(out: Path) -> None:

@@ -183,8 +183,10 @@ def _check(head: Head, data: TaskData, rerank: int | None) -> None:
     name = method_name(head)
     if data.kind not in head.tasks:
         raise TaskError(f"{name} scores {', '.join(sorted(head.tasks))}, not {data.kind}")
-    if rerank is not None and (not isinstance(data, RetrievalData) or rerank < 1):
-        raise TaskError(f"rerank={rerank} is for retrieval and at least 1; this is {data.kind}")
+    if rerank is not None and not isinstance(data, RetrievalData):
+        raise TaskError(f"rerank={rerank} is for retrieval, and this is {data.kind}")
+    if rerank is not None and rerank < 1:
+        raise TaskError(f"rerank={rerank} would score nothing; it is a number from 1")
     check_cache(head, data.cache)
     needs = head.needs(head.config)
     if isinstance(data, CompositionData) and (needs.live or not needs.candidates):

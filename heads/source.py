@@ -66,8 +66,9 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
         )
         if "joint" not in backbone.dims and any(s.endswith("/pooled") for s in missing):
             raise MissingStream(
-                f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose a method that "
-                "reads tokens, for instance tf_local, or another backbone"
+                f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose what reads "
+                "tokens alone, as tf_local does with head.variant=local, head.top_sampled=0 and without --rerank, or "
+                "another backbone"
             )
         if "image/prefix" in missing and not backbone.dims.get("prefix", 0):
             raise MissingStream(

@@ -24,7 +24,7 @@ from heads.errors import ConfigError, HeadError
 from heads.learner import Learner, seed_everything
 from heads.loader import Loader
 from heads.plans import Negatives, usual_negatives
-from heads.run_files import Failed, Trained, check_places, write
+from heads.run_files import Failed, Trained, check_places, taken, write
 from heads.source import Source, check_streams, context_of
 from heads.tasks import TaskData, load_task, rows_of, splits_of, task_of
 from heads.train import fit_together
@@ -120,7 +120,7 @@ def train_runs(
 
     Args:
         cache: a sealed feature cache.
-        wanted: the runs; one that fails in training does not hold up the others, and leaves an empty directory.
+        wanted: the runs; one that fails in training does not hold up the others, and leaves nothing.
         task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
         progress: show bars.
 
@@ -147,29 +147,28 @@ def train_runs(
     loaders = {
         common: sources.loader(common, [runs[i] for i in groups[common]]) for common in groups
     }
-    # Made only now that nothing is wrong with the requests, but before training: an unwritable place shows at once.
-    for run in runs:
-        run.wanted.out.mkdir(parents=True, exist_ok=True)
     done: dict[int, Trained | Failed] = {}
-    for common, members in groups.items():
-        group = [learners[i] for i in members]
-        results = fit_together(group, loaders[common], progress=progress)
-        for i, learner, result in zip(members, group, results, strict=True):
-            run, out = runs[i], runs[i].wanted.out
-            if isinstance(result, HeadError):
-                done[i] = Failed(out, result)
-                continue
-            facts = {
-                "task": task,
-                "label": run.wanted.label,
-                "asked": run.wanted.settings,
-                "examples": _sizes(run, data, held_out, dropped=False),
-                "dropped": _sizes(run, data, held_out, dropped=True),
-                "selected_on": f"val {run.train.select}" if held_out and run.learns else None,
-                "beside": len(members) - 1,
-                "held": sources.places(run),
-            }
-            done[i] = write(out, learner.head, run.train, result, cache, facts)
+    # Made only now that nothing is wrong with the requests, but before training: an unwritable place shows at once.
+    with taken([run.wanted.out for run in runs]):
+        for common, members in groups.items():
+            group = [learners[i] for i in members]
+            results = fit_together(group, loaders[common], progress=progress)
+            for i, learner, result in zip(members, group, results, strict=True):
+                run, out = runs[i], runs[i].wanted.out
+                if isinstance(result, HeadError):
+                    done[i] = Failed(out, result)
+                    continue
+                facts = {
+                    "task": task,
+                    "label": run.wanted.label,
+                    "asked": run.wanted.settings,
+                    "examples": _sizes(run, data, held_out, dropped=False),
+                    "dropped": _sizes(run, data, held_out, dropped=True),
+                    "selected_on": f"val {run.train.select}" if held_out and run.learns else None,
+                    "beside": len(members) - 1,
+                    "held": sources.places(run),
+                }
+                done[i] = write(out, learner.head, run.train, result, cache, facts)
     return [done[i] for i in range(len(runs))]
 
 

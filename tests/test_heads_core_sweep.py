@@ -14,10 +14,11 @@ from cache_builder.reader import ChunkReader
 from heads import loader as loader_file
 from heads import pools as pools_file
 from heads import source as source_file
+from heads import sweep as sweep_file
 from heads.cli import main
 from heads.errors import ConfigError, RunExists, TrainingDiverged
 from heads.loader import Loader
-from heads.run_files import Failed, Trained, read_run
+from heads.run_files import Failed, Trained, read_run, taken
 from heads.runs import train_run
 from heads.sweep import Wanted, train_runs
 
@@ -292,3 +293,38 @@ def test_a_directory_with_an_equals_sign_is_no_method(cache: FeatureCache, tmp_p
     words = ["tf_local", "--task", "matching", "--config", str(small)]
     assert sweep(cache, tmp_path / "run", *words) == 0
     assert read_run(tmp_path / "run")["head"]["dim"] == 8
+
+
+def test_two_processes_cannot_train_into_one_place(cache: FeatureCache, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with taken([out]), pytest.raises(RunExists, match="another process is training into"):
+        together(cache, [wanted(out, "zero_shot")], "czsl")
+    assert not out.exists()  # nothing was written, so nothing is left
+    together(cache, [wanted(out, "zero_shot")], "czsl")
+    assert not (out / "lock").exists()
+    with pytest.raises(RunExists, match="already exists"), taken([out]):
+        pass
+    assert read_run(out)["method"] == "zero_shot"
+
+
+def test_what_a_crash_left_of_a_lock_does_not_block(cache: FeatureCache, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    together(cache, [wanted(tmp_path / "run", "zero_shot")], "czsl")
+
+
+def test_a_run_that_is_stopped_leaves_nothing_and_says_so(
+    cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_file, "fit_together", stop)
+    small = [word for k, v in SMALL.items() for word in ("--set", f"head.{k}={v}")]
+    words = ["tf_local", "--task", "two_by_two", *small]
+    assert sweep(cache, tmp_path / "run", *words) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
