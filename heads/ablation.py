@@ -205,7 +205,7 @@ def plan(
     for label in rows or ():
         if label not in known:
             raise ConfigError(
-                f"no row {label!r}{nearest(label, known)}; the ablation of {ablation.method} has {', '.join(known)}"
+                f"no row {label!r}{nearest(label, known)}; this ablation has {', '.join(known)}"
             )
     wanted = [row for row in ablation.row if rows is None or row.label in rows]
     entries: dict[str, list[Entry]] = {}

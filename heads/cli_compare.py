@@ -68,7 +68,8 @@ def _compare(args: argparse.Namespace) -> None:
     made = plan(ablation, caches, rows=args.rows, settings=read_settings(None, args.set))
     for sentence in made.left_out:
         print(sentence, flush=True)
-    out = args.out or Path("runs", f"ablate-{Path(args.ablate).stem}")
+    name = Path(args.ablate).stem
+    out = args.out or Path("runs", f"ablate-{name}")
     compared = compare(
         {name: caches[name] for name in made.entries},
         made.entries,
@@ -81,7 +82,7 @@ def _compare(args: argparse.Namespace) -> None:
     paths = report(
         compared.runs,
         out / "report.html",
-        title=f"Ablation of {ablation.method}",
+        title=f"Ablation: {name}",
         orderings=made.orderings,
         notes=[LEGEND, *made.left_out, *compared.failures],
     )

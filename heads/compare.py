@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from cache_builder import FeatureCache
+from eval.errors import ScoreTableError
 from heads import load_method
 from heads.base import Head
 from heads.errors import ConfigError, RunExists
@@ -84,7 +85,7 @@ class Compared:
 
     Attributes:
         runs: directories of the runs, in order.
-        failures: sentences about runs that failed, as by a loss that is not finite; they have no scores.
+        failures: sentences about runs that failed, as by a loss or a score that is not finite.
 
     """
 
@@ -133,7 +134,7 @@ def compare(
     for job in jobs:
         passes.setdefault((job.cache, job.entry.task, job.seed), []).append(job)
     cut = -(-workers // len(passes))
-    parts = [rows[i::cut] for rows in passes.values() for i in range(min(cut, len(rows)))]
+    parts = [part[i::cut] for part in passes.values() for i in range(min(cut, len(part)))]
     failures: dict[Path, str] = {}
     # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -169,8 +170,12 @@ def _run(jobs: Sequence[Job]) -> dict[Path, str]:
         else:
             failures[job.out] = f"{job.out}: {run.error}"
     for job in jobs:
-        if job.out not in failures:
+        if job.out in failures:
+            continue
+        try:
             _score(job, cache, heads.get(job.out))
+        except ScoreTableError as error:
+            failures[job.out] = f"{job.out}: {error}"
     return failures
 
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from cache_builder import FeatureCache, plugins
 from cache_builder.datasets.base import Dataset
 from eval.composition import CompositionScores
-from heads import checkpoint, load_method, methods
+from heads import checkpoint, load_method
 from heads.base import Head
 from heads.errors import ConfigError
 from heads.features import Features
@@ -166,11 +166,9 @@ def _named(maps: Maps, cache: FeatureCache, text: int) -> dict[str, Any]:
 
 
 def _with_maps() -> list[str]:
-    """Methods whose file has a function `maps`; read, not imported."""
-    folder = Path(methods.__path__[0])
+    """Methods that have something to draw."""
     known = plugins.names("heads.methods")
-    texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in known}
-    return [name for name, text in texts.items() if re.search(r"^\s+def maps\(", text, re.M)]
+    return [name for name in known if hasattr(load_method(name).Head, "maps")]
 
 
 def _items(head: Head, data: TaskData, source: Source, n: int) -> Iterator[Item]:

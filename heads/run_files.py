@@ -77,30 +77,42 @@ def taken(places: Sequence[Path]) -> Iterator[None]:
     """
     with ExitStack() as held:
         for out in places:
-            out.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((out / LOCK).open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunExists(
-                    f"another process is training into {out}; wait for it, or choose another --out"
-                ) from None
-            held.callback(_let_go, out)
+            held.enter_context(_locked(out))
         check_places(places)
         yield
 
 
-def _let_go(out: Path) -> None:
-    (out / LOCK).unlink(missing_ok=True)
-    with suppress(OSError):
-        out.rmdir()
-
-
 def clear_unfinished(out: Path) -> None:
-    """Remove the files of a run that was interrupted before its record."""
-    if not (out / RECORD).exists():
-        for name in (*checkpoint.FILES, HISTORY):
-            (out / name).unlink(missing_ok=True)
+    """Remove the files of a run that was interrupted before its record.
+
+    Raises:
+        RunExists: it is not interrupted: another process is about it.
+    """
+    if not out.is_dir():
+        return
+    with _locked(out):
+        if not (out / RECORD).exists():
+            for name in (*checkpoint.FILES, HISTORY):
+                (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Make a directory and hold it; empty, it is gone afterwards."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunExists(
+                f"another process is training into {out}; wait for it, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                out.rmdir()
 
 
 def write(
@@ -117,14 +129,12 @@ def write(
         out: a directory that `check_places` let pass.
         head, train, result: what was trained, how, and what came of it.
         cache: what it was trained on.
-        facts: what else the record says; a label of None is left out.
+        facts: what else the record says.
     """
-    label = {"label": facts["label"]} if facts["label"] else {}
     record = {
         "method": checkpoint.method_name(head),
-        **label,
+        **facts,
         "seed": train.seed,
-        **{name: value for name, value in facts.items() if name != "label"},
         "head": head.config.model_dump(mode="json"),
         "train": train.model_dump(mode="json"),
         "device": str(train.torch_device()),

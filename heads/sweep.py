@@ -159,8 +159,8 @@ def train_runs(
                     done[i] = Failed(out, result)
                     continue
                 facts = {
+                    **({"label": run.wanted.label} if run.wanted.label else {}),
                     "task": task,
-                    "label": run.wanted.label,
                     "asked": run.wanted.settings,
                     "examples": _sizes(run, data, held_out, dropped=False),
                     "dropped": _sizes(run, data, held_out, dropped=True),

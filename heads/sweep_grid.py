@@ -1,6 +1,6 @@
 """Which runs a sweep asks for: methods × the values of its axes.
 
-csp simfp, train.seed=0,1, head.dropout=0.1,0.3   →   csp-seed0-dropout=0.1, csp-seed0-dropout=0.3, csp-seed1-…, simfp-…
+csp simfp · train.seed=0,1 · head.dropout=0.1,0.3   →   csp-seed0-dropout=0.1  csp-seed0-dropout=0.3  csp-seed1-…
 """
 
 import re
@@ -40,7 +40,7 @@ def points(
     Args:
         methods: files of `heads/methods`, or dotted modules.
         configs: method → its TOML file, where there is one.
-        sets: `KEY=VALUE` for all runs, before which no axis of the same key may stand.
+        sets: `KEY=VALUE` for all runs, of keys that are not swept.
         sweeps: `KEY=VALUE,VALUE,…`, one an axis.
         own_order: each seed shuffles for itself. Otherwise runs of several seeds take the batches of the first
             (`train.order_seed`), which are then read once for all.

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import pytest
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
 from eval import score_io
 from eval.czsl import CompositionScores
+from eval.errors import ScoreTableError
+from heads import compare as comparing
 from heads.cli import main
 from heads.compare import Entry, Question, compare
 from heads.errors import ConfigError, RunExists
@@ -98,6 +102,38 @@ def test_a_diverged_run_is_named_and_all_others_are_made(
     assert re.search(r"wild-seed0: .* step", failure)
     assert [run.name for run in found.runs] == ["zero_shot-seed0", "local-seed0"]
     assert all((run / "scores-test.zarr").exists() for run in found.runs)
+
+
+def test_a_run_whose_test_scores_cannot_be_used_holds_up_no_other(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = comparing.score_run
+
+    def spoiled(run: Path, **options: Any) -> list[Path]:
+        if run.name == "local-seed0":
+            raise ScoreTableError("the score of query 3 is nan")
+        return real(run, **options)
+
+    class Here:
+        """Runs what is submitted at once and in this process, where a function can be replaced."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, function: Any, part: Any) -> Future[Any]:
+            done: Future[Any] = Future()
+            done.set_result(function(part))
+            return done
+
+    monkeypatch.setattr(comparing, "score_run", spoiled)
+    monkeypatch.setattr(comparing, "ProcessPoolExecutor", Here)
+    found = compare({"clip": cache}, ENTRIES, (0,), tmp_path)
+    assert [run.name for run in found.runs] == ["zero_shot-seed0"]
+    assert "local-seed0: the score of query 3 is nan" in found.failures[0]
 
 
 def test_a_trained_probe_beats_chance_on_held_out_images(fast_folder: Path) -> None:
