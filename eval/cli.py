@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import cli_open_world
+from eval import cli_open_world, cli_submit
 from eval.errors import EvalWarning, ScoreTableError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def add_verbs(verbs: Any) -> None:
     )  # fmt: skip
     report.add_argument("--title", default="headstart", help="heading of the page")
     report.set_defaults(func=_report)
+    cli_submit.add_verb(verbs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from heads.errors import TaskError
 from heads.features import Batch, Features
 
 ScoreSpace = Literal["cosine", "logit", "probability"]
+Training = Literal["gradient", "closed_form", "none"]
 
 
 class HeadConfig(BaseModel):
@@ -83,9 +84,9 @@ class Head(nn.Module, ABC):
     """Scores queries against candidates. Larger is better."""
 
     score_space: ClassVar[ScoreSpace]
-    training_kind: ClassVar[Literal["gradient", "closed_form", "none"]] = "gradient"
+    training_kind: ClassVar[Training] = "gradient"
     tasks: ClassVar[frozenset[str]] = frozenset({"czsl", "matching", "two_by_two", "retrieval"})
-    """Tasks it can score."""
+    """Tasks it can score. One of composed retrieval scores that alone."""
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__()
@@ -96,6 +97,21 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def needs(cls, config: Any) -> Needs:
         """Streams read under `config`."""
+
+    @classmethod
+    def training_needs(cls, config: Any) -> Needs:
+        """Streams of the batches that it is trained on; those of `needs`, unless it learns from another task."""
+        return cls.needs(config)
+
+    @classmethod
+    def learns_from(cls, config: Any) -> str | None:
+        """What it is trained on, of `heads.tasks`, where that is not the task it is trained for."""
+        return None
+
+    @classmethod
+    def trained_by(cls, config: Any) -> Training:
+        """How its parameters come about; `training_kind`, unless some configurations need no training."""
+        return cls.training_kind
 
     @classmethod
     def prepare(cls, config: Any, context: Context, cache: FeatureCache) -> Context:
@@ -115,9 +131,29 @@ class Head(nn.Module, ABC):
     def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
         """Score of query i with candidate i."""
 
+    @property
+    def training_by(self) -> Training:
+        """`trained_by` of its own configuration."""
+        return self.trained_by(self.config)
+
     def n_trained(self) -> int:
         """How many numbers training decides."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def before_training(self, examples: Iterable[Features]) -> Mapping[str, Tensor]:
+        """Streams to lay beside the queries of every batch, which no step of training changes: computed once.
+
+        Args:
+            examples: queries of the train set, part by part, in the order of the data.
+
+        Returns:
+            Name → (n, …), a row for every example; none by default, and then `examples` is not read.
+        """
+        return {}
+
+    def remarks(self) -> Mapping[str, Any]:
+        """What is worth knowing of the trained head besides its metrics, for people and for `run.json`."""
+        return {}
 
     def lr_shares(self) -> Mapping[str, float]:
         """Trained parameters, by their full name, that learn at this share of `train.lr`; all others at 1."""

@@ -24,7 +24,8 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     train.add_argument("--cache", type=Path, required=True, help="the feature cache to train on")
     train.add_argument(
-        "--task", help="czsl, matching, two_by_two or retrieval; needed if the cache has several"
+        "--task",
+        help="czsl, matching, two_by_two, retrieval or composed; needed if the cache has several that METHOD scores",
     )
     train.add_argument(
         "--config",
@@ -67,19 +68,21 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 def _train(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
+    from heads import load_method
     from heads.config import parse
     from heads.errors import HeadError
     from heads.run_files import Failed, Trained
     from heads.sweep import Wanted, train_runs
     from heads.sweep_grid import config_files, points
-    from heads.tasks import task_of
+    from heads.tasks import KINDS, task_of
     from heads.train_config import TrainConfig
 
     configs = config_files(args.config, args.method)
     sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
     asked = points(args.method, configs, sets, args.sweep, own_order=args.own_order)
     cache = FeatureCache.open(args.cache, check="read")
-    task = task_of(cache, args.task)
+    among = frozenset(KINDS).intersection(*(load_method(name).Head.tasks for name in args.method))
+    task = task_of(cache, args.task, among)
     if len(asked) == 1:
         seed = parse(TrainConfig, asked[0].settings["train"], "train").seed
         default = Path("runs", f"{asked[0].method}-{args.cache.stem}-{task}-seed{seed}")

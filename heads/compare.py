@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from cache_builder import FeatureCache
 from eval.errors import ScoreTableError
-from heads import load_method
 from heads.base import Head
 from heads.errors import ConfigError, RunExists
 from heads.run_files import RECORD, Trained, clear_unfinished, read_run
 from heads.runs import score_paths, score_run
 from heads.sweep import Wanted, sound, train_runs
+from heads.sweep_grid import trained_by
 
 THREADS = 1
 """Of each worker: small heads gain nothing from a second one, and the same count gives the same bits everywhere."""
@@ -207,7 +207,7 @@ def _check_place(job: Job, cache: FeatureCache) -> None:
         "cache": cache.digest(),
     }
     then = {**{name: record.get(name) for name in now}, "cache": record["cache"]["digest"]}
-    if wanted.kind.training_kind == "closed_form":
+    if wanted.kind.trained_by(wanted.head_config) == "closed_form":
         then["head"] = now["head"]  # validation chose among configurations
     for name in ("negatives", "select"):  # settled by the data
         then["train"] = {**then["train"], name: now["train"][name]}
@@ -219,7 +219,7 @@ def _check_place(job: Job, cache: FeatureCache) -> None:
 
 
 def _seeds(entry: Entry, seeds: Sequence[int]) -> Sequence[int]:
-    return seeds if load_method(entry.method).Head.training_kind == "gradient" else seeds[:1]
+    return seeds if trained_by(entry.method, entry.head) == "gradient" else seeds[:1]
 
 
 def _check_same_samples(caches: Mapping[str, FeatureCache]) -> None:

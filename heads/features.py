@@ -85,13 +85,14 @@ class Batch:
     """Queries, candidates, and which cell of the score matrix is right.
 
     Attributes:
-        queries: B images (or composed queries).
-        candidates: M texts (or images).
+        queries: B images, or B images with a text each (composed queries).
+        candidates: M texts, or M images.
         target: column of each query's own positive, (B,).
         ignore: (B, M), True where a cell other than the target must not count as a negative (another true
             caption, the same pair, the same image).
         negative: columns of each query's own hard negatives, (B, K), -1 where there is none; K may be 0.
         partners: those that the head's `Needs` names, by name.
+        index: of each query the number of its example in the order of the data.
 
     """
 
@@ -101,6 +102,7 @@ class Batch:
     ignore: Bool[Tensor, "b m"]
     negative: Int[Tensor, "b k"]
     partners: Mapping[str, Partner] = field(default_factory=dict)
+    index: Int[Tensor, " b"] | None = None
 
     def only(
         self, queries: Collection[str], candidates: Collection[str], partners: Collection[str]
@@ -123,6 +125,6 @@ class Batch:
             t.to(device, non_blocking=True) for t in (self.target, self.ignore, self.negative)
         )
         partners = {name: partner.to(device) for name, partner in self.partners.items()}
-        return Batch(
-            self.queries.to(device), self.candidates.to(device), target, ignore, negative, partners
-        )
+        index = None if self.index is None else self.index.to(device, non_blocking=True)
+        sides = self.queries.to(device), self.candidates.to(device)
+        return Batch(*sides, target, ignore, negative, partners, index)

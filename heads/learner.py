@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from eval.errors import ScoreTableError
 from heads.base import Head
 from heads.errors import ConfigError, HeadError, TrainingDiverged
 from heads.features import Batch
+from heads.loader import Loader
 from heads.optimizer import optimizer_of, rate_of
 from heads.train_config import TrainConfig
 
@@ -77,13 +78,14 @@ class Learner:
     def __init__(self, head: Head, config: TrainConfig, validate: Validate | None = None) -> None:
         self.head, self.config, self.validate = head, config, validate
         self.device = config.torch_device()
-        self.needs = head.needs(head.config)
+        self.needs = head.training_needs(head.config)
         self.history: list[dict[str, Any]] = []
         self.best = _Best(config.select)
         self.step, self.total, self.seconds, self.waited = 0, 0, 0.0, 0.0
         self.failure: HeadError | None = None
+        self.constant: dict[str, Tensor] = {}
         head.to(self.device)
-        if head.training_kind == "gradient":
+        if head.training_by == "gradient":
             if config.patience is not None and validate is None:
                 raise ConfigError(
                     f"train.patience is {config.patience}, but there is no validation to wait for; give the data set "
@@ -95,9 +97,13 @@ class Learner:
         seed_everything(config.seed)
         self.random = _random_state(self.device)
 
-    def begin(self, epoch_steps: int) -> None:
-        """Take up training by gradient, with so many batches an epoch."""
-        self.total = self.config.steps or self.config.epochs * epoch_steps
+    def begin(self, batches: Loader) -> None:
+        """Take up training by gradient: what no step changes is computed now, once."""
+        self.total = self.config.steps or self.config.epochs * len(batches)
+        with self._turn(), torch.no_grad():
+            self.head.eval()
+            only = (x.only(self.needs.queries).to(self.device) for x in batches.examples())
+            self.constant = {**self.head.before_training(only)}
 
     @property
     def runs(self) -> bool:
@@ -154,7 +160,13 @@ class Learner:
     def _seen(self, batch: Batch) -> Batch:
         """Of a batch what the head declares."""
         needs = self.needs
-        return batch.to(self.device).only(needs.queries, needs.candidates, needs.partners)
+        seen = batch.to(self.device).only(needs.queries, needs.candidates, needs.partners)
+        if not self.constant:
+            return seen
+        assert seen.index is not None
+        beside = {name: values[seen.index] for name, values in self.constant.items()}
+        queries = replace(seen.queries, streams={**seen.queries.streams, **beside})
+        return replace(seen, queries=queries)
 
     def _step(self, batch: Batch, epoch: int) -> tuple[Tensor, float, dict[str, Tensor]]:
         self.head.train()

@@ -69,20 +69,32 @@ class LiveBackbone:
         return self._held.backbone
 
     def encode(
-        self, embedded: Float[Tensor, "c l v"], end: Int[Tensor, " c"]
+        self,
+        embedded: Float[Tensor, "c l v"],
+        end: Int[Tensor, " c"],
+        prompts: Any = None,
     ) -> Float[Tensor, "c d"]:
         """Pooled texts of embedded tokens, read at row `end`; in the type of the autocast around, else float32."""
-        return self.states(embedded, end)[1]
+        return self.states(embedded, end, prompts)[1]
 
     def states(
-        self, embedded: Float[Tensor, "c l v"], end: Int[Tensor, " c"]
+        self,
+        embedded: Float[Tensor, "c l v"],
+        end: Int[Tensor, " c"],
+        prompts: Any = None,
     ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
         """Raw states of all rows, before the final norm, and what `encode` returns."""
         backbone, kind = self.on(embedded.device), embedded.device.type
         if torch.is_autocast_enabled(kind):
             backbone = _computing_in(backbone, torch.get_autocast_dtype(kind))
-        found = backbone.encode_embedded(embedded, end)
+        found = backbone.encode_embedded(embedded, end, prompts=prompts)
         return found["tokens"], found["pooled"]
+
+    def share(self, n: int) -> float:
+        """`n` parameters as a share of those of both towers."""
+        held = self.on("cpu")
+        towers = {id(p): p.numel() for s in ("image", "text") for p in held.tower(s).parameters()}
+        return n / sum(towers.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveBackbone":
         """A copied head runs the same backbone."""

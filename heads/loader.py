@@ -11,6 +11,8 @@ Both give every example exactly once an epoch, in an order that depends on (seed
     matching, text            I I …                         × T⁺ T⁺ … T⁻ T⁻ …
     matching, none            I I …                         × T⁺ T⁺ …
     retrieval                 images                        × one of its captions each, drawn anew every epoch
+    triplets                  images with modifications     × T⁺ T⁺ …   or with text   T⁺ T⁺ … T⁻ T⁻ …
+    images                    I I …                         × I I …
 """
 
 import time
@@ -23,6 +25,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cache_builder import FeatureCache
 from heads.base import Needs
 from heads.errors import ConfigError
 from heads.features import Batch, Features, Partner
@@ -103,7 +106,7 @@ class Loader:
                 f"partners ({', '.join(self.partners)}) share an attr or an obj, which only czsl data have; this is "
                 f"{data.kind}"
             )
-        self.true = None if self.plan.true is None else _TrueMatches(data, self.plan.true)
+        self.true = None if self.plan.true is None else _TrueMatches(data.cache, self.plan.true)
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -147,6 +150,12 @@ class Loader:
         mine.source = self.source if needs is None else self.source.only(needs)
         return mine._batch(_Part(np.arange(len(self.plan.images)), {}), captions)
 
+    def examples(self, size: int = 1024) -> Iterator[Features]:
+        """Queries of the whole set, in the order of the data, `size` at a time; of two images an item, the first."""
+        for start in range(0, len(self.plan.images), size):
+            texts = None if self.plan.texts is None else self.plan.texts[start : start + size]
+            yield self.source.images(self.plan.images[start : start + size, 0], texts=texts)
+
     def _sampler(self, epoch: int) -> PartnerSampler | None:
         """Who stands beside whom in an epoch, if the head wants partners."""
         if not self.partners:
@@ -175,27 +184,31 @@ class Loader:
         index = part.index
         images = self.plan.images[index]
         given = {s: self._with_second_images(s, v, images) for s, v in part.read.items()}
-        queries = self.source.images(images.reshape(-1), given)
+        beside = None if self.plan.texts is None else self.plan.texts[index]
+        queries = self.source.images(images.reshape(-1), given, beside)
         if self.shared is not None:
             return self._labelled(index, queries, self.shared, self._beside(part))
-        assert self.true is not None
+        target = np.arange(images.size)
+        number = self._tensor(np.repeat(index, images.shape[1]))
+        if self.true is None:
+            none = (
+                np.zeros((len(index), len(index)), dtype=bool),
+                np.empty((len(index), 0), np.int64),
+            )
+            gallery = self.source.gallery(images[:, 0])
+            target, ignore, negative = map(self._tensor, (target, *none))
+            return Batch(queries, gallery, target, ignore, negative, index=number)
         texts = captions[index]
         rows = texts.reshape(-1) if self.paired_negatives else texts.T.reshape(-1)
-        target = np.arange(images.size)
         negative = np.empty((images.size, 0), dtype=np.int64)
         if self.paired_negatives:
             negative = (target ^ 1)[:, None]
         elif texts.shape[1] == 2:
             negative = (target + len(index))[:, None]
-        ignore = self.true.table(images.reshape(-1), rows)
+        ignore = self.true.table(images.reshape(-1) if beside is None else index, rows)
         ignore[target, target] = False
-        return Batch(
-            queries,
-            self.source.texts(rows),
-            self._tensor(target),
-            self._tensor(ignore),
-            self._tensor(negative),
-        )
+        cells = [self._tensor(cell) for cell in (target, ignore, negative)]
+        return Batch(queries, self.source.texts(rows), cells[0], cells[1], cells[2], index=number)
 
     def _labelled(
         self,
@@ -214,6 +227,7 @@ class Loader:
             self._tensor(np.zeros((len(index), len(candidates)), dtype=bool)),
             self._tensor(self.plan.hard[target]),
             partners,
+            self._tensor(index),
         )
 
     def _beside(self, part: "_Part") -> dict[str, Partner]:
@@ -278,8 +292,8 @@ class _Part:
 class _TrueMatches:
     """Which (image, caption) cells are true, captions with the same string counting as one."""
 
-    def __init__(self, data: TaskData, matches: Int[np.ndarray, "m 2"]) -> None:
-        texts = data.cache.texts
+    def __init__(self, cache: FeatureCache, matches: Int[np.ndarray, "m 2"]) -> None:
+        texts = cache.texts
         first: dict[str, int] = {}
         self.same = np.array([first.setdefault(t, i) for i, t in enumerate(texts)], dtype=np.int64)
         self.width = len(texts)

@@ -9,6 +9,7 @@ from torch import Tensor
 from heads.base import Context, Head
 from heads.features import Batch, Features, Partner
 from heads.live import tiny
+from heads.strings import STREAM, pack
 
 RAGGED = ("crop/pooled", "segment/pooled")
 """Streams of rows that differ in length, besides tokens of texts."""
@@ -63,7 +64,10 @@ def small_features(n: int, seed: int, streams: frozenset[str], context: Context)
     """`n` random rows that hold `streams` and nothing else; text rows differ in length and carry labels."""
     g = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
-    for stream in sorted(streams - {"text/mask", "text/ids"}):
+    if STREAM in streams:
+        said = ("is red", "has a bow", "add a dog left of it")
+        out[STREAM] = pack([said[i % 3] for i in range(n)])
+    for stream in sorted(streams - {"text/mask", "text/ids", STREAM}):
         out[stream] = 3 * torch.randn(n, *context.shapes[stream], generator=g)
         if stream in RAGGED:
             mask = torch.arange(out[stream].shape[1]) < (torch.arange(n) % 3 + 1)[:, None]
@@ -84,9 +88,11 @@ def small_features(n: int, seed: int, streams: frozenset[str], context: Context)
 
 def small_batch(head: Head) -> Batch:
     """Five queries, six candidates, one hard negative each; labelled candidates only where a head needs them."""
-    needs = head.needs(head.config)
+    needs = head.training_needs(head.config)
     queries = small_features(B, 1, needs.queries, head.context)
     candidates = small_features(M, 2, needs.candidates, head.context)
+    constant = head.before_training([queries])
+    queries = replace(queries, streams={**queries.streams, **constant})
     if head.tasks != frozenset({"czsl"}):
         candidates = replace(candidates, labels={})
     target = torch.arange(B)
@@ -96,4 +102,5 @@ def small_batch(head: Head) -> Batch:
         kind: Partner(small_features(B, 6 + k, needs.queries, head.context), target, target != k)
         for k, kind in enumerate(sorted(needs.partners))
     }
-    return Batch(queries, candidates, target, ignore, ((target + 1) % M)[:, None], partners)
+    negative = ((target + 1) % M)[:, None]
+    return Batch(queries, candidates, target, ignore, negative, partners, target)

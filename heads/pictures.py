@@ -31,7 +31,7 @@ from heads.features import Features
 from heads.maps import Mapped, Maps
 from heads.score import score, source_of
 from heads.source import Source
-from heads.tasks import CompositionData, MatchingData, TaskData, load_task
+from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, load_task
 
 LARGEST = 224
 """Pixels of the longer side of a stored picture."""
@@ -177,7 +177,7 @@ def _items(head: Head, data: TaskData, source: Source, n: int) -> Iterator[Item]
         yield from _compositions(head, data, source, n)
     elif isinstance(data, MatchingData):
         yield from _matches(head, data, source, n)
-    else:
+    elif isinstance(data, RetrievalData):
         for at, (i, t) in enumerate(data.matches[:n]):
             image, text = int(data.images[i]), int(data.captions[t])
             yield Item(f"{at:04d}", image, text, _paired(head, source, image, text))

@@ -4,6 +4,8 @@ czsl           images × all train pairs; hard negatives share one primitive wit
 two_by_two     an example is an item (image_text) or one of its images (text, none)
 matching       an example is an item
 retrieval      an example is an image; one of its captions is drawn for every epoch
+triplets       an example is an image with a modification; with `text`, the image's own caption is the hard negative
+images         an example is an image, and so is its candidate
 """
 
 from collections.abc import Callable
@@ -14,7 +16,15 @@ import numpy as np
 from jaxtyping import Int
 
 from heads.errors import ConfigError
-from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
+from heads.tasks import (
+    ComposedData,
+    CompositionData,
+    ImageData,
+    MatchingData,
+    RetrievalData,
+    TaskData,
+    TripletData,
+)
 
 Negatives = Literal["auto", "none", "text", "image_text"]
 Captions = Callable[[np.random.Generator], Int[np.ndarray, "e t"]]
@@ -26,9 +36,10 @@ class Plan:
 
     Attributes:
         images: image rows of each example, (E, 1) or (E, 2).
+        texts: text row beside each example's image, of composed queries.
         captions: text rows of each example for one epoch, (E, T); T = 0 when all batches share their candidates.
-        true: (image row, text row) of every true match; what is in here is never a negative. None with shared
-            candidates, where `target` says it all.
+        true: (image row, text row) of every true match, of composed queries (number of the example, text row); what is
+            in here is never a negative. None where `target` says it all, or candidates are images.
         labels: of each example's image.
         target: column of each example, with shared candidates.
         pairs: (C, 2) labels of the shared candidates, and `prompts` (C,) their text rows.
@@ -40,6 +51,7 @@ class Plan:
     captions: Captions
     text_rows: Int[np.ndarray, " t"]
     true: Int[np.ndarray, "m 2"] | None = None
+    texts: Int[np.ndarray, " e"] | None = None
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     target: Int[np.ndarray, " e"] | None = None
     pairs: Int[np.ndarray, "c 2"] | None = None
@@ -59,6 +71,17 @@ def plan_of(data: TaskData, negatives: Negatives) -> Plan:
         return _composition(data, negatives)
     if isinstance(data, MatchingData):
         return _matching(data, negatives)
+    if isinstance(data, TripletData):
+        return _triplets(data, negatives)
+    if isinstance(data, ComposedData):
+        raise ConfigError(
+            "composed queries are scored, not trained on: heads of composed retrieval learn from triplets or images"
+        )
+    if isinstance(data, ImageData):
+        if negatives != "none":
+            raise ConfigError(f"pictures alone have no hard negatives; negatives is {negatives!r}")
+        empty = np.empty(0, dtype=np.int64)
+        return Plan(data.images[:, None], lambda _: empty[None], empty)
     if negatives != "none":
         raise ConfigError(f"retrieval data have no hard negatives; negatives is {negatives!r}")
     return _retrieval(data)
@@ -111,6 +134,23 @@ def _matching(data: MatchingData, negatives: Negatives) -> Plan:
         captions = captions if two else data.captions
         captions = captions if negatives == "text" else captions[:, :1]
     return Plan(images, lambda _: captions, np.unique(data.captions), true)
+
+
+def _triplets(data: TripletData, negatives: Negatives) -> Plan:
+    if negatives == "image_text":
+        raise ConfigError(
+            "negatives 'image_text' is for matching data with two images; triplets have 'none', 'text'"
+        )
+    captions = data.targets[:, None]
+    if negatives == "text":
+        captions = np.stack([data.targets, data.references], axis=1)
+    return Plan(
+        images=data.images[:, None],
+        captions=lambda _: captions,
+        text_rows=np.unique(np.concatenate([captions.reshape(-1), data.modifications])),
+        true=np.stack([np.arange(len(data)), data.targets], axis=1),
+        texts=data.modifications,
+    )
 
 
 def _retrieval(data: RetrievalData) -> Plan:

@@ -139,6 +139,7 @@ def write(
         "train": train.model_dump(mode="json"),
         "device": str(train.torch_device()),
         "parameters": head.n_trained(),
+        **({"remarks": remarks} if (remarks := dict(head.remarks())) else {}),
         "best": result.best,
         "steps": result.steps,
         "seconds": round(result.seconds, 3),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from eval.composed_table import ComposedScores
 from eval.composition import CompositionScores
 from eval.czsl_summary import KEEP, CompositionSummary, Layout, summarise, summarise_levels
 from eval.feasibility import Feasibility, grid
@@ -22,11 +23,20 @@ from eval.matching import MatchingScores
 from eval.retrieval import BothDirections, RetrievalScores, both_directions
 from heads.base import EmbeddingHead, Head, Needs, SetHead
 from heads.checkpoint import check_cache, method_name
+from heads.composed_score import composed_scores, triplet_scores
 from heads.errors import CheckpointMismatch, TaskError
 from heads.features import Features
 from heads.grid import CROSS_BLOCK, Rows, blocks, by_levels, by_rows, embedded, whole
-from heads.source import Source
-from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, rows_of
+from heads.source import Source, check_roles
+from heads.tasks import (
+    ComposedData,
+    CompositionData,
+    MatchingData,
+    RetrievalData,
+    TaskData,
+    TripletData,
+    rows_of,
+)
 
 POOLED = Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
 
@@ -41,7 +51,7 @@ def score(
     direction: Direction | None = None,
     rerank: int | None = None,
     source: Source | None = None,
-) -> CompositionScores | MatchingScores | RetrievalScores:
+) -> CompositionScores | MatchingScores | RetrievalScores | ComposedScores:
     """Score a split with a trained head, in float32, and keep every score (`score_open` keeps the best).
 
     Args:
@@ -54,8 +64,9 @@ def score(
         source: the rows of `data`, if they are already in memory (see `source_of`).
 
     Returns:
-        CompositionScores (images × candidate pairs), MatchingScores (n, 2) or (n, 2, 2) as [image, caption], or
-        RetrievalScores with queries and gallery according to `direction`.
+        CompositionScores (images × candidate pairs), MatchingScores (n, 2) or (n, 2, 2) as [image, caption],
+        RetrievalScores with queries and gallery according to `direction`, or, of triplets, queries × target captions;
+        ComposedScores (queries × images that compete, the others -inf).
 
     Raises:
         MissingStream, CheckpointMismatch: the data's cache is not one this head can be scored on.
@@ -80,6 +91,12 @@ def score(
                 ids=_distinct(data.ids),
                 **facts,
             )
+        if isinstance(data, ComposedData):
+            return composed_scores(head, data, source, block, facts["meta"])
+        if isinstance(data, TripletData):
+            table, positives = triplet_scores(head, data, source, block)
+            return RetrievalScores(scores=table, positives=positives, ids=data.ids, **facts)
+        assert isinstance(data, RetrievalData)
         assert direction is not None
         table = _retrieval(head, data, source, block, direction, rerank)
     facts["meta"] |= {"direction": direction} | ({} if rerank is None else {"rerank": rerank})
@@ -175,18 +192,21 @@ def _labels(data: CompositionData) -> dict[str, Any]:
 
 def source_of(head: Head, data: TaskData, *, ram_limit: int | None = None) -> Source:
     """The rows of `data` that `head` reads, kept in memory if they fit; on the head's device."""
-    needs = head.needs(head.config)
+    learned = isinstance(data, TripletData)
+    needs = head.training_needs(head.config) if learned else head.needs(head.config)
     return Source(data.cache, needs, *rows_of(data), ram_limit=ram_limit, device=_device(head))
 
 
 def _check(head: Head, data: TaskData, rerank: int | None) -> None:
     name = method_name(head)
-    if data.kind not in head.tasks:
+    if data.kind not in head.tasks | {head.learns_from(head.config)}:
         raise TaskError(f"{name} scores {', '.join(sorted(head.tasks))}, not {data.kind}")
     if rerank is not None and not isinstance(data, RetrievalData):
         raise TaskError(f"rerank={rerank} is for retrieval, and this is {data.kind}")
     if rerank is not None and rerank < 1:
         raise TaskError(f"rerank={rerank} would score nothing; it is a number from 1")
+    if data.kind in head.tasks:
+        check_roles(head.needs(head.config), data.kind, name)
     check_cache(head, data.cache)
     needs = head.needs(head.config)
     if isinstance(data, CompositionData) and (needs.live or not needs.candidates):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cache_builder import FeatureCache
-from heads import segments
+from heads import segments, strings
 from heads.base import Context, Needs
 from heads.coded import Coded, read_stored
 from heads.errors import MissingStream
@@ -32,8 +33,10 @@ DERIVED = {
 }
 """Streams that come with another one, or are made of it."""
 
-SIDES = {"image": ("image", "crop"), "text": ("text", "segment")}
-"""What the rows of a side have: a picture its crops too, a caption its parts."""
+ROWS = {"crop": "image", "segment": "text"}
+"""Whose rows these are: a picture has its crops, a caption its parts."""
+
+Side = Literal["image", "text"]
 
 
 def quarter_of_free_memory() -> int:
@@ -52,7 +55,8 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
     Raises:
         MissingStream: names the streams, or what else is missing, and the command that builds a cache with them.
     """
-    asked = {DERIVED.get(s, s) for s in query_streams(cache, needs) | needs.candidates}
+    wanted = query_streams(cache, needs) | needs.candidates
+    asked = {DERIVED.get(s, s) for s in wanted - {strings.STREAM}}
     missing = sorted(asked - set(cache.streams))
     streams = sorted(asked | set(cache.streams))
     if segments.STREAM in needs.candidates:
@@ -81,6 +85,25 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
             f"{who} reads parts of captions, and {cache.place} has no text of any part; build a cache with them: "
             f"{command}"
         )
+
+
+def check_roles(needs: Needs, task: str, who: str) -> None:
+    """Refuse streams of the wrong rows: in composed retrieval queries are images with texts, and candidates images.
+
+    Raises:
+        MissingStream: names the streams, and what the rows of the task are.
+    """
+    composed = task == "composed"
+    rows = {
+        "queries": (needs.queries, ("image", "text") if composed else ("image",)),
+        "candidates": (needs.candidates, ("image",) if composed else ("text",)),
+    }
+    for role, (streams, sides) in rows.items():
+        if wrong := sorted(s for s in streams if side_of(s) not in sides):
+            raise MissingStream(
+                f"{who} reads {', '.join(wrong)} of {role}, but {role} of {task} are {' with '.join(sides)}s; choose "
+                f"another task (--task) or other settings (headstart list methods {who})"
+            )
 
 
 def query_streams(cache: FeatureCache, needs: Needs) -> frozenset[str]:
@@ -163,6 +186,8 @@ class Stream:
 class Source:
     """The streams a head reads, of the rows one job uses.
 
+    Queries are images, or (composed retrieval) images with texts; candidates are texts or images.
+
     Args:
         cache: where they are.
         needs: the head's declaration.
@@ -192,8 +217,7 @@ class Source:
     ) -> None:
         check_streams(cache, needs, "this head")
         self.cache, self.device = cache, torch.device(device)
-        self.queries = _expanded(query_streams(cache, needs), "image")
-        self.candidates = _expanded(needs.candidates, "text")
+        self.queries, self.candidates = _roles(cache, needs)
         rows = {"image": np.unique(image_rows), "text": np.unique(text_rows)}
         rows["crop"] = rows["image"]
         cut = segments.Segments(cache, rows["text"]) if segments.STREAM in self.candidates else None
@@ -205,7 +229,8 @@ class Source:
             else device_limit,
             "memory": quarter_of_free_memory() if ram_limit is None else ram_limit,
         }
-        sizes = {s: self._bytes(s, rows[s.split("/")[0]]) for s in self.queries + self.candidates}
+        read = {*self.queries, *self.candidates} - {strings.STREAM}
+        sizes = {s: self._bytes(s, rows[s.split("/")[0]]) for s in sorted(read)}
         self.take: dict[str, Callable[[np.ndarray], tuple[Tensor, Tensor | None]]] = {}
         found: dict[str, list[str]] = {"device": [], "memory": [], "disk": []}
         for stream, size in sorted(sizes.items(), key=lambda item: item[1]):
@@ -216,6 +241,7 @@ class Source:
             held = torch.device("cpu") if place == "memory" else self.device
             wanted = None if place == "disk" else rows[stream.split("/")[0]]
             self.take[stream] = Stream(cache, _stored(stream), wanted, held, self.device).take
+        self.take[strings.STREAM] = self._strings
         if cut:
             self.take[segments.STREAM] = partial(cut.take, self.take[segments.STREAM])
         self.on_device = tuple(found["device"])
@@ -224,21 +250,36 @@ class Source:
     def only(self, needs: Needs) -> "Source":
         """The same rows, held once, with the streams of `needs`, which must be among those of this source."""
         found = copy(self)
-        found.queries = _expanded(query_streams(self.cache, needs), "image")
-        found.candidates = _expanded(needs.candidates, "text")
+        found.queries, found.candidates = _roles(self.cache, needs)
         mine = {*found.queries, *found.candidates}
         assert mine <= {*self.queries, *self.candidates}, "a stream was not announced"
         found.on_device = tuple(s for s in self.on_device if s in mine)
         found.on_disk = tuple(s for s in self.on_disk if s in mine)
         return found
 
-    def images(self, rows: np.ndarray, given: Mapping[str, Tensor] | None = None) -> Features:
-        """Query streams of image rows; `given` holds streams that the caller has read already."""
-        return self._features(self.queries, rows, given or {})
+    def images(
+        self,
+        rows: np.ndarray,
+        given: Mapping[str, Tensor] | None = None,
+        texts: np.ndarray | None = None,
+    ) -> Features:
+        """Query streams of image rows, and of the text rows beside them where queries have both.
+
+        Args:
+            rows: image rows.
+            given: streams that the caller has read already.
+            texts: text rows, one for each of `rows`.
+        """
+        beside: dict[Side, np.ndarray] = {} if texts is None else {"text": texts}
+        return self._features(self.queries, {"image": rows, **beside}, given or {})
 
     def texts(self, rows: np.ndarray) -> Features:
         """Candidate streams of text rows."""
-        return self._features(self.candidates, rows, {})
+        return self._features(self.candidates, {"text": rows}, {})
+
+    def gallery(self, rows: np.ndarray) -> Features:
+        """Candidate streams of image rows."""
+        return self._features(self.candidates, {"image": rows}, {})
 
     def dense(self, stream: str, rows: np.ndarray) -> Tensor:
         """One fixed-shape stream of rows."""
@@ -247,17 +288,22 @@ class Source:
         return values
 
     def _features(
-        self, streams: Iterable[str], rows: np.ndarray, given: Mapping[str, Tensor]
+        self, streams: Iterable[str], rows: Mapping[Side, np.ndarray], given: Mapping[str, Tensor]
     ) -> Features:
         out: dict[str, Tensor] = {}
         for stream in streams:
             if stream in given:
                 out[stream] = given[stream]
                 continue
-            out[stream], mask = self.take[stream](rows)
+            out[stream], mask = self.take[stream](rows[side_of(stream)])
             if mask is not None:
                 out[f"{stream.rpartition('/')[0]}/mask"] = mask
         return Features(out)
+
+    def _strings(self, rows: np.ndarray) -> tuple[Tensor, None]:
+        """What the texts say."""
+        texts = self.cache.texts
+        return strings.pack([texts[row] for row in rows]), None
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
         n = len(rows)
@@ -274,14 +320,18 @@ def _stored(stream: str) -> str:
     return segments.PARTS_OF if stream == segments.STREAM else stream
 
 
-def _expanded(streams: frozenset[str], side: str) -> list[str]:
-    """Streams to read for a role, sorted; the mask comes with its tokens."""
-    wrong = sorted(s for s in streams if s.partition("/")[0] not in SIDES[side])
-    if wrong:
-        raise MissingStream(
-            f"a head asks for {', '.join(wrong)} where rows are {side}s; in czsl, matching and retrieval queries are "
-            "images and candidates are texts"
-        )
+def side_of(stream: str) -> Side:
+    """Whose rows a stream has."""
+    home = stream.partition("/")[0]
+    return "text" if ROWS.get(home, home) == "text" else "image"
+
+
+def _roles(cache: FeatureCache, needs: Needs) -> tuple[list[str], list[str]]:
+    """Streams to read of queries and of candidates, sorted; a mask comes with its tokens."""
+    return _expanded(query_streams(cache, needs)), _expanded(needs.candidates)
+
+
+def _expanded(streams: frozenset[str]) -> list[str]:
     plain = streams - {"text/mask"}
     if "text/mask" in streams and not plain & {"text/tokens", "text/ids"}:
         plain |= {"text/ids"}

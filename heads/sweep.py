@@ -9,7 +9,7 @@ A run ends in the same bits here as alone, where its rows are held in the same p
 limit of memory, and rows that no longer fit come in the order of a block shuffle (loader.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
@@ -25,8 +25,8 @@ from heads.learner import Learner, seed_everything
 from heads.loader import Loader
 from heads.plans import Negatives, usual_negatives
 from heads.run_files import Failed, Trained, check_places, taken, write
-from heads.source import Source, check_streams, context_of
-from heads.tasks import TaskData, load_task, rows_of, splits_of, task_of
+from heads.source import Source, check_roles, check_streams, context_of
+from heads.tasks import KINDS, TaskData, load_task, rows_of, splits_of, task_of
 from heads.train import fit_together
 from heads.train_config import TrainConfig
 from heads.validation import selection, validator
@@ -44,8 +44,9 @@ class Wanted:
 
 
 class Batches(NamedTuple):
-    """What runs must have in common to take the same batches."""
+    """What runs must have in common to take the same batches; `learned` is what they are trained on."""
 
+    learned: str
     batch_size: int
     negatives: Negatives
     order_seed: int
@@ -58,6 +59,7 @@ class Sound:
 
     Attributes:
         wanted: the request.
+        task: what it is trained for.
         kind: the method's head.
         head_config, train: its settings.
         context: what its head is built from.
@@ -65,6 +67,7 @@ class Sound:
     """
 
     wanted: Wanted
+    task: str
     kind: type[Head]
     head_config: Any
     train: TrainConfig
@@ -73,19 +76,30 @@ class Sound:
     @property
     def learns(self) -> bool:
         """Does it want a train split?"""
-        return self.kind.training_kind != "none"
+        return self.kind.trained_by(self.head_config) != "none"
+
+    @property
+    def learned(self) -> str:
+        """The task whose train split it is trained on."""
+        return self.kind.learns_from(self.head_config) or self.task
 
     @property
     def needs(self) -> Needs:
-        """Streams it reads."""
+        """Streams it reads when it scores."""
         return self.kind.needs(self.head_config)
+
+    @property
+    def training_needs(self) -> Needs:
+        """Streams of its batches."""
+        return self.kind.training_needs(self.head_config)
 
     @property
     def batches(self) -> Batches:
         """What it must have in common with others to take the same batches."""
         config = self.train
         order = config.seed if config.order_seed is None else config.order_seed
-        return Batches(config.batch_size, config.negatives, order, str(config.torch_device()))
+        device = str(config.torch_device())
+        return Batches(self.learned, config.batch_size, config.negatives, order, device)
 
     def build(self) -> Head:
         """Its head, freshly drawn."""
@@ -106,11 +120,15 @@ def sound(cache: FeatureCache, wanted: Wanted, task: str) -> Sound:
     if task not in head.tasks:
         raise ConfigError(f"{method} works on {', '.join(sorted(head.tasks))}, not on {task}")
     needs = head.needs(head_config)
-    check_streams(cache, needs, method)
+    if head.trained_by(head_config) != "none":
+        check_streams(cache, head.training_needs(head_config), method)
+    if task in cache.tasks.kinds:
+        check_roles(needs, task, method)
+        check_streams(cache, needs, method)
     if wanted.backbone is not None:
         checkpoint.refuse_unused(bool(needs.live), method)
     context = head.prepare(head_config, context_of(cache, wanted.backbone), cache)
-    return Sound(wanted, head, head_config, train, context)
+    return Sound(wanted, task, head, head_config, train, context)
 
 
 def train_runs(
@@ -132,14 +150,11 @@ def train_runs(
             before all requests are known to be sound, and a run's files only when its training has ended.
     """
     check_places([w.out for w in wanted])
-    task = task_of(cache, task)
-    runs = [sound(cache, w, task) for w in wanted]
-    learns = any(run.learns for run in runs)
-    data = load_task(cache, task, "train", allow_missing=True) if learns else None
-    has_val = "val" in splits_of(cache, task)
-    held_out = load_task(cache, task, "val", allow_missing=True) if has_val else None
-    runs = [_settled(run, data, held_out) for run in runs]
-    sources = _Sources(runs, data, held_out)
+    among = frozenset(KINDS).intersection(*(load_method(w.method).Head.tasks for w in wanted))
+    task = task_of(cache, task, among)
+    data = _Data(cache, task)
+    runs = [_settled(sound(cache, w, task), data) for w in wanted]
+    sources = _Sources(runs, data)
     learners = [Learner(run.build(), run.train, sources.validation(run)) for run in runs]
     groups: dict[Batches, list[int]] = {}
     for i, run in enumerate(runs):
@@ -158,13 +173,17 @@ def train_runs(
                 if isinstance(result, HeadError):
                     done[i] = Failed(out, result)
                     continue
+                splits = {"train": data.train(run), "val": data.held_out(run)}
                 facts = {
                     **({"label": run.wanted.label} if run.wanted.label else {}),
                     "task": task,
+                    **({"learned": run.learned} if run.learned != task else {}),
                     "asked": run.wanted.settings,
-                    "examples": _sizes(run, data, held_out, dropped=False),
-                    "dropped": _sizes(run, data, held_out, dropped=True),
-                    "selected_on": f"val {run.train.select}" if held_out and run.learns else None,
+                    "examples": {name: _n(split) for name, split in splits.items()},
+                    "dropped": {
+                        name: _n(split and split.dropped) for name, split in splits.items()
+                    },
+                    "selected_on": data.selected_on(run),
                     "beside": len(members) - 1,
                     "held": sources.places(run),
                 }
@@ -172,52 +191,81 @@ def train_runs(
     return [done[i] for i in range(len(runs))]
 
 
+class _Data:
+    """The splits that runs are trained and validated on, each joined with its rows once."""
+
+    def __init__(self, cache: FeatureCache, task: str) -> None:
+        self.cache, self.task = cache, task
+        self.loaded: dict[tuple[str, str], TaskData] = {}
+
+    def train(self, run: Sound) -> TaskData | None:
+        """What a run is trained on; None for a head without training."""
+        return self._load(run.learned, "train") if run.learns else None
+
+    def held_out(self, run: Sound) -> TaskData | None:
+        """What a run is validated on: its task's val split, or else that of its triplets, if there is one."""
+        for kind in dict.fromkeys((self.task, *({run.learned} & {"triplets"}))):
+            if "val" in splits_of(self.cache, kind):
+                return self._load(kind, "val")
+        return None
+
+    def selected_on(self, run: Sound) -> str | None:
+        """What chose a run's weights, in words."""
+        held_out = self.held_out(run)
+        if held_out is None or not run.learns:
+            return None
+        of = "" if held_out.kind == self.task else f" of {held_out.kind}"
+        return f"val {run.train.select}{of}"
+
+    def _load(self, kind: str, split: str) -> TaskData:
+        if (kind, split) not in self.loaded:
+            self.loaded[kind, split] = load_task(self.cache, kind, split, allow_missing=True)
+        return self.loaded[kind, split]
+
+
 class _Sources:
     """The rows of both splits, held once, and what each run sees of them."""
 
-    def __init__(
-        self, runs: Sequence[Sound], data: TaskData | None, held_out: TaskData | None
-    ) -> None:
-        self.data, self.held_out = data, held_out
-        self.sources: dict[tuple[str, str], Source] = {}
-        self.runs = runs
+    def __init__(self, runs: Sequence[Sound], data: _Data) -> None:
+        self.data, self.runs = data, runs
+        self.sources: dict[tuple[str, str, str], Source] = {}
 
-    def _source(self, split: str, data: TaskData, device: str) -> Source:
+    def _source(self, data: TaskData, device: str) -> Source:
         """Rows of a split on a device, with the streams of all runs there that use it."""
-        if (split, device) not in self.sources:
-            uses = [
-                run.needs
-                for run in self.runs
-                if run.batches.device == device and (split == "val" or run.learns)
-            ]
+        key = (data.kind, data.split, device)
+        if key not in self.sources:
+            runs = [run for run in self.runs if run.batches.device == device]
+            uses = [_read(run, data) for run in runs if any(mine is data for mine in self._of(run))]
             images, texts = rows_of(data)
-            self.sources[split, device] = Source(
-                data.cache, reduce(or_, uses), images, texts, device=device
-            )
-        return self.sources[split, device]
+            self.sources[key] = Source(data.cache, reduce(or_, uses), images, texts, device=device)
+        return self.sources[key]
+
+    def _of(self, run: Sound) -> tuple[TaskData | None, ...]:
+        return self.data.train(run), self.data.held_out(run)
 
     def loader(self, common: Batches, runs: Sequence[Sound]) -> Loader | None:
         """Batches for a group of runs; None where nothing is trained."""
-        learning = [run.needs for run in runs if run.learns]
-        if self.data is None or not learning:
+        learning = [run for run in runs if run.learns]
+        data = self.data.train(learning[0]) if learning else None
+        if data is None:
             return None
-        source = self._source("train", self.data, common.device)
-        needs = reduce(or_, learning)
+        needs = reduce(or_, (run.training_needs for run in learning))
         return Loader(
-            self.data,
+            data,
             needs,
             batch_size=common.batch_size,
             seed=common.order_seed,
             negatives=common.negatives,
             device=common.device,
-            source=source.only(needs),
+            source=self._source(data, common.device).only(needs),
         )
 
     def places(self, run: Sound) -> dict[str, list[str]]:
         """Where the rows of a run's train split are held; others may share them."""
-        if self.data is None or not run.learns:
+        data = self.data.train(run)
+        if data is None:
             return {}
-        source = self._source("train", self.data, run.batches.device).only(run.needs)
+        source = self._source(data, run.batches.device).only(run.training_needs)
         everywhere = {*source.queries, *source.candidates}
         elsewhere = {*source.on_device, *source.on_disk}
         return {
@@ -228,28 +276,29 @@ class _Sources:
 
     def validation(self, run: Sound) -> Callable[[Head], dict[str, float]] | None:
         """`validate` of a run, if there is a val split."""
-        if self.held_out is None:
+        data = self.data.held_out(run)
+        if data is None:
             return None
-        source = self._source("val", self.held_out, run.batches.device)
-        return validator(self.held_out, source.only(run.needs))
+        source = self._source(data, run.batches.device)
+        return validator(data, source.only(_read(run, data)))
 
 
-def _settled(run: Sound, data: TaskData | None, held_out: TaskData | None) -> Sound:
+def _read(run: Sound, data: TaskData) -> Needs:
+    """Streams that a run reads of a split: those of its batches where it is what it learns from."""
+    return run.training_needs if data.kind == run.learned else run.needs
+
+
+def _settled(run: Sound, data: _Data) -> Sound:
     """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
     negatives, select = run.train.negatives, run.train.select
+    train, held_out = data.train(run), data.held_out(run)
     if negatives == "auto":
-        negatives = usual_negatives(data) if data is not None and run.learns else "none"
+        negatives = "none" if train is None else usual_negatives(train)
     if select is None and held_out is not None:
         select = selection(held_out)
-    train = run.train.model_copy(update={"negatives": negatives, "select": select})
-    return replace(run, train=train)
+    settled = run.train.model_copy(update={"negatives": negatives, "select": select})
+    return replace(run, train=settled)
 
 
-def _sizes(
-    run: Sound, data: TaskData | None, held_out: TaskData | None, *, dropped: bool
-) -> dict[str, int]:
-    splits = {"train": data if run.learns else None, "val": held_out}
-    return {
-        name: 0 if split is None else len(split.dropped if dropped else split)
-        for name, split in splits.items()
-    }
+def _n(some: Sized | None) -> int:
+    return 0 if some is None else len(some)

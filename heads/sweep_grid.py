@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from heads import load_method
-from heads.config import read_settings, value_of
+from heads.base import Training
+from heads.config import parse, read_settings, value_of
 from heads.errors import ConfigError
 
 SEED = "train.seed"
@@ -62,12 +63,12 @@ def points(
         )
     found: list[Point] = []
     for method in methods:
-        draws = load_method(method).Head.training_kind == "gradient"
         for values in product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
+            settings = read_settings(configs.get(method), sets, chosen)
+            draws = trained_by(method, settings["head"]) == "gradient"
             if not draws and chosen.get(SEED) != (seeds or [None])[0]:
                 continue
-            settings = read_settings(configs.get(method), sets, chosen)
             if len(seeds) > 1 and not own_order:
                 settings["train"].setdefault("order_seed", seeds[0])
             found.append(Point(method, settings, _name(method, chosen)))
@@ -76,6 +77,12 @@ def points(
             f"two runs of this sweep would be called {twice}; sweep them one after another"
         )
     return found
+
+
+def trained_by(method: str, head: Mapping[str, Any]) -> Training:
+    """How a method is trained under these settings of its head; `ConfigError` if they are none of its."""
+    module = load_method(method)
+    return module.Head.trained_by(parse(module.Config, head, "head"))
 
 
 def config_files(given: Sequence[str], methods: Sequence[str]) -> dict[str, Path]:

@@ -1,14 +1,13 @@
 """A cache's rows joined with its task examples: what is trained on, and what is scored.
 
-    cache.tasks (ids)  ──┐
-                         ├─▶  CompositionData · MatchingData · RetrievalData   (row numbers of one cache)
+    cache.tasks (ids)  ──┐    CompositionData · MatchingData · RetrievalData
+                         ├─▶  ComposedData · TripletData · ImageData (composed_tasks.py)     row numbers of one cache
     cache.rows(ids)    ──┘
 
 Row numbers are of the cache they came from and mean nothing elsewhere; ids travel with them for messages and tables.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,10 +16,16 @@ from jaxtyping import Bool, Int
 
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import Pair
+from heads import composed_tasks
+from heads.composed_tasks import ComposedData, ImageData, TripletData
 from heads.errors import TaskError
+from heads.task_examples import examples, of_split, usable
 
-KINDS = ("czsl", "matching", "two_by_two", "retrieval")
-"""Tasks that heads are trained on and scored on."""
+KINDS = ("czsl", "matching", "two_by_two", "retrieval", "composed")
+"""Tasks that heads are scored on."""
+
+LEARNED = ("triplets", "images")
+"""What heads are trained on besides, as those of composed retrieval are (`Head.learns_from`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ class RetrievalData:
         return table
 
 
-TaskData = CompositionData | MatchingData | RetrievalData
+TaskData = CompositionData | MatchingData | RetrievalData | ComposedData | TripletData | ImageData
 
 
 def load_task(
@@ -137,7 +142,7 @@ def load_task(
 
     Args:
         cache: an open feature cache.
-        task: one of `KINDS`; None takes the only one the cache has.
+        task: one of `KINDS` or `LEARNED`; None takes the only one of `KINDS` that the cache has.
         split: "train", "val" or "test".
         world: czsl candidates: "closed" = train pairs ∪ the split's pairs, "open" = all attr × obj.
         allow_missing: drop examples whose image is quarantined (they are listed in `dropped`) instead of refusing.
@@ -145,11 +150,17 @@ def load_task(
     Raises:
         TaskError: no such task, split or world in this cache, quarantined images, or pairs without a prompt.
     """
-    task = _choose(cache, task)
+    if task == "triplets":
+        return composed_tasks.triplets(cache, split, allow_missing)
+    if task == "images":
+        return composed_tasks.images(cache, split)
+    task = _choose(cache, task, KINDS)
     if world not in ("closed", "open"):
         raise TaskError(f"no world {world!r}: czsl candidates are 'closed' or 'open'")
     if task == "czsl":
         return _composition(cache, split, world, allow_missing)
+    if task == "composed":
+        return composed_tasks.composed(cache, split, allow_missing)
     if task in ("matching", "two_by_two"):
         return _matching(cache, task, split, allow_missing)
     return _retrieval(cache, split, allow_missing)
@@ -157,26 +168,48 @@ def load_task(
 
 def rows_of(data: TaskData) -> tuple[np.ndarray, np.ndarray]:
     """All image rows and all text rows of a split, repeats included, flat."""
-    texts = data.prompts if isinstance(data, CompositionData) else data.captions
-    return data.images.reshape(-1), texts.reshape(-1)
+    none = np.empty(0, dtype=np.int64)
+    match data:
+        case ImageData():
+            return data.images, none
+        case TripletData():
+            texts = [data.modifications, data.targets, data.references]
+            return data.images, np.concatenate(texts)
+        case ComposedData():
+            said = data.modifications
+            return np.concatenate([data.references, data.images]), said[said >= 0]
+        case CompositionData():
+            return data.images.reshape(-1), data.prompts.reshape(-1)
+        case _:
+            return data.images.reshape(-1), data.captions.reshape(-1)
 
 
-def task_of(cache: FeatureCache, task: str | None) -> str:
-    """The task that `load_task` would take: `task` itself if the cache has it, or its only one.
+def task_of(cache: FeatureCache, task: str | None, among: Collection[str] = KINDS) -> str:
+    """The task that is meant: `task` itself if the cache has it, or its only one.
+
+    Args:
+        cache: an open feature cache.
+        task: as somebody named it, or None.
+        among: tasks that come into question. If it is one alone, that is meant where none is named, even if the cache
+            has none of it: what is trained on may be another.
 
     Raises:
         TaskError: the cache has no such task, or several and none was named.
     """
-    return _choose(cache, task)
+    if task is None and len(among) == 1:
+        return next(iter(among))
+    return _choose(cache, task, among)
 
 
 def splits_of(cache: FeatureCache, task: str) -> tuple[str, ...]:
     """Splits that have examples of `task`, sorted."""
-    return tuple(sorted({example.split for example in _examples(cache, task)}))
+    return tuple(sorted({example.split for example in examples(cache, task)}))
 
 
-def _choose(cache: FeatureCache, task: str | None) -> str:
+def _choose(cache: FeatureCache, task: str | None, among: Collection[str]) -> str:
     kinds = [kind for kind in cache.tasks.kinds if kind in KINDS]
+    if task is None and len(meant := [kind for kind in kinds if kind in among]) == 1:
+        return meant[0]
     found = ", ".join(kinds) or "none that heads are trained or scored on"
     if task is None:
         if len(kinds) != 1:
@@ -189,57 +222,13 @@ def _choose(cache: FeatureCache, task: str | None) -> str:
     return task
 
 
-def _examples(cache: FeatureCache, task: str) -> Sequence:
-    tasks = cache.tasks
-    if task == "czsl":
-        return tasks.czsl.examples if tasks.czsl else ()
-    return getattr(tasks, task)
-
-
-def _of_split(cache: FeatureCache, task: str, split: str) -> list:
-    everything = _examples(cache, task)
-    chosen = [example for example in everything if example.split == split]
-    if not chosen:
-        counts = Counter(example.split for example in everything)
-        found = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
-        raise TaskError(f"{cache.place} has no {task} examples of split {split!r}; it has {found}")
-    return chosen
-
-
-def _usable(
-    cache: FeatureCache, named: Iterable[tuple[str, object, Sequence[str]]], allow: bool
-) -> tuple[list, tuple[str, ...]]:
-    """Split (name, example, its image ids) into usable examples and the names of the others."""
-    quarantined = cache.quarantined
-    kept: list = []
-    dropped: list[str] = []
-    bad: dict[str, None] = {}
-    for name, example, ids in named:
-        missing = [i for i in ids if i in quarantined]
-        bad.update(dict.fromkeys(missing))
-        if missing:
-            dropped.append(name)
-        else:
-            kept.append(example)
-    if bad and not allow:
-        first = "; ".join(f"{i}: {quarantined[i]}" for i in list(bad)[:3])
-        raise TaskError(
-            f"{len(bad)} images of these examples are quarantined in {cache.place} ({first}); repair the files, "
-            "remove the cache and build again, or drop the examples with allow_missing=True (--allow-missing), which "
-            "marks it partial"
-        )
-    if not kept:
-        raise TaskError(f"all {len(dropped)} examples are of images quarantined in {cache.place}")
-    return kept, tuple(dropped)
-
-
 def _composition(
     cache: FeatureCache, split: str, world: str, allow_missing: bool
 ) -> CompositionData:
     task = cache.tasks.czsl
     assert task is not None
-    named = ((e.image, e, [e.image]) for e in _of_split(cache, "czsl", split))
-    examples, dropped = _usable(cache, named, allow_missing)
+    named = ((e.image, e, [e.image]) for e in of_split(cache, "czsl", split))
+    examples, dropped = usable(cache, named, allow_missing)
     pairs = task.candidates(split, world)
     without = [pair for pair in pairs if pair not in task.prompts]
     if without:
@@ -277,8 +266,8 @@ def _composition(
 
 
 def _matching(cache: FeatureCache, task: str, split: str, allow_missing: bool) -> MatchingData:
-    named = ((e.id, e, e.images) for e in _of_split(cache, task, split))
-    examples, dropped = _usable(cache, named, allow_missing)
+    named = ((e.id, e, e.images) for e in of_split(cache, task, split))
+    examples, dropped = usable(cache, named, allow_missing)
     n = len(examples)
     return MatchingData(
         cache=cache,
@@ -292,8 +281,8 @@ def _matching(cache: FeatureCache, task: str, split: str, allow_missing: bool) -
 
 
 def _retrieval(cache: FeatureCache, split: str, allow_missing: bool) -> RetrievalData:
-    named = ((e.image, e, [e.image]) for e in _of_split(cache, "retrieval", split))
-    examples, dropped = _usable(cache, named, allow_missing)
+    named = ((e.image, e, [e.image]) for e in of_split(cache, "retrieval", split))
+    examples, dropped = usable(cache, named, allow_missing)
     captions: dict[str, int] = {}
     images: dict[str, int] = {}
     matches: dict[tuple[int, int], None] = {}

@@ -94,7 +94,7 @@ def _sides(head: Head, n: int = B, m: int = M) -> tuple[Features, Features]:
 
 def _train(head: Head) -> None:
     """Bring the head where a user would score it: solved, or with zero-initialised outputs moved off zero."""
-    if head.training_kind == "closed_form":
+    if head.training_by == "closed_form":
         head.solve(small_batch(head), seed=0)
     with torch.no_grad():
         for p in head.parameters():
@@ -125,11 +125,9 @@ def _frozen_stays_frozen(head: Head) -> None:
             head,
             f"readout/{name} is frozen, but a trainable parameter shares its memory",
         )
-    if head.training_kind != "gradient":
+    if head.training_by != "gradient":
         left = [name for name, p in head.named_parameters() if p.requires_grad]
-        _require(
-            not left, head, f"training_kind is {head.training_kind}, yet {left} want gradients"
-        )
+        _require(not left, head, f"it is trained by {head.training_by}, yet {left} want gradients")
 
 
 def _live_stays_frozen(head: Head) -> None:
@@ -161,7 +159,7 @@ def _live_stays_frozen(head: Head) -> None:
 
 
 def _every_parameter_gets_a_gradient(head: Head) -> None:
-    if head.training_kind != "gradient":
+    if head.training_by != "gradient":
         return
     head.eval()  # dropout may hide a parameter by chance
     head.zero_grad()
@@ -198,8 +196,14 @@ def _reads_only_what_it_declares(head: Head) -> None:
     """Undeclared streams, present but full of NaN, change nothing; everywhere else here they are absent."""
     sides = _sides(head)
     want = head(*sides)
-    for i, (role, side) in enumerate((("queries", "image/"), ("candidates", "text/"))):
-        others = frozenset(s for s in head.context.shapes if s.startswith(side))
+    needs = head.needs(head.config)
+    composed = head.tasks == {"composed"}
+    roles = {
+        "queries": ("image/", "text/") if composed else ("image/",),
+        "candidates": ("image/",) if composed else ("text/",),
+    }
+    for i, (role, of) in enumerate(roles.items()):
+        others = frozenset(s for s in head.context.shapes if s.startswith(of))
         n = len(sides[i])
         extra = small_features(n, 5, others, head.context).streams
         spoiled = {
@@ -207,7 +211,6 @@ def _reads_only_what_it_declares(head: Head) -> None:
         }
         offered = list(sides)
         offered[i] = Features({**extra, **spoiled, **sides[i].streams}, sides[i].labels)
-        needs = head.needs(head.config)
         declared = sorted(needs.queries if i == 0 else needs.candidates)
         _require(
             torch.equal(want, head(*offered)),

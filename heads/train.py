@@ -70,18 +70,18 @@ def fit_together(
         ConfigError: there are no batches for a head that learns from data.
     """
     for learner in learners:
-        if batches is None and learner.head.training_kind != "none":
-            how = "trained by gradient" if learner.head.training_kind == "gradient" else "solved"
+        if batches is None and learner.head.training_by != "none":
+            how = "trained by gradient" if learner.head.training_by == "gradient" else "solved"
             raise ConfigError(f"{type(learner.head).__module__} is {how}, but got no batches")
     if batches is not None:
-        _descend([x for x in learners if x.head.training_kind == "gradient"], batches, progress)
-    _solve([x for x in learners if x.head.training_kind != "gradient"], batches)
+        _descend([x for x in learners if x.head.training_by == "gradient"], batches, progress)
+    _solve([x for x in learners if x.head.training_by != "gradient"], batches)
     return [learner.failure or learner.result() for learner in learners]
 
 
 def _descend(learners: Sequence[Learner], batches: Loader, progress: bool) -> None:
     for learner in learners:
-        learner.begin(len(batches))
+        learner.begin(batches)
     total = max((learner.total for learner in learners), default=0)
     with tqdm(total=total, desc="fit", unit="step", disable=not progress or not total) as bar:
         epoch, waited = 0, batches.waited
@@ -101,7 +101,7 @@ def _descend(learners: Sequence[Learner], batches: Loader, progress: bool) -> No
 
 
 def _solve(learners: Sequence[Learner], batches: Loader | None) -> None:
-    solved = [learner for learner in learners if learner.head.training_kind == "closed_form"]
+    solved = [learner for learner in learners if learner.head.training_by == "closed_form"]
     whole = None
     if solved and batches is not None:
         whole = batches.all(reduce(or_, (learner.needs for learner in solved)))

@@ -3,19 +3,31 @@
 from collections.abc import Callable
 from typing import Any
 
+from eval.composed import KS
+from eval.composed import evaluate as evaluate_composed
+from eval.composed_table import ComposedScores
 from eval.czsl import Composition
 from eval.czsl import evaluate as evaluate_czsl
 from eval.matching import MatchingScores
 from eval.matching import evaluate as evaluate_matching
+from eval.retrieval import RetrievalScores
 from eval.retrieval import evaluate as evaluate_retrieval
 from heads.base import Head
 from heads.score import score, score_both
 from heads.source import Source
-from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData
+from heads.tasks import (
+    ComposedData,
+    CompositionData,
+    MatchingData,
+    RetrievalData,
+    TaskData,
+    TripletData,
+)
 
 
 def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
-    """Score and evaluate at once: czsl's and matching's metrics, or both directions of retrieval with `rsum`.
+    """Score and evaluate at once: the task's metrics; of retrieval both directions with `rsum`, of triplets the recall
+    of target captions.
 
     Args:
         head: trained or in training.
@@ -33,6 +45,11 @@ def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
     scores = score(head, data, **options)
     if isinstance(scores, Composition):
         return evaluate_czsl(scores)
+    if isinstance(scores, ComposedScores):
+        ks = [k for k in KS[scores.queries.protocol] if k < scores.shape[1]]
+        return evaluate_composed(scores, ks=ks or [1])
+    if isinstance(scores, RetrievalScores):
+        return evaluate_retrieval(scores)
     assert isinstance(scores, MatchingScores)
     return evaluate_matching(scores)
 
@@ -49,4 +66,6 @@ def selection(data: TaskData) -> str:
     if isinstance(data, CompositionData):
         # Without images of both kinds there is no curve, and hence no area under it.
         return "auc" if len(set(data.seen[data.target].tolist())) == 2 else "pair_acc"
-    return "rsum"
+    if isinstance(data, ComposedData):
+        return {"circo": "map@5", "fashioniq": "avg"}.get(data.queries.protocol, "recall@1")
+    return "recall@1" if isinstance(data, TripletData) else "rsum"

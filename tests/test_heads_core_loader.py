@@ -115,6 +115,7 @@ def check_truth(batch: Batch, rows: list[int], data: TaskData) -> None:
         for image, caption in zip(data.images.flat, own.flat, strict=True):
             true.setdefault(int(image), set()).add(cache.texts[caption])
     else:
+        assert isinstance(data, RetrievalData)
         for image, caption in data.matches:
             true.setdefault(int(data.images[image]), set()).add(cache.texts[data.captions[caption]])
     values, offsets = cache.read_ragged("text/ids")

@@ -67,6 +67,7 @@ def build(cache: FeatureCache, method: str, config: dict) -> Head:
 
 def loop(head: Head, data: TaskData) -> np.ndarray:
     """The slow obvious scores: one image with one text at a time."""
+    assert isinstance(data, CompositionData | MatchingData | RetrievalData)
     images = data.images.reshape(-1)
     texts = (data.prompts if isinstance(data, CompositionData) else data.captions).reshape(-1)
     source = Source(data.cache, head.needs(head.config), images, texts)

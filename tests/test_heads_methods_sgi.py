@@ -19,7 +19,7 @@ from heads.miniature import small_context, small_features
 from heads.runs import score_run, train_run
 from heads.score import score
 from heads.source import Source, check_streams, context_of
-from heads.tasks import CompositionData, MatchingData, load_task
+from heads.tasks import CompositionData, MatchingData, RetrievalData, load_task
 from heads.testing import check_head
 
 STREAMS = ["crop/pooled", "image/pooled", "text/pooled"]
@@ -154,6 +154,7 @@ def test_a_table_from_a_cache_is_that_of_the_slow_loop(
         parts = [text[place[f"segment:{part}"]] for part in segments(cache.texts[c])]
         return slow(crops[bounds[i] : bounds[i + 1]], parts, image[i], text[c], alpha)
 
+    assert isinstance(data, MatchingData | RetrievalData)
     for item in range(2):
         if task == "retrieval":
             for c in range(2):

@@ -116,6 +116,10 @@ class OpenBackbone(Backbone, Protocol):
         """
         ...
 
+    def tokenize_within(self, texts: Sequence[str], length: int) -> Int[Tensor, "b l"]:
+        """Like `tokenize`, but padded and cut to `length` rows, so that room is left; a cut text keeps its end."""
+        ...
+
     def embed_tokens(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l v"]:
         """Token embeddings, before positions. Put a pseudo-word in by assigning its row."""
         ...

@@ -38,13 +38,13 @@ class LlamaTokens:
         self.reserved = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {self.pad}
         self.rule = f"texts with, words without begin of text; padding=right; context={context}"
 
-    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "b l"]:
-        """Ids of whole texts.
+    def tokenize(self, texts: Sequence[str], length: int | None = None) -> Int[Tensor, "b l"]:
+        """Ids of whole texts, cut to the context length or to `length` rows.
 
         Raises:
             CheckpointError: a text spells a special token, or has no token; names it.
         """
-        return self._padded([self._ids(t, words=False)[: self.context] for t in texts])
+        return self._padded([self._ids(t, words=False)[: length or self.context] for t in texts])
 
     def tokenize_words(self, phrases: Sequence[str]) -> Int[Tensor, "b l"]:
         """Ids of bare phrases; see `tokenize`."""

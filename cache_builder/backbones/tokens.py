@@ -44,14 +44,14 @@ class Tokens:
         """Rows before the first word."""
         return 0 if self.start is None else 1
 
-    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "b l"]:
-        """Ids padded and cut to the context length, on the CPU.
+    def tokenize(self, texts: Sequence[str], length: int | None = None) -> Int[Tensor, "b l"]:
+        """Ids padded and cut to the context length or to `length` rows, on the CPU.
 
         Raises:
             CheckpointError: a text spells a special token, which the tokenizer would encode as one: rows would then be
                 cut or pooled in its middle. Names the text.
         """
-        ids = self.encode(texts, self.context)
+        ids = self.encode(texts, length or self.context)
         ends = self._ends_of_text(ids)
         column = torch.arange(ids.shape[1])
         inside = (column >= self.first_free) & (column < ends[:, None])
@@ -82,7 +82,7 @@ class Tokens:
     def lengths(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
         """Rows to store of each text: up to its end, and the pooled row behind it if that is another one."""
         inside = self._ends_of_text(ids) + 1
-        return (inside + 1).clamp(max=self.context) if self.pool == "last" else inside
+        return (inside + 1).clamp(max=ids.shape[1]) if self.pool == "last" else inside
 
     def check(self, name: str, size: int, n_embeddings: int) -> None:
         """Do tokenizer and tower belong together?

@@ -76,8 +76,8 @@ class TextTokens(Protocol):
         """Rows that must stay first, before any prompt: the begin of text in causal towers."""
         ...
 
-    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "b l"]:
-        """Padded and cut as the library does it, on the CPU."""
+    def tokenize(self, texts: Sequence[str], length: int | None = None) -> Int[Tensor, "b l"]:
+        """Padded and cut as the library does it, on the CPU; to `length` rows where that is given."""
         ...
 
     def vocabulary(self) -> list[str]:
@@ -200,6 +200,10 @@ class TwoTowers:
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "b l"]:
         """Ids as the library pads and cuts them, on the CPU."""
         return self._text.tokens.tokenize(texts)
+
+    def tokenize_within(self, texts: Sequence[str], length: int) -> Int[Tensor, "b l"]:
+        """Ids padded and cut to `length` rows, as the library does it for its own context, on the CPU."""
+        return self._text.tokens.tokenize(texts, length)
 
     def tokenize_words(self, phrases: Sequence[str]) -> Int[Tensor, "b l"]:
         """Ids of bare phrases, on the CPU."""

@@ -79,7 +79,12 @@ class Live(Source):
         self.cache, self.device, self.model = source.cache, source.device, model
         self.records = {record.id: record for record in dataset.images}
 
-    def images(self, rows: np.ndarray, given: Mapping[str, Tensor] | None = None) -> Features:
+    def images(
+        self,
+        rows: np.ndarray,
+        given: Mapping[str, Tensor] | None = None,
+        texts: np.ndarray | None = None,
+    ) -> Features:
         names = [self.cache.image_ids[row] for row in rows]
         pixels = torch.stack([self.model.preprocess(self.records[n].open()) for n in names])
         found = self.model.encode_images(pixels)
