@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cache_builder import load_backbone, plugins
-from cache_builder.backbones.base import OpenBackbone
+from cache_builder.backbones.base import OpenBackbone, Prompts
 from cache_builder.errors import CacheError
 from cache_builder.spec import BackboneSpec
 from heads.base import Context
@@ -72,7 +72,7 @@ class LiveBackbone:
         self,
         embedded: Float[Tensor, "c l v"],
         end: Int[Tensor, " c"],
-        prompts: Any = None,
+        prompts: Prompts | None = None,
     ) -> Float[Tensor, "c d"]:
         """Pooled texts of embedded tokens, read at row `end`; in the type of the autocast around, else float32."""
         return self.states(embedded, end, prompts)[1]
@@ -81,7 +81,7 @@ class LiveBackbone:
         self,
         embedded: Float[Tensor, "c l v"],
         end: Int[Tensor, " c"],
-        prompts: Any = None,
+        prompts: Prompts | None = None,
     ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
         """Raw states of all rows, before the final norm, and what `encode` returns."""
         backbone, kind = self.on(embedded.device), embedded.device.type

@@ -77,6 +77,44 @@ def contrastive(
     return (rows + columns) / 2, parts
 
 
+def weighted_contrastive(
+    scores: Float[Tensor, "b b"], barred: Bool[Tensor, "b b"], weight: Float[Tensor, " b"]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """½ · mean of w_i [CE of row i + CE of column i], both of class i, in float32, and its parts.
+
+    Args:
+        scores: of query i with target j, over the temperature.
+        barred: cells that count as nothing; the diagonal counts always.
+        weight: w, of mean 1.
+    """
+    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    masked = scores.float().masked_fill(barred & ~own, -torch.inf)
+    target = torch.arange(len(scores), device=scores.device)
+    rows, columns = (F.cross_entropy(s, target, reduction="none") for s in (masked, masked.T))
+    best_other = masked.detach().masked_fill(own, -torch.inf).amax(1)
+    hit = (masked.detach().diagonal() > best_other).float().mean()
+    loss = (weight * (rows + columns)).mean() / 2
+    return loss, {"batch_accuracy": hit, "largest_weight": weight.max()}
+
+
+def entropy_weights(
+    base: Float[Tensor, "b b"], barred: Bool[Tensor, "b b"], strength: float
+) -> Float[Tensor, " b"]:
+    """w_i = exp(β_w H_i / log B) / mean: larger where a base model is unsure of query i; no gradient (our choice).
+
+    Args:
+        base: its scores over the temperature; H_i is the entropy of the softmax of row i.
+        barred: cells that count as nothing; the diagonal counts always.
+        strength: β_w; 0 gives 1 everywhere.
+    """
+    with torch.no_grad():
+        own = torch.eye(len(base), dtype=torch.bool, device=base.device)
+        log = base.float().masked_fill(barred & ~own, -torch.inf).log_softmax(1)
+        entropy = -torch.where(log.isinf(), 0.0, log.exp() * log).sum(1)
+        grown = (strength * entropy / torch.tensor(float(max(2, len(base)))).log()).exp()
+        return grown / grown.mean()
+
+
 def has_classes(batch: Batch) -> bool:
     """True where candidates are labelled classes (czsl's pairs), which many queries may share."""
     return "attr" in batch.candidates.labels

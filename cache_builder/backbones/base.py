@@ -8,7 +8,7 @@ family's own.
 Letters: B items · N patches · P prefix rows · L text tokens · D joint dim · W image width · V text width · M prompts.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -96,6 +96,14 @@ class Backbone(Protocol):
         ...
 
 
+Prompts = (
+    Float[Tensor, "depth m w"]
+    | Float[Tensor, "b depth m w"]
+    | Callable[[int, Float[Tensor, "b n w"]], Float[Tensor, "b m w"] | None]
+)
+"""Rows that are put before blocks; see `OpenBackbone.resume_from`."""
+
+
 class OpenBackbone(Backbone, Protocol):
     """A backbone that may be entered: prompts, pseudo-words, adapters, cut training. All of these keep gradients."""
 
@@ -133,7 +141,7 @@ class OpenBackbone(Backbone, Protocol):
         embedded: Float[Tensor, "b l v"],
         end: Int[Tensor, " b"],
         *,
-        prompts: Float[Tensor, "depth m v"] | Float[Tensor, "b depth m v"] | None = None,
+        prompts: Prompts | None = None,
     ) -> dict[str, Tensor]:
         """Text streams from embedded tokens; row `end` is pooled. For `prompts` see `resume_from`."""
         ...
@@ -146,7 +154,7 @@ class OpenBackbone(Backbone, Protocol):
         *,
         end: Int[Tensor, " b"] | None = None,
         mask: Bool[Tensor, "b n"] | None = None,
-        prompts: Float[Tensor, "depth m w"] | Float[Tensor, "b depth m w"] | None = None,
+        prompts: Prompts | None = None,
     ) -> dict[str, Tensor]:
         """Run blocks `block`… on activations that enter block `block`, and finish.
 
@@ -158,7 +166,9 @@ class OpenBackbone(Backbone, Protocol):
             mask: images that keep their shape: True where a row is real.
             prompts: M extra rows, behind the rows that must stay first (class token, begin of text).
                 prompts[…, j, :, :] stands in them when the j-th block that is run begins; where prompts end, the rows
-                go on as they are. They are taken out before anything is returned.
+                go on as they are. They are taken out before anything is returned. A function makes them of j and the
+                states that enter that block (of `encode_embedded`, j = 0: the embedded tokens), without the extra rows,
+                so that a token has the same row everywhere; None where they end.
 
         Returns:
             images: `patches`, `prefix` and `pooled`, as far as the family has them; texts: `tokens`, and `pooled` if

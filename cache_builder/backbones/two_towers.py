@@ -7,7 +7,7 @@ A tower says how its library embeds, runs one block, and pools. All else, what i
 which precision, is said here once.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from cache_builder.backbones.base import Blocks, Pixels
+from cache_builder.backbones.base import Blocks, Pixels, Prompts
 from cache_builder.errors import UnknownName
 from cache_builder.spec import BackboneSpec
 
@@ -133,6 +133,9 @@ class TextTower(Protocol):
     def readout(self) -> dict[str, Tensor]:
         """Named as in cache_builder/readout.py, without the side."""
         ...
+
+
+Before = Callable[[int, Tensor], Tensor | None]
 
 
 class TwoTowers:
@@ -291,7 +294,7 @@ class TwoTowers:
         return self._text.tokens.ends(ids)
 
     def encode_embedded(
-        self, embedded: Tensor, end: Int[Tensor, " b"], *, prompts: Tensor | None = None
+        self, embedded: Tensor, end: Int[Tensor, " b"], *, prompts: Prompts | None = None
     ) -> dict[str, Tensor]:
         """Text streams from embedded tokens; row `end` is pooled. Keeps gradients.
 
@@ -299,12 +302,12 @@ class TwoTowers:
         exactly, in a tower without mask: leave out as many rows of padding).
         """
         with self._precision():
-            if prompts is not None:
-                embedded = _insert(
-                    embedded, _rows(prompts, 0, embedded), self._text.tokens.first_free
-                )
-            self._check_rows(embedded.shape[1], prompts)
-            raw = self._run("text", 0, self._text.place(embedded), None, prompts, inserted=True)
+            before, m = _before(prompts), 0
+            if before is not None and (rows := before(0, embedded)) is not None:
+                m = rows.shape[1]
+                embedded = _insert(embedded, rows, self._text.tokens.first_free)
+            self._check_rows(embedded.shape[1], m)
+            raw = self._run("text", 0, self._text.place(embedded), None, before, inserted=m)
             return self._text_streams(raw, end)
 
     def resume_from(
@@ -315,7 +318,7 @@ class TwoTowers:
         *,
         end: Int[Tensor, " b"] | None = None,
         mask: Bool[Tensor, "b n"] | None = None,
-        prompts: Tensor | None = None,
+        prompts: Prompts | None = None,
     ) -> dict[str, Tensor]:
         """Run blocks `block`… on activations that enter block `block`, and finish; see `OpenBackbone`."""
         if side not in self.depth:
@@ -326,7 +329,7 @@ class TwoTowers:
                 f"the {side} tower has blocks 0 … {depth}, asked to resume at {block}"
             )
         with self._precision():
-            raw = self._run(side, block, states, mask, prompts)
+            raw = self._run(side, block, states, mask, _before(prompts))
             return (
                 self._image_streams(raw, mask) if side == "image" else self._text_streams(raw, end)
             )
@@ -337,42 +340,45 @@ class TwoTowers:
         first: int,
         states: Tensor,
         mask: Tensor | None,
-        prompts: Tensor | None = None,
+        before: Before | None = None,
         *,
-        inserted: bool = False,
+        inserted: int = 0,
         wanted: Collection[int] = (),
         kept: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Raw rows of blocks `first`…; those of `prompts` are taken out again.
+        """Raw rows of blocks `first`…; those of prompts are taken out again.
 
         Args:
-            side, first, states, mask, prompts: as in `resume_from`.
-            inserted: the first prompts stand in the states already.
+            side, first, states, mask: as in `resume_from`.
+            before: the prompts before each block that is run.
+            inserted: so many rows stand in the states already, those before the first block.
             wanted, kept: states that enter these blocks are put into `kept` as `block_<k>`.
         """
         blocks, image = self.blocks(side), side == "image"
-        at = self.image.n_prefix if image else self._text.tokens.first_free
-        m, depth = (0, 0) if prompts is None else (prompts.shape[-2], prompts.shape[-3])
-        if prompts is not None:
-            states = states if inserted else _insert(states, _rows(prompts, 0, states), at)
+        at, m = self.image.n_prefix if image else self._text.tokens.first_free, inserted
+        if before is not None and not m and (rows := before(0, states)) is not None:
+            m = rows.shape[1]
+            states = _insert(states, rows, at)
             mask = None if mask is None else torch.cat([mask.new_ones(len(mask), m), mask], 1)
         if not image and first < len(blocks):
-            self._check_rows(states.shape[1], prompts)
+            self._check_rows(states.shape[1], m)
         run = partial(self.image.run, mask=mask, n_prompts=m) if image else self._text.run
         for k, block in enumerate(blocks[first:], first):
-            if prompts is not None and 0 < k - first < depth:
-                rest = states[:, at + m :]
-                states = torch.cat([states[:, :at], _rows(prompts, k - first, states), rest], 1)
+            if m and before is not None and k > first:
+                bare = _without(states, at, m)
+                rows = before(k - first, bare)
+                before = before if rows is not None else None
+                states = states if rows is None else _insert(bare, rows, at)
             if k in wanted and kept is not None:
                 kept[f"block_{k}"] = states
             states = run(block, states)
         if len(blocks) in wanted and kept is not None:
             kept[f"block_{len(blocks)}"] = states
-        return states if m == 0 else torch.cat([states[:, :at], states[:, at + m :]], 1)
+        return _without(states, at, m) if m else states
 
-    def _check_rows(self, n: int, prompts: Tensor | None) -> None:
-        """`UnknownName` unless a text tower takes `n` rows."""
-        m, context = 0 if prompts is None else prompts.shape[-2], self._text.tokens.context
+    def _check_rows(self, n: int, m: int) -> None:
+        """`UnknownName` unless a text tower takes `n` rows, `m` of them prompts."""
+        context = self._text.tokens.context
         if n > context:
             raise UnknownName(
                 f"{n} rows, {m} of them prompts, do not fit the text tower's {context} positions: cut the text, "
@@ -416,10 +422,29 @@ class TwoTowers:
         return self.image if side == "image" else self._text
 
 
-def _rows(prompts: Tensor, k: int, states: Tensor) -> Tensor:
-    """The prompts of one block for every item, (B, M, W)."""
-    rows = prompts[..., k, :, :].to(states.dtype)
-    return rows.expand(len(states), -1, -1)
+def _before(prompts: Prompts | None) -> Before | None:
+    """Prompts as a function of the number of the block, and of the states that enter it; its rows in their type."""
+    if prompts is None:
+        return None
+    if not isinstance(prompts, Tensor):
+
+        def typed(k: int, states: Tensor) -> Tensor | None:
+            rows = prompts(k, states)
+            return None if rows is None else rows.to(states.dtype)
+
+        return typed
+
+    def rows(k: int, states: Tensor) -> Tensor | None:
+        if k >= prompts.shape[-3]:
+            return None
+        return prompts[..., k, :, :].to(states.dtype).expand(len(states), -1, -1)
+
+    return rows
+
+
+def _without(states: Tensor, at: int, m: int) -> Tensor:
+    """States without the rows that were inserted."""
+    return torch.cat([states[:, :at], states[:, at + m :]], 1)
 
 
 def _insert(states: Tensor, rows: Tensor, at: int) -> Tensor:

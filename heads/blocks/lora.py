@@ -1,0 +1,105 @@
+"""A frozen module under other weights: low-rank updates (LoRA), or a trained copy; the module itself is left alone.
+
+    with under(tower, lora.weights(tower)):     W + (α/r)·B A in place of W, for as long as the block lasts
+        pooled = …                              gradients reach A and B; behind it the tower is what it was
+
+Entered inside a function that is recomputed in the backward pass, it is entered again there. `peft` replaces modules of
+the tower instead, so that it would no longer be the one that other heads share, and is silently dead on the output
+projection of torch's attention.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from heads.errors import ConfigError
+
+LINEAR = r".*(in_proj_weight|(out_proj|[qkv]_proj|qkv|attn\.proj|fc\d|c_fc|c_proj)\.weight)"
+"""Weights of the blocks' linear maps, in the names of open_clip, timm and transformers."""
+
+
+@contextmanager
+def under(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module compute with other tensors in place of the parameters of these names.
+
+    Raises:
+        AttributeError: it has no such parameter.
+    """
+    held: list[tuple[nn.Module, str]] = []
+    try:
+        for name, value in weights.items():
+            home, _, last = name.rpartition(".")
+            module.get_parameter(name)
+            held.append((module.get_submodule(home), last))
+            held[-1][0].__dict__[last] = (
+                value  # found before the parameter, which stays where it is
+            )
+        yield
+    finally:
+        for owner, last in held:
+            owner.__dict__.pop(last, None)
+
+
+class LoRA(nn.Module):
+    """W + (α/r)·B A for linear weights of a frozen module; B starts at 0, so that nothing changes at first.
+
+    Args:
+        module: whose weights; only their names and shapes are kept.
+        rank: r.
+        alpha: α; None: r.
+        targets: regular expression of the names, matched whole.
+
+    Raises:
+        ConfigError: it matches no matrix; says which there are.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        targets: str = LINEAR,
+    ) -> None:
+        super().__init__()
+        matrices = {n: p for n, p in module.named_parameters() if p.ndim == 2}
+        self.names = [name for name in matrices if re.fullmatch(targets, name)]
+        if not self.names:
+            raise ConfigError(
+                f"no matrix of the tower is called {targets!r}; it has {', '.join(list(matrices)[:6])}, …"
+            )
+        self.scale = (rank if alpha is None else alpha) / rank
+        self.down, self.up = nn.ParameterList(), nn.ParameterList()
+        for name in self.names:
+            rows, columns = matrices[name].shape
+            down = torch.empty(rank, columns)
+            nn.init.kaiming_uniform_(down, a=5**0.5)
+            self.down.append(nn.Parameter(down))
+            self.up.append(nn.Parameter(torch.zeros(rows, rank)))
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The updated weights, for `under`."""
+        return {
+            name: module.get_parameter(name) + self.scale * (up @ down)
+            for name, down, up in zip(self.names, self.down, self.up, strict=True)
+        }
+
+
+class Copy(nn.Module):
+    """All parameters of a frozen module, as a head's own to train.
+
+    Args:
+        module: what is copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.names = [name for name, _ in module.named_parameters()]
+        self.values = nn.ParameterList(p.detach().clone() for p in module.parameters())
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The trained weights, for `under`."""
+        return dict(zip(self.names, self.values, strict=True))
