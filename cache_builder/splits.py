@@ -5,6 +5,7 @@
     matching, two_by_two    each image of each item          category
     retrieval               each image with captions
     composed                each reference image             category
+    triplets                the image of each                category
 
 numpy and the standard library only, for people who bring their own classifier.
 """
@@ -22,10 +23,11 @@ from cache_builder.datasets.base import (
     MatchingExample,
     RetrievalExample,
     Tasks,
+    TripletExample,
 )
 from cache_builder.errors import UnknownName
 
-Example = CompositionExample | MatchingExample | RetrievalExample | ComposedExample
+Example = CompositionExample | MatchingExample | RetrievalExample | ComposedExample | TripletExample
 
 
 def split_labels(tasks: Tasks, split: str, task: str | None = None) -> dict[str, NDArray[Any]]:
@@ -68,5 +70,7 @@ def _rows(example: Example) -> Iterator[dict[str, str]]:
         yield from ({"id": image, "category": example.category} for image in example.images)
     elif isinstance(example, ComposedExample):
         yield {"id": example.reference, "category": " ".join(example.categories)}
+    elif isinstance(example, TripletExample):
+        yield {"id": example.image, "category": example.category}
     else:
         yield {"id": example.image}
