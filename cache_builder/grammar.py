@@ -40,6 +40,9 @@ CLASSES = {
 PRONOUNS = words("this that these those her some any all each many several few both no")
 """Determiners that may also stand for a thing, so that the word behind them may be a verb."""
 
+OWN = words("his her their its my your our")
+"""Determiners that point back to somebody."""
+
 THERE = {(), ("there", "is"), ("there", "are"), ("this", "is"), ("these", "are")}
 """What may stand before the first thing of a caption that is cut out."""
 
@@ -126,6 +129,12 @@ class Clause:
         if follows == "u" and thing.phrase.entry.kind in PEOPLE | {"anybody", "animal"}:
             word = self.words[thing.phrase.last + 1]  # a man rides, a dog sits
             return word.endswith("s") and "'" not in word and word != "tennis"
+        if follows == "v" and self.words[thing.phrase.last + 1].endswith("ed"):
+            return self.letters[thing.phrase.last + 2 :][:1] in (
+                "",
+                ".",
+                "p",
+            )  # heart shaped pillows
         return follows == "" or follows in ".cpobhwv"
 
     def is_alone(self, thing: Thing, without: Piece | None = None) -> bool:
@@ -149,7 +158,16 @@ class Clause:
         """A red cup left of a blue ring → a red cup."""
         before, thing = self.things[n - 1], self.things[n]
         between = self.letters[before.phrase.last + 1 : thing.first]
-        if not TRAILING.fullmatch(between) or not self._may_stand_apart(between, self.after(thing)):
+        behind = self.words[thing.phrase.last + 1 : thing.phrase.last + 3]
+        if (
+            not TRAILING.fullmatch(between)
+            or not self._may_stand_apart(between, self.after(thing))
+            or (set("wh") & set(between) and self.after(thing) not in ("", "."))
+            or (behind[1:] and behind[1] in OWN)  # holding a phone in her hand
+            or (
+                self.after(thing) == "v" and behind[0].endswith("ed")
+            )  # a wall with clocks mounted to it
+        ):
             return None
         text = self.reading.text
         return f"{text[: before.stop]}{text[thing.stop :]}"

@@ -1,4 +1,4 @@
-"""Triplets by a language model that somebody else runs: prompts out, answers in.
+r"""Triplets by a language model that somebody else runs: prompts out, answers in.
 
     prompts.jsonl  {"id": "a.jpg/a.jpg#0", "image": "a.jpg", "reference_caption": "a red mug", "prompt": "Here is …"}
     answers.jsonl  {"id": "a.jpg/a.jpg#0", "answer": "Sure! {\"modification\": …, \"target_caption\": …}"}
@@ -59,7 +59,7 @@ def prompt(caption: str) -> str:
         "Think of one visible change to that picture: something in it becomes another thing or looks different, goes "
         'away, or comes in. Answer with one JSON object and nothing else. Its key "modification" holds the change as '
         'a short instruction of at most fifteen words, which does not repeat the caption. Its key "target_caption" '
-        "holds the caption of the changed picture; it keeps every word of the caption above that the change leaves true."
+        "holds the caption of the changed picture; it keeps every word of the caption above that stays true."
     )
 
 

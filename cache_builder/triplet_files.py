@@ -164,19 +164,25 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     Raises:
         DatasetError: there is such a file already, or no such folder.
     """
-    if not path.parent.is_dir():
-        raise DatasetError(f"{path} cannot be written: there is no folder {path.parent}")
+    require_free(path)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-        path.hardlink_to(part)  # fails where a file is, as a rename would not
-    except FileExistsError:
-        raise DatasetError(
-            f"{path} is there already and is not overwritten; choose another name, or remove it"
-        ) from None
+        require_free(path)
+        part.rename(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def require_free(path: Path) -> None:
+    """Refuse to write where a file is, or where no folder is: `DatasetError`."""
+    if not path.parent.is_dir():
+        raise DatasetError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.exists():
+        raise DatasetError(
+            f"{path} is there already and is not overwritten; choose another name, or remove it"
+        )
 
 
 def _caption_row(row: Mapping[str, Any], place: str) -> tuple[str, str, list[str]]:
@@ -199,9 +205,9 @@ def _triplet_row(row: Mapping[str, Any], place: str) -> Triplet:
     said = {key: row[key] for key in ("modification", RTD_KEY) if key in row}
     if len(set(map(str, said.values()))) > 1:
         raise DatasetError(f"{place}: modification and {RTD_KEY} differ; keep one of them")
-    values = {"id": name, **row, "modification": next(iter(said.values()), None)}
-    id, image, reference, modification, target = (
-        text(name if key == "id" else values.get(key), f"{place}: {key}") for key in KEYS[:5]
+    values = {**row, "id": name, "modification": next(iter(said.values()), None)}
+    name, image, reference, modification, target = (
+        text(values.get(key), f"{place}: {key}") for key in KEYS[:5]
     )
     split, category = row.get("split", LEARNED[0]), row.get("category", "")
     if split not in LEARNED:
@@ -214,7 +220,7 @@ def _triplet_row(row: Mapping[str, Any], place: str) -> Triplet:
         )
     if plainly(target) == plainly(reference):
         raise DatasetError(f"{place}: target_caption says what reference_caption says")
-    return Triplet(id, image, reference, modification, target, split, category)
+    return Triplet(name, image, reference, modification, target, split, category)
 
 
 def _require(path: Path, what: str) -> None:

@@ -43,6 +43,9 @@ T = TypeVar("T")
 MASS = frozenset({"cover", "food (mass)"})
 """Kinds of nouns without an article."""
 
+NEVER_ONE = frozenset({"scissors"})
+"""Groups of nouns that have no singular, so that they are not put in."""
+
 PLACES = frozenset({"room", "ground"})
 """Kinds of nouns that everything else is in."""
 
@@ -58,6 +61,9 @@ LOOKS = {"colour": "color", "pattern": "pattern"}
 CARRIED = words("umbrella backpack handbag purse suitcase")
 IN_PAIRS = words("shoe boot glove sock")
 """Clothing that a person is with, not wearing; and such as is worn in twos."""
+
+PRONOUNS = words("he she him his her hers himself herself")
+"""Words that agree with one kind of person."""
 
 DRESSED = words("wearing with in has have dressed holding carrying")
 """Words behind a person after which no clothing is added to them."""
@@ -109,7 +115,9 @@ class Draw:
         entry = thing.phrase.entry
         alike = next((s for s in (PEOPLE, MASS, PLACES) if entry.kind in s), None)
         without = frozenset(NOUNS) - alike if alike else PEOPLE | MASS | PLACES
-        return self.vocabulary.noun(entry, self.shown.told, self.rng, without)
+        told = self.shown.told
+        told = replace(told, barred=told.barred | NEVER_ONE)
+        return self.vocabulary.noun(entry, told, self.rng, without)
 
     def adjective(self, thing: Thing, kinds: Sequence[str]) -> str | None:
         """An adjective that no caption of the image says of such a thing."""
@@ -155,9 +163,11 @@ def changes(
 
 def _substitute_obj(clause: Clause, draw: Draw) -> Change | Refusal:
     known = [t for t in clause.things if t.phrase.entry.kind != "anybody" and clause.is_whole(t)]
-    known = [t for t in known if clause.after(t) != "o"]
     if not known:
         return Refusal("no thing known by name")
+    known = [t for t in known if _is_exchangeable(clause, t)]
+    if not known:
+        return Refusal("no thing that another may stand for")
     things = _alone(clause, known)
     if not things:
         return NONE_ALONE
@@ -253,7 +263,7 @@ def _remove_att(clause: Clause, draw: Draw) -> Change | Refusal:
 
 
 def _add_obj(clause: Clause, draw: Draw) -> Change | Refusal:
-    things = [t for t in clause.things if t.phrase.entry.kind not in UNPAINTED]
+    things = [t for t in clause.things if t.phrase.entry.kind not in UNPAINTED | STAYING]
     if not things:
         return Refusal("no thing known by name")
     text = clause.reading.text.rstrip(" .!\n")
@@ -265,11 +275,14 @@ def _add_obj(clause: Clause, draw: Draw) -> Change | Refusal:
     new = draw.noun(replace(like, phrase=single))
     if new is None:
         return Refusal("no other thing that no caption names")
-    free = [a.entry.kind for a in like.phrase.adjectives if a.entry and a.entry.kind in FREE]
-    if free and (painted := draw.vocabulary.adjective(free, frozenset(), draw.rng)):
-        new = f"{painted} {new}"
+    if all(p.adjectives for p in clause.reading.phrases):  # a caption that describes what it names
+        free = [a.entry.kind for a in like.phrase.adjectives if a.entry and a.entry.kind in FREE]
+        painted = draw.vocabulary.adjective(free, frozenset(), draw.rng)
+        new = f"{painted} {new}" if painted else new
     new = articled(new)
-    plain = " with " if set(clause.letters) & set("uv") and "with" not in clause.words else " and "
+    skipped = 2 if clause.words[0] == "there" else 0
+    happens = set(clause.letters[skipped:]) & set("buv")
+    plain = " with " if happens and "with" not in clause.words else " and "
     ways = [(f"add {new}", plain), (f"has {new}", plain), (f"there is also {new}", plain)]
     last = clause.things[-1]
     if last in things and last.stop == len(text) and last in _alone(clause, [last]):
@@ -346,6 +359,20 @@ RULES: dict[str, dict[str, Rule]] = {
 
 def _alone(clause: Clause, things: Sequence[Thing]) -> list[Thing]:
     return [t for t in things if clause.is_alone(t)]
+
+
+def _is_exchangeable(clause: Clause, thing: Thing) -> bool:
+    """May another noun stand for it, with all other words kept?"""
+    entry = thing.phrase.entry
+    if clause.after(thing) == "o" or "N" in clause.letters[thing.first : thing.phrase.first]:
+        return False  # a cup of coffee, a dog bowl
+    if entry.kind == "person" and PRONOUNS & set(clause.words):
+        return False  # a man as he eats
+    if entry.kind == "cover" and clause.letters[: thing.begin].endswith("o"):
+        return False  # a body of water
+    if plural_of(entry.lemma) == entry.lemma:
+        return clause.words[thing.begin] in ("a", "an")  # not two sheep
+    return not (entry.plural and entry.kind in MASS)
 
 
 def _described(clause: Clause) -> list[tuple[Thing, Piece]] | Refusal:
