@@ -219,7 +219,11 @@ def _substitute_att(clause: Clause, draw: Draw) -> Change | Refusal:
 
 
 def _remove_obj(clause: Clause, draw: Draw) -> Change | Refusal:
-    numbers = [n for n, t in enumerate(clause.things) if t.phrase.entry.kind not in STAYING]
+    numbers = [
+        n
+        for n, t in enumerate(clause.things)
+        if t.phrase.entry.kind not in STAYING and _is_counted(clause, t)
+    ]
     if not numbers:
         return Refusal("no thing known by name that could go")
     cut = [(clause.things[n], text) for n in numbers if (text := clause.without(n))]
@@ -294,6 +298,7 @@ def _add_obj(clause: Clause, draw: Draw) -> Change | Refusal:
 def _add_att(clause: Clause, draw: Draw) -> Change | Refusal:
     bare = {p.last for p in bare_things(clause.reading)}
     things = [t for t in clause.things if t.phrase.last in bare and clause.is_whole(t)]
+    things = [t for t in things if _is_counted(clause, t)]
     if not things:
         return Refusal("no bare thing")
     things = _alone(clause, things)
@@ -366,18 +371,25 @@ def _is_exchangeable(clause: Clause, thing: Thing) -> bool:
     entry = thing.phrase.entry
     if clause.after(thing) == "o" or "N" in clause.letters[thing.first : thing.phrase.first]:
         return False  # a cup of coffee, a dog bowl
+    if not _is_counted(clause, thing):
+        return False
     if entry.kind == "person" and PRONOUNS & set(clause.words):
         return False  # a man as he eats
     if entry.kind == "cover" and clause.letters[: thing.begin].endswith("o"):
         return False  # a body of water
-    if plural_of(entry.lemma) == entry.lemma:
-        return clause.words[thing.begin] in ("a", "an")  # not two sheep
     return not (entry.plural and entry.kind in MASS)
+
+
+def _is_counted(clause: Clause, thing: Thing) -> bool:
+    """Is it plain whether it is one or several? Not of sheep, unless it is a sheep."""
+    lemma = thing.phrase.entry.lemma
+    return plural_of(lemma) != lemma or clause.words[thing.begin] in ("a", "an")
 
 
 def _described(clause: Clause) -> list[tuple[Thing, Piece]] | Refusal:
     """Things named by themselves with each of their adjectives that stands by itself."""
-    found = [(t, a) for t in clause.things if clause.is_whole(t) for a in t.phrase.adjectives]
+    whole = [t for t in clause.things if clause.is_whole(t) and _is_counted(clause, t)]
+    found = [(t, a) for t in whole for a in t.phrase.adjectives if not _is_of_people(t, a)]
     if not found:
         return Refusal("nothing described")
     found = [(t, a) for t, a in found if _stands_alone(clause, t, a)]
@@ -385,6 +397,12 @@ def _described(clause: Clause) -> list[tuple[Thing, Piece]] | Refusal:
         return Refusal("described in more words than are known")
     found = [(t, a) for t, a in found if clause.is_alone(t)]
     return found or NONE_ALONE
+
+
+def _is_of_people(thing: Thing, adjective: Piece) -> bool:
+    """Is it a colour of a person? That is no edit of a picture."""
+    people = thing.phrase.entry.kind in PEOPLE | {"anybody"}
+    return bool(people and adjective.entry and adjective.entry.kind == "colour")
 
 
 def _stands_alone(clause: Clause, thing: Thing, adjective: Piece) -> bool:

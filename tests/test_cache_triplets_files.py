@@ -229,7 +229,7 @@ def test_an_answer_is_found_in_what_surrounds_it(tmp_path: Path, answer: object)
     assert found.unanswered == 2
 
 
-def said(modification: str, target: str) -> dict:
+def said(modification: object, target: object) -> dict:
     return {"modification": modification, "target_caption": target}
 
 
@@ -255,7 +255,7 @@ def said(modification: str, target: str) -> dict:
         ({"id": NAMES[0], "answer": '{"a": 1} {"b": 2}'}, "several JSON objects in the answer"),
         ({"id": NAMES[0], "answer": [ANSWER]}, "answer is neither a text nor an object"),
         ({"id": NAMES[0], "answer": {"modification": "x"}}, "no text under modification or target_caption"),
-        ({"id": NAMES[0], "answer": said("x", 3)}, "no text under modification or target_caption"),  # type: ignore[arg-type]
+        ({"id": NAMES[0], "answer": said("x", 3)}, "no text under modification or target_caption"),
         ({"id": NAMES[0], "answer": said(" ", "a cup")}, "empty modification"),
         ({"id": NAMES[0], "answer": said("x", "\n")}, "empty target caption"),
         ({"id": NAMES[0], "answer": said("x", "A red, cup!")}, "target equals reference"),
@@ -304,7 +304,9 @@ def test_rows_in_are_triplets_and_rejections_out(
     texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     captions = [Caption(str(i), "a.jpg", "a red cup", "train") for i in range(9)]
-    rows = [{"id": c.name, "answer": text} for c, text in zip(captions, texts, strict=False)]
+    rows: list[object] = [
+        {"id": c.name, "answer": text} for c, text in zip(captions, texts, strict=False)
+    ]
     rows.append({"id": captions[8].name, "answer": ANSWER})
     path = lines(tmp_path_factory.mktemp("answers") / "a.jsonl", *rows)
     found = read_answers(path, captions)
