@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureCache", "build", "load_backbone", "load_dataset"]
 
-ADDED = ("words", "negatives", "segments")
+ADDED = ("words", "negatives", "segments", "triplets")
 """Options of `load_dataset` that are no reader's own, in the order in which they add to a data set."""
 
 LAZY = {"build": "cache_builder.build", "FeatureCache": "cache_builder.cache"}
@@ -60,16 +60,19 @@ def load_dataset(name: str, root: str | Path | None = None, **options: Any) -> "
 
     Besides, options of every data set, which add to what was read (`ADDED`): `words` where there is a czsl task, a file
     of auxiliary attributes or "vocabulary" (words.py); `negatives` where there are captions of train or val, "rules"
-    (negatives.py); `segments` where there are captions, "rules" (segments.py).
+    (negatives.py); `segments` where there are captions, "rules" (segments.py); `triplets` where there are captions of
+    train or val, "rules", or a file of triplets about its images (triplets.py).
     """
     from cache_builder.negatives import with_negatives
     from cache_builder.plugins import find
     from cache_builder.segments import with_segments
+    from cache_builder.triplets import with_triplets
     from cache_builder.words import with_words
 
     own = {key: value for key, value in options.items() if key not in ADDED}
     dataset = find("cache_builder.datasets", name).load(root, **own)
-    for key, add in zip(ADDED, (with_words, with_negatives, with_segments), strict=True):
+    adding = (with_words, with_negatives, with_segments, with_triplets)
+    for key, add in zip(ADDED, adding, strict=True):
         if key in options:
             dataset = add(dataset, str(options[key]))
     return replace(dataset, options=options)

@@ -117,7 +117,8 @@ def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         default=[],
         metavar="KEY=VALUE",
         help="an option of the data set, e.g. world=open; or of any: words=FILE or words=vocabulary (bare words of a "
-        "czsl task), negatives=rules (false captions), segments=rules (parts of captions, for sgi); may be repeated",
+        "czsl task), negatives=rules (false captions), segments=rules (parts of captions, for sgi), triplets=rules or "
+        "triplets=FILE (edits of captions, for composed retrieval); may be repeated",
     )
     build.add_argument(
         "--dry-run", action="store_true", help="print what it would cost; write nothing"

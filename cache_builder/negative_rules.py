@@ -1,121 +1,30 @@
 """The rules that make a false caption of a true one; `negatives.py` applies them to a data set.
 
 Each rule gets what the lexicon reads in a caption, what all captions of the image say, and the words of the whole set;
-it returns edits of the string, or why it has none. "a" and "an" follow the word behind them.
+it returns edits of the string (rewriting.py), or why it has none.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
-from cache_builder.lexicon import FREE, SYMMETRIC, Entry, near, plural_of
+from cache_builder.lexicon import FREE, SYMMETRIC, near
 from cache_builder.reading import Phrase, Piece, Reading
-
-FEW = 3
-"""A kind of which the captions name fewer other groups is exchanged for nouns of any kind."""
-
-ADDED = ("colour", "pattern")
-"""Kinds of adjectives that are added to a thing: those that it seldom has by chance."""
-
-PEOPLE = frozenset({"person", "role"})
-"""Kinds of nouns that stand for no thing."""
-
-UNPAINTED = frozenset({"anybody", "person", "role", "ground", "room", "cover", "food (mass)"})
-"""Kinds of nouns that no adjective is added to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What the captions of an image say, the one at hand among them.
-
-    Attributes:
-        barred: groups that are named, and those that the same thing may belong to.
-        said: all captions, as `plainly` has them.
-    """
-
-    barred: frozenset[str]
-    said: frozenset[str]
-
-    @classmethod
-    def by(cls, readings: Sequence[Reading]) -> "Told":
-        """What these captions say together."""
-        groups = {group for reading in readings for group in reading.groups()}
-        return cls(
-            frozenset(other for group in groups for other in near(group)),
-            frozenset(plainly(reading.text) for reading in readings),
-        )
-
-
-class Vocabulary:
-    """Nouns and adjectives by kind, as often as the captions name them."""
-
-    def __init__(self, readings: Sequence[Reading]) -> None:
-        self.nouns: dict[str, Counter[Word]] = {}
-        self.adjectives: dict[str, Counter[Word]] = {}
-        for phrase in (p for r in readings for p in r.phrases):
-            _count(self.nouns, phrase.entry)
-            for entry in (a.entry for a in phrase.adjectives):
-                _count(self.adjectives, entry)
-
-    def noun(self, like: Entry, told: Told, rng: np.random.Generator) -> str | None:
-        """Another noun of the same kind and number, which no caption of the image names."""
-        others = {w.group for w in self.nouns.get(like.kind, ())} - {like.group}
-        kinds = [like.kind] if len(others) >= FEW else sorted(set(self.nouns) - PEOPLE)
-        found = _drawn(self.nouns, kinds, told.barred, rng)
-        return plural_of(found) if found and like.plural else found
-
-    def adjective(
-        self, kinds: Sequence[str], barred: frozenset[str], rng: np.random.Generator
-    ) -> str | None:
-        """An adjective of these kinds, of none of the groups that are barred."""
-        return _drawn(self.adjectives, kinds, barred, rng)
-
-
-class Word(NamedTuple):
-    """A word by its group and its singular."""
-
-    group: str
-    lemma: str
-
-
-def _count(found: "dict[str, Counter[Word]]", entry: Entry | None) -> None:
-    if entry and entry.kind != "anybody":
-        found.setdefault(entry.kind, Counter())[Word(entry.group, entry.lemma)] += 1
-
-
-def _drawn(
-    words: "dict[str, Counter[Word]]",
-    kinds: Sequence[str],
-    barred: frozenset[str],
-    rng: np.random.Generator,
-) -> str | None:
-    """A word of these kinds, as often as it was counted; in what order they were counted is no matter."""
-    found = sorted(
-        (w.lemma, n) for k in kinds for w, n in words.get(k, {}).items() if w.group not in barred
-    )
-    if not found:
-        return None
-    ends = np.cumsum([n for _, n in found])
-    return found[int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))][0]
-
-
-class Refusal(NamedTuple):
-    """Why a rule gave nothing."""
-
-    reason: str
-
-
-class Edit(NamedTuple):
-    """A part of a caption, by places in it, and what stands there instead."""
-
-    start: int
-    stop: int
-    text: str
-
+from cache_builder.rewriting import (
+    ADDED,
+    UNPAINTED,
+    Edit,
+    Refusal,
+    Told,
+    Vocabulary,
+    articled,
+    bare_things,
+    edited,
+    plainly,
+)
 
 Rule = Callable[[Reading, Told, Vocabulary, np.random.Generator], list[Edit] | Refusal]
 
@@ -143,32 +52,6 @@ def false_caption(
                 continue
             return f"{family}_{name}", text
     return None
-
-
-def plainly(text: str) -> str:
-    """A text as captions are compared: lower case, words alone.
-
-    >>> plainly("A red  cup.") == plainly("a red cup")
-    True
-    """
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def edited(text: str, edits: Sequence[Edit]) -> str:
-    """A text with parts of it replaced, and "a" or "an" before them made right.
-
-    >>> edited("A red cup", [Edit(2, 5, "orange")])
-    'An orange cup'
-    """
-    for start, stop, new in sorted(edits, reverse=True):
-        before, old = text[:start], text[start:stop]
-        if old[:1].isupper() and old[1:2].islower():
-            new = new[:1].upper() + new[1:]
-        if article := re.search(r"\b([Aa])n?(\s+)$", before):
-            n = "n" if re.match(r"(?!uni|one|us|eu)[aeiou]|hour", new.lower()) else ""
-            before = f"{before[: article.start()]}{article[1]}{n}{article[2]}"
-        text = f"{before}{new}{text[stop:]}"
-    return text
 
 
 def _swap_obj(
@@ -272,19 +155,13 @@ def _add_obj(
     if new is None:
         return Refusal("no other thing that no caption names")
     end = len(reading.text.rstrip(" .!"))
-    added = edited(f"a {new}", [Edit(2, 2 + len(new), new)])
-    return [Edit(end, end, f" and {added}")]
+    return [Edit(end, end, f" and {articled(new)}")]
 
 
 def _add_att(
     reading: Reading, told: Told, vocabulary: Vocabulary, rng: np.random.Generator
 ) -> list[Edit] | Refusal:
-    bare = [p for p in reading.phrases if not p.adjectives and p.entry.kind not in UNPAINTED]
-    bare = [
-        p
-        for p in bare
-        if p.last == 0 or reading.pieces[p.last - 1].text.lower() in ("a", "an", "the")
-    ]
+    bare = bare_things(reading)
     if not bare:
         return Refusal("no bare thing")
     thing = bare[rng.integers(len(bare))]

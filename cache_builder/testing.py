@@ -425,6 +425,12 @@ def _check_tasks(dataset: Dataset) -> None:
         (f"composed {e.id!r}", (e.reference, *e.targets, *e.subset), e.modifications, e.split)
         for e in tasks.composed
     ]
+    _check_ids("triplet", [e.id for e in tasks.triplets])
+    for e in tasks.triplets:
+        uses.append(
+            (f"triplet {e.id!r}", (e.image,), (e.reference, e.modification, e.target), e.split)
+        )
+        _must(e.split != "test", f"triplet {e.id!r}: of split test, and triplets are trained on")
     for name, gallery in tasks.galleries.items():
         _check_ids(f"gallery {name!r}", gallery.images)
         uses.append((f"gallery {name!r}", gallery.images, (), SPLITS[0]))
