@@ -127,7 +127,8 @@ class ContextI2W(nn.Module):
         width: W of the image tower.
         dim: D of a pooled embedding, here the caption's.
         out: width V of a word.
-        n_latents, n_blocks, heads, head_dim, ffn_ratio, dropout: the release's.
+        n_latents, n_blocks: how many.
+        heads, head_dim, ffn_ratio: of a block; all five as in the release.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ def network(kind: Kind, dim: int, out: int, width: int | None = None) -> Inversi
 def uniform_gaussian(
     f: Float[Tensor, "b d"], generator: torch.Generator | None = None
 ) -> Float[Tensor, "b d"]:
-    """f + u · n, with u from U(0, 1) for every item and n from N(0, 1) for every entry: LinCIR's noise on captions.
+    """LinCIR's noise on captions: f + u · n, with u from U(0, 1) for every item and n from N(0, 1) for every entry.
 
     Args:
         f: pooled, not normalised.

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy._core.multiarray import scalar
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
@@ -35,11 +34,12 @@ from heads.errors import CheckpointMismatch
 
 Published = Literal["pic2word", "searle", "context_i2w"]
 
+_NUMBER = np.float64(0).__reduce__()[0]
 NUMBERS: list[Any] = [
-    (scalar, "numpy.core.multiarray.scalar"),
-    (scalar, "numpy._core.multiarray.scalar"),
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
     np.dtype,
-    np.dtypes.Float64DType,
+    type(np.dtype(np.float64)),
 ]
 """What a number of numpy is made of, by the names of numpy 1 and 2."""
 
@@ -176,7 +176,8 @@ def _searle(d: int, v: int) -> Layout:
 
 def _context_i2w(found: Mapping[str, Tensor], d: int, v: int) -> Layout:
     """For the image width W that its latents have; 4 latents, 6 blocks of 8 heads of 64, as `ContextI2W` has them."""
-    w, seen = found["VT_Extractor.latents"].shape[-1], 8 * 64
+    shape, seen = found["VT_Extractor.latents"].shape, 8 * 64
+    w = shape[-1] if shape else 0
     layout: Layout = {
         "to_c.weight": ("context.weight", (w, d)),
         "W_R.weight_g": ("turn_length", (w, 1)),
