@@ -18,6 +18,7 @@ Nothing is unpickled but tensors, plain containers and numbers. Pic2Word's train
 learning rate is likely to be a number of numpy: those are let through (`NUMBERS`), and no other object is.
 """
 
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,18 +106,29 @@ def _read(path: Path) -> Mapping[Any, Any]:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except Exception as error:  # damaged and hostile files raise nearly anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = next((x for x in lines if "Unsupported" in x), lines[0] if lines else "no reason")
-        advice = "fetch the file again"
-        if path.suffix != ".safetensors":
-            command = CONVERT.format(path=path, out=path.with_suffix(".safetensors"))
-            advice += f", or, if you trust whoever made it, convert it with: {command}"
-        raise CheckpointMismatch(
-            f"{path} cannot be read as weights alone ({said[:200]}); {advice}"
-        ) from error
+        raise CheckpointMismatch(_refusal(path, error)) from error
     if not isinstance(held, Mapping):
         raise CheckpointMismatch(f"{path} holds a {type(held).__name__}, not tensors by name")
     return held
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why a file is not read, and what to do: nobody is told to run what no weights need."""
+    said = " ".join(str(error).split())
+    wanted = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", said, re.IGNORECASE)
+    if wanted is None:
+        reason = f"{type(error).__name__}: {said[:200]}"
+        return f"{path} is not a readable weights file ({reason}); fetch the file again"
+    if "is blocked" in said:
+        return (
+            f"{path} wants to run {wanted[1]} when it is read, which no weights need; it was not run. Take the file "
+            "from its authors"
+        )
+    command = CONVERT.format(path=path, out=path.with_suffix(".safetensors"))
+    return (
+        f"{path} holds {wanted[1]} beside its tensors, which is not read here because such a file can run code; if you "
+        f"trust whoever made it, convert it with: {command}"
+    )
 
 
 def _network(held: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
