@@ -131,6 +131,10 @@ class Head(nn.Module, ABC):
     def paired(self, queries: Features, candidates: Features) -> Float[Tensor, " b"]:
         """Score of query i with candidate i."""
 
+    def undecayed(self) -> frozenset[str]:
+        """Trained matrices, by their full name, that weight decay spares; what has fewer axes it spares anyway."""
+        return frozenset()
+
     @property
     def training_by(self) -> Training:
         """`trained_by` of its own configuration."""

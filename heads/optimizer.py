@@ -1,7 +1,7 @@
 """What takes the steps: Adam or AdamW over groups of parameters, and the learning rate of a step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ def optimizer_of(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam in the form asked for; every group knows its share of the learning rate."""
     adam = config.optimizer == "adam"
     form = torch.optim.Adam if adam else torch.optim.AdamW
-    groups = parameter_groups(head, config.weight_decay, head.lr_shares(), everywhere=adam)
+    groups = parameter_groups(
+        head, config.weight_decay, head.lr_shares(), everywhere=adam, spared=head.undecayed()
+    )
     return form(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
@@ -26,10 +28,11 @@ def parameter_groups(
     shares: Mapping[str, float] | None = None,
     *,
     everywhere: bool = False,
+    spared: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Trained parameters by their share of the rate and by decay: matrices, or `everywhere` also what has fewer axes.
 
-    Biases, norms and scalars, all below two axes, otherwise do not decay.
+    Biases, norms and scalars, all below two axes, otherwise do not decay; nor does what is `spared`, by name.
     """
     trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
     if not trained:
@@ -42,7 +45,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for decays in (True, False):
         for name, p in trained.items():
-            if decays == (everywhere or p.ndim >= 2):
+            if decays == ((everywhere or p.ndim >= 2) and name not in spared):
                 key = shares.get(name, 1.0), weight_decay if decays else 0.0
                 groups.setdefault(key, []).append(p)
     return [

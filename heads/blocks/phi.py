@@ -1,7 +1,7 @@
 """An inversion network φ and what it reads: for the method that trains one, and for one that adapts a trained one.
 
     pic2word, searle, lincir     image/pooled (B, D), un-normalised                                    → S* (B, V)
-    context_i2w                  image/prefix and image/patches (B, N+1, W), text/pooled of the edit   → S* (B, V)
+    context_i2w                  image/prefix and image/patches (B, N, W), text/pooled of the edit     → S* (B, V)
 
 Weights come from a run of `inversion`, or from a file that its authors published. They travel in `Context.tables`, by
 the names that they have in the network; a head that was given some keeps them frozen.
@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heads.base import Context
-from heads.blocks.inversion import ContextI2W, Kind, Pic2Word, Searle
+from heads.blocks.inversion import ContextI2W, Kind, image_rows, network
+from heads.blocks.published_phi import read_phi
+from heads.blocks.readout import Readout
 from heads.errors import ConfigError
 from heads.features import Features
 
@@ -32,6 +34,9 @@ TEMPLATES: Mapping[Kind, str] = {
 }
 """Query text of each kind (METHODS: released code; of context_i2w our choice within its family)."""
 
+MAY_LACK = frozenset({"image/prefix"})
+"""What a φ does without where the backbone has none."""
+
 TABLE = "phi/"
 """Before the names of given weights among `Context.tables`; the kind follows."""
 
@@ -41,7 +46,7 @@ class Phi(nn.Module):
 
     Args:
         kind: which one.
-        context: shapes of the cache; if its tables hold weights of a φ, they are taken and frozen.
+        context: shapes and readout of the cache; if its tables hold weights of a φ, they are taken and frozen.
 
     Attributes:
         width: of a word, V.
@@ -50,23 +55,19 @@ class Phi(nn.Module):
 
     def __init__(self, kind: Kind, context: Context) -> None:
         super().__init__()
-        self.kind = kind
         (d,) = context.shapes["image/pooled"]
         assert context.backbone is not None
-        self.width = v = int(context.backbone.dims["text_width"])
+        self.width = int(context.backbone.dims["text_width"])
         self.reads = context.shapes["image/patches"][-1] if kind == "context_i2w" else d
-        self.net: nn.Module
-        if kind == "context_i2w":
-            self.net = ContextI2W(d, self.reads, v)
-        else:
-            self.net = Pic2Word(d, v) if kind == "pic2word" else Searle(d, v)
+        self.net = network(kind, d, self.width, self.reads)
+        self.readout = Readout(context.readout)
         if given := given_weights(context):
             self.net.load_state_dict(given[1])
             self.requires_grad_(requires_grad=False)
 
     @staticmethod
     def streams(kind: Kind) -> frozenset[str]:
-        """What it reads of queries."""
+        """What it reads of queries; of these, image/prefix may be wanting."""
         if kind != "context_i2w":
             return frozenset({"image/pooled"})
         return frozenset({"image/prefix", "image/patches", "text/pooled"})
@@ -78,17 +79,17 @@ class Phi(nn.Module):
 
         Args:
             queries: with `streams(kind)`.
-            modulate: applied to the features that come in.
+            modulate: applied to the features that come in; of rows, to each.
         """
         device = next(iter(queries.streams.values())).device
         with torch.autocast(device.type, enabled=False):
             if not isinstance(self.net, ContextI2W):
                 return self.net(modulate(queries["image/pooled"].float()))
-            rows = torch.cat([queries["image/prefix"], queries["image/patches"]], dim=1).float()
-            mask = queries.streams.get("image/mask")
-            if mask is not None:
-                mask = torch.cat([mask.new_ones(len(mask), rows.shape[1] - mask.shape[1]), mask], 1)
-            return self.net(modulate(rows), queries["text/pooled"].float(), mask)
+            prefix, mask = (queries.streams.get(f"image/{s}") for s in ("prefix", "mask"))
+            patches = queries["image/patches"].float()
+            prefix = None if prefix is None else prefix.float()
+            rows, real = image_rows(self.readout, prefix, patches, mask)
+            return self.net(modulate(rows), queries["text/pooled"].float(), real)
 
 
 def with_weights(context: Context, source: Path, kind: Kind | None = None) -> Context:
@@ -102,7 +103,7 @@ def with_weights(context: Context, source: Path, kind: Kind | None = None) -> Co
     Raises:
         ConfigError: it is none, or of another kind or width.
     """
-    found, state = _of_run(source) if source.is_dir() else _of_file(source, kind)
+    found, state = _of_run(source) if source.is_dir() else _of_file(source, kind, context)
     if kind not in (None, found):
         raise ConfigError(
             f"{source} holds a φ of {found}, but kind is {kind}; set head.kind={found}"
@@ -159,9 +160,12 @@ def _of_run(run: Path) -> tuple[Kind, dict[str, Tensor]]:
     return said["config"]["kind"], state
 
 
-def _of_file(path: Path, kind: Kind | None) -> tuple[Kind, dict[str, Tensor]]:
-    """The φ of a published file."""
-    raise ConfigError(f"{path}: published files come with published_phi.py")
+def _of_file(path: Path, kind: Kind | None, context: Context) -> tuple[Kind, dict[str, Tensor]]:
+    """The φ of a published file; of SEARLE and LinCIR, which share a network, the one that is asked for."""
+    assert context.backbone is not None
+    (d,) = context.shapes["image/pooled"]
+    found, state = read_phi(path, d, int(context.backbone.dims["text_width"]))
+    return "lincir" if (found, kind) == ("searle", "lincir") else found, state
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -4,14 +4,14 @@ Papers:     Pic2Word, arXiv 2302.03084 (CVPR 2023); SEARLE, 2303.15247 (ICCV 202
             Context-I2W, 2309.16137 (AAAI 2024).
 Symbols:    φ → `phi`, f (un-normalised pooled image) → S* = φ(f), "a photo of $ that …" → `template`, u·n (the noise of
             LinCIR) → `uniform_gaussian`, s of Pic2Word's loss → the readout's logit scale, frozen.
-Differs:    searle is trained by 1 − cos(E_T("a photo of S*"), f), where the paper distils words found
-            picture by picture;
-            spans of lincir are runs of adjectives and nouns that our lexicon knows, where the paper has a tagger;
-            context_i2w is a reconstruction; the best weights are those of the best recall@1 on val.
+Differs:    searle learns from 1 − cos(E_T("a photo of S*"), f), or with `oti` distils words found picture by picture,
+            without the paper's phrases; spans of lincir are runs of adjectives and nouns that our lexicon knows, where
+            the paper has a tagger; context_i2w is a reconstruction; the best weights are those of the best recall@1 on
+            val.
 Mode, cost: cached images, or cached captions (lincir), + live text tower: one pass of short texts a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from cache_builder import FeatureCache
 from cache_builder.reading import read
 from heads.base import Context, EmbeddingHead, HeadConfig, Needs, Training
 from heads.blocks.inversion import Kind, uniform_gaussian
-from heads.blocks.phi import TEMPLATES, Phi, with_weights
+from heads.blocks.inversion_targets import distillation, invert
+from heads.blocks.phi import MAY_LACK, TEMPLATES, Phi, with_weights
 from heads.blocks.pseudo_words import Pieces, PseudoWords, pieces_of
 from heads.blocks.readout import Readout
 from heads.features import Batch, Features
@@ -35,6 +36,10 @@ from heads.strings import STREAM, unpack
 
 PHOTO = "a photo of $"
 """What a picture alone is written as in training (released code of Pic2Word and SEARLE)."""
+
+
+TARGET = "target/word"
+"""Stream of the words that SEARLE's network learns to give."""
 
 
 class Config(HeadConfig):
@@ -56,6 +61,11 @@ class Config(HeadConfig):
     noise: bool = Field(
         default=True,
         description="lincir: move each caption by u·n, u~U(0,1), n~N(0,I), before φ (P)",
+    )
+    oti: bool = Field(
+        default=False,
+        description="searle: first find a word for every picture, by 350 steps through the tower, then learn to give "
+        "it (C); False: learn from the pictures directly (O)",
     )
     normalise_input: bool = Field(
         default=False, description="φ reads unit vectors; False: pooled ones as they are (C)"
@@ -89,7 +99,7 @@ class Head(EmbeddingHead):
     def needs(cls, config: Any) -> Needs:
         """What φ reads of the reference, the modification's text, and pooled images of the gallery."""
         queries = Phi.streams(config.kind) | {STREAM}
-        return Needs(queries, frozenset({"image/pooled"}), live=frozenset({"text"}))
+        return Needs(queries, frozenset({"image/pooled"}), MAY_LACK, live=frozenset({"text"}))
 
     @classmethod
     def training_needs(cls, config: Any) -> Needs:
@@ -99,7 +109,7 @@ class Head(EmbeddingHead):
             return Needs(frozenset(), frozenset({"text/pooled", STREAM}), live=live)
         if config.kind == "context_i2w":
             images = Phi.streams(config.kind) - {"text/pooled"}
-            return Needs(images | {"image/pooled"}, frozenset({STREAM}), live=live)
+            return Needs(images | {"image/pooled"}, frozenset({STREAM}), MAY_LACK, live=live)
         return Needs(frozenset({"image/pooled"}), frozenset({"image/pooled"}), live=live)
 
     @classmethod
@@ -128,6 +138,20 @@ class Head(EmbeddingHead):
         """Unit image embeddings."""
         return F.normalize(candidates["image/pooled"].float(), dim=-1)
 
+    def before_training(self, examples: Iterable[Features]) -> Mapping[str, Tensor]:
+        """SEARLE's targets: a word for every picture whose "a photo of …" means it."""
+        if not (self.config.kind == "searle" and self.config.oti):
+            return {}
+        found = [
+            invert(
+                lambda v: self.texts.encode(v, [pieces_of(PHOTO)] * len(v)),
+                some["image/pooled"].float(),
+                self.phi.width,
+            )
+            for some in examples
+        ]
+        return {TARGET: torch.cat(found)}
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the kind: see the module's text."""
         match self.config.kind:
@@ -138,6 +162,8 @@ class Head(EmbeddingHead):
             case kind:
                 text = self._photo(self._words(batch.queries))
                 image = F.normalize(batch.candidates["image/pooled"].float(), dim=-1)
+                if TARGET in batch.queries.streams:
+                    return distillation(self._words(batch.queries), batch.queries[TARGET])
                 if kind == "searle":
                     return (1 - (text * image[batch.target]).sum(-1)).mean(), {}
                 return contrastive(self.readout.scale() * text @ image.T, batch)

@@ -27,7 +27,7 @@ from heads.blocks.inversion import Kind, uniform_gaussian
 from heads.blocks.lora import Copy, LoRA
 from heads.blocks.modulation import Modulation
 from heads.blocks.moe import ExpertPrompts, balance
-from heads.blocks.phi import TEMPLATES, Phi, given_weights, small_weights, with_weights
+from heads.blocks.phi import MAY_LACK, TEMPLATES, Phi, given_weights, small_weights, with_weights
 from heads.blocks.pseudo_words import Pieces, PseudoWords, pieces_of
 from heads.errors import ConfigError
 from heads.features import Batch, Features
@@ -162,14 +162,14 @@ class Head(EmbeddingHead):
     def needs(cls, config: Any) -> Needs:
         """What φ reads of the reference, the modification's text, and pooled images of the gallery."""
         queries = Phi.streams(config.phi_kind or "pic2word") | {STREAM}
-        return Needs(queries, frozenset({"image/pooled"}), live=frozenset({"text"}))
+        return Needs(queries, frozenset({"image/pooled"}), MAY_LACK, live=frozenset({"text"}))
 
     @classmethod
     def training_needs(cls, config: Any) -> Needs:
         """The same queries, of triplets, and captions; of rtd captions and modifications alone."""
         rtd = config.baseline == "rtd"
         queries = frozenset({STREAM}) if rtd else cls.needs(config).queries
-        return Needs(queries, frozenset({"text/pooled"}), live=frozenset({"text"}))
+        return Needs(queries, frozenset({"text/pooled"}), MAY_LACK, live=frozenset({"text"}))
 
     @classmethod
     def learns_from(cls, config: Any) -> str:
@@ -205,6 +205,10 @@ class Head(EmbeddingHead):
         """Unit embeddings of images, or of the target captions that stand for them in training."""
         stream = "image/pooled" if "image/pooled" in candidates.streams else "text/pooled"
         return F.normalize(candidates[stream].float(), dim=-1)
+
+    def undecayed(self) -> frozenset[str]:
+        """The modulation, which starts as the identity and not at 0."""
+        return frozenset({"mdm.gain"} if self.config.modulated else ())
 
     def before_training(self, examples: Iterable[Features]) -> Mapping[str, Tensor]:
         """Queries of φ and the tower as they are, for the entropies."""
