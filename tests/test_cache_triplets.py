@@ -198,6 +198,18 @@ def test_nothing_is_put_in_that_a_caption_says_of_the_same_thing() -> None:
     }
 
 
+def test_what_a_caption_of_the_image_says_already_is_no_edit() -> None:
+    image = ["A red cup left of a blue ring", "a red cup.", "a blue ring"]
+    image += ["a cup left of a blue ring", "a red cup left of a ring"]
+    readings = [*map(read, image)]
+    refused: Counter[str] = Counter()
+    rng = np.random.default_rng(0)
+    found = changes(readings[0], Shown.by(readings), MANY, rng, refused)
+    assert not [change for name, change in found if name.startswith("remove")]
+    reasons = {f"remove_{name}: a caption of the image says it" for name in ("obj", "att")}
+    assert reasons <= set(refused)
+
+
 def test_words_are_put_in_as_often_as_captions_say_them() -> None:
     often = Vocabulary([read("a red cup"), *[read("a blue cup")] * 3, read("a green cup")])
     reading = read("a red cup")
