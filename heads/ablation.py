@@ -44,6 +44,12 @@ LEGEND = "In brackets: P paper, C its released code, T third-party notes, D dedu
 KINDS = {"two_by_two": "matching"}
 """Task → what eval calls its tables, where the two differ."""
 
+METRICS: Mapping[str, Sequence[str]] = {
+    **COLUMNS,
+    "composed": ("recall@1", "recall@5", "recall@10", "map@5", "map@10", "recall_subset@1", "avg"),
+}
+"""What a claim may be about, by what eval calls the table."""
+
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -161,12 +167,12 @@ def _check(ablation: Ablation, place: str) -> None:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(f"{place} has two rows called {twice[0]}; labels tell rows apart")
     kinds = {KINDS.get(asked.task, asked.task) for asked in ablation.asked}
-    if unknown := sorted(kinds - {*COLUMNS}):
+    if unknown := sorted(kinds - {*METRICS}):
         raise ConfigError(
-            f"{place} asks for {unknown[0]!r}{nearest(unknown[0], [*COLUMNS, *KINDS])}; known are "
-            f"{', '.join([*COLUMNS, *KINDS])}"
+            f"{place} asks for {unknown[0]!r}{nearest(unknown[0], [*METRICS, *KINDS])}; known are "
+            f"{', '.join([*METRICS, *KINDS])}"
         )
-    metrics = sorted({m.partition("/")[0] for kind in kinds for m in COLUMNS[kind]})
+    metrics = sorted({m.partition("/")[0] for kind in kinds for m in METRICS[kind]})
     for claim in ablation.ordering:
         for label in (claim.better, claim.than):
             if label not in labels:

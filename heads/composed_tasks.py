@@ -19,6 +19,7 @@ from cache_builder.datasets.base import ComposedExample, TripletExample
 from eval.composed_queries import PROTOCOLS, ComposedQueries
 from eval.errors import ScoreTableError
 from heads.errors import TaskError
+from heads.overlap import images_of
 from heads.task_examples import examples, of_split, usable
 
 COSINES = (0.5, 0.98)
@@ -210,25 +211,13 @@ def images(cache: FeatureCache, split: str) -> ImageData:
     Raises:
         TaskError: there is none.
     """
-    ids = dict.fromkeys(i for kind in cache.tasks.kinds for i in _shown(cache, kind, split))
+    ids = images_of(cache.tasks, "images", split)
     bad = cache.quarantined
     kept = [i for i in ids if i not in bad]
     if not kept:
         raise TaskError(f"{cache.place} has no usable picture in a split {split!r}")
     lost = tuple(i for i in ids if i in bad)
     return ImageData(cache, split, cache.rows("image", kept), lost)
-
-
-def _shown(cache: FeatureCache, kind: str, split: str) -> list[str]:
-    """Images of the examples of a task and split."""
-    chosen = [e for e in examples(cache, kind) if e.split == split]
-    if kind in ("matching", "two_by_two"):
-        return [i for e in chosen for i in e.images]
-    if kind != "composed":
-        return [e.image for e in chosen]
-    galleries = {e.gallery: None for e in chosen if e.gallery}
-    of_galleries = [i for name in galleries for i in cache.tasks.galleries[name].images]
-    return [*(i for e in chosen for i in (e.reference, *e.targets, *e.subset)), *of_galleries]
 
 
 def _cosines(

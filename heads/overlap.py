@@ -133,12 +133,20 @@ def train_overlap(
 
 
 def images_of(tasks: Tasks, kind: str, split: str) -> list[str]:
-    """Every image that the examples of a task and split name, galleries included, in order of first mention."""
+    """Every image that the examples of a task and split name, galleries included, in order of first mention.
+
+    Args:
+        tasks: of a cache.
+        kind: a task, or "images" for all of them together.
+        split: train, val or test.
+    """
     if kind == "czsl":
         examples = tasks.czsl.examples if tasks.czsl else ()
         named = [e.image for e in examples if e.split == split]
-    elif kind == "retrieval":
-        named = [e.image for e in tasks.retrieval if e.split == split]
+    elif kind == "images":
+        named = [i for kind in tasks.kinds for i in images_of(tasks, kind, split)]
+    elif kind in ("retrieval", "triplets"):
+        named = [e.image for e in getattr(tasks, kind) if e.split == split]
     elif kind == "composed":
         asked = [e for e in tasks.composed if e.split == split]
         galleries = dict.fromkeys(e.gallery for e in asked if e.gallery)

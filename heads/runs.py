@@ -188,7 +188,8 @@ def _seen_before(
         return None
     try:
         trained = trained_cache(record)
-        return train_overlap(trained, record["task"], cache, task, split)
+        learned = record.get("learned", record["task"])
+        return train_overlap(trained, learned, cache, task, split)
     except (CacheError, HeadError, OSError) as error:
         return TrainOverlap(None, why=str(error))
 

@@ -1,7 +1,9 @@
 """Inversion networks: a picture becomes a word of the text tower, and the word joins an edit in a composed query.
 
-Papers:     Pic2Word, arXiv 2302.03084 (CVPR 2023); SEARLE, 2303.15247 (ICCV 2023); LinCIR, 2312.01998 (CVPR 2024);
+Paper:      Pic2Word, arXiv 2302.03084 (CVPR 2023); SEARLE, 2303.15247 (ICCV 2023); LinCIR, 2312.01998 (CVPR 2024);
             Context-I2W, 2309.16137 (AAAI 2024).
+Reference:  google-research/composed_image_retrieval, miccunifi/SEARLE, navervision/lincir, Pter61/context-i2w.   (read
+            for facts, not copied)
 Symbols:    φ → `phi`, f (un-normalised pooled image) → S* = φ(f), "a photo of $ that …" → `template`, u·n (the noise of
             LinCIR) → `uniform_gaussian`, s of Pic2Word's loss → the readout's logit scale, frozen.
 Differs:    searle learns from 1 − cos(E_T("a photo of S*"), f), or with `oti` distils words found picture by picture,

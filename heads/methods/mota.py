@@ -1,8 +1,9 @@
 """MoTa-Adapter: small parts around a frozen inversion network and text tower, trained on text-anchored triplets.
 
 Paper:      "Modality and Task Adaptation for Enhanced Zero-shot Composed Image Retrieval", arXiv 2410.23736 v2 (v1 is
-            another method). A reconstruction: there is no code; third-party notes give the order MDM → φ → S* →
-            prompted tower, routed by S*; the forms are ours.
+            another method).
+Reference:  none: a reconstruction. Third-party notes give the order MDM → φ → S* → prompted tower, routed by S*; the
+            forms are ours.
 Baselines:  rtd, "Reducing Task Discrepancy of Text Encoders for Zero-Shot Composed Image Retrieval", arXiv 2406.09188
             (ICCV 2025): a trained copy of the text tower; lora_text: LoRA on it, with mota's own loss.
 Symbols:    γ, β (MDM) → `mdm`; P_e, W_r (MoE-TPT) → `prompts`; S* → `phi`; q0 → stream base/pooled, computed once;
