@@ -105,7 +105,13 @@ Prompts = (
 
 
 class OpenBackbone(Backbone, Protocol):
-    """A backbone that may be entered: prompts, pseudo-words, adapters, cut training. All of these keep gradients."""
+    """A backbone that may be entered: prompts, pseudo-words, adapters, cut training. All of these keep gradients.
+
+    Attributes:
+        model: the library's whole module, with both towers and all that is before and behind their blocks.
+    """
+
+    model: nn.Module
 
     def tower(self, side: str) -> nn.Module:
         """The module of one side: "image" or "text"."""

@@ -9,7 +9,7 @@ projection of torch's attention.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,14 +43,23 @@ def under(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
             owner.__dict__.pop(last, None)
 
 
+def used_by(module: nn.Module, run: Callable[[], Tensor]) -> list[str]:
+    """Names of the parameters that what `run` computes with the module depends on, in its order."""
+    stand_ins = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
+    with torch.enable_grad(), under(module, stand_ins):
+        found = torch.autograd.grad(run().sum(), [*stand_ins.values()], allow_unused=True)
+    return [name for name, grad in zip(stand_ins, found, strict=True) if grad is not None]
+
+
 class LoRA(nn.Module):
     """W + (α/r)·B A for linear weights of a frozen module; B starts at 0, so that nothing changes at first.
 
     Args:
         module: whose weights; only their names and shapes are kept.
+        names: parameters that come into question, as `used_by` finds them.
         rank: r.
         alpha: α; None: r.
-        targets: regular expression of the names, matched whole.
+        targets: regular expression of the names that are taken, matched whole.
 
     Raises:
         ConfigError: it matches no matrix; says which there are.
@@ -59,22 +68,23 @@ class LoRA(nn.Module):
     def __init__(
         self,
         module: nn.Module,
+        names: Sequence[str],
         *,
         rank: int,
         alpha: float | None = None,
         targets: str = LINEAR,
     ) -> None:
         super().__init__()
-        matrices = {n: p for n, p in module.named_parameters() if p.ndim == 2}
+        matrices = [name for name in names if module.get_parameter(name).ndim == 2]
         self.names = [name for name in matrices if re.fullmatch(targets, name)]
         if not self.names:
             raise ConfigError(
-                f"no matrix of the tower is called {targets!r}; it has {', '.join(list(matrices)[:6])}, …"
+                f"no matrix of the tower is called {targets!r}; it has {', '.join(matrices[:6])}, …"
             )
         self.scale = (rank if alpha is None else alpha) / rank
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for name in self.names:
-            rows, columns = matrices[name].shape
+            rows, columns = module.get_parameter(name).shape
             down = torch.empty(rank, columns)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down.append(nn.Parameter(down))
@@ -89,16 +99,18 @@ class LoRA(nn.Module):
 
 
 class Copy(nn.Module):
-    """All parameters of a frozen module, as a head's own to train.
+    """Parameters of a frozen module, as a head's own to train.
 
     Args:
         module: what is copied.
+        names: which of its parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.names = [name for name, _ in module.named_parameters()]
-        self.values = nn.ParameterList(p.detach().clone() for p in module.parameters())
+        self.names = list(names)
+        copies = (module.get_parameter(name).detach().clone() for name in names)
+        self.values = nn.ParameterList(nn.Parameter(value) for value in copies)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The trained weights, for `under`."""
