@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from heads.errors import ConfigError
 
-LINEAR = r".*(in_proj_weight|(out_proj|[qkv]_proj|qkv|attn\.proj|fc\d|c_fc|c_proj)\.weight)"
-"""Weights of the blocks' linear maps, in the names of open_clip, timm and transformers."""
+LINEAR = (
+    r".*(blocks|layers)\.\d+\..*"
+    r"(in_proj_weight|(out_proj|[qkv]_proj|qkv|attn\.proj|fc\d|c_fc|c_proj)\.weight)"
+)
+"""Linear maps of the blocks, as open_clip, timm and transformers name them; those of attention pools are left out."""
 
 
 @contextmanager
