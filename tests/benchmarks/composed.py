@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -150,19 +151,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dataset = photos(args.triplets, tuple(args.photo))
-    with tempfile.TemporaryDirectory() as folder, backbone(args.backbone) as model:
-        name = f"{model.spec.family}:{model.spec.checkpoint}"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        backbone(args.backbone) as model,
+        patch("heads.live.load_backbone", lambda *_, **__: model),
+    ):
         path = Path(folder, "c.zarr")
         streams = ("image/pooled", "text/pooled")
         build(dataset, model, path, streams=streams, progress=False)
-        measure(FeatureCache.open(path), dataset, model, name, args)
+        measure(FeatureCache.open(path), dataset, model, args)
 
 
 def measure(
-    cache: FeatureCache, dataset: Dataset, model: Backbone, name: str, args: argparse.Namespace
+    cache: FeatureCache, dataset: Dataset, model: Backbone, args: argparse.Namespace
 ) -> None:
     data, method = load_task(cache, "triplets", "train"), load_method("mota")
-    found = context_of(cache, name if args.backbone.startswith("random") else args.backbone)
+    found = context_of(cache)
     jobs: dict[str, Callable[[], object]] = {}
     losses: dict[tuple[str, str], float] = {}
 
