@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from cache_builder import FeatureCache, build, load_backbone, load_dataset, plugins
+from cache_builder.datasets.base import Tasks
+from eval.composed import evaluate
 from heads import checkpoint, load_method
 from heads.base import Context
 from heads.blocks.pseudo_words import pieces_of
@@ -24,7 +27,7 @@ from heads.losses import entropy_weights, weighted_contrastive
 from heads.methods.inversion import keyword_pieces
 from heads.miniature import small_batch, small_features
 from heads.score import score
-from heads.strings import STREAM, unpack
+from heads.strings import STREAM, pack, unpack
 from heads.tasks import ComposedData, load_task
 from heads.testing import check_head
 
@@ -123,10 +126,6 @@ def test_a_caption_without_keywords_costs_nothing(contexts: dict[str, Context]) 
     batch = small_batch(head)
     plain = batch.candidates.take(torch.tensor([0, 0, 0]))
     assert unpack(plain[STREAM])[0] == "is red"
-    from dataclasses import replace
-
-    from heads.strings import pack
-
     streams = {**plain.streams, STREAM: pack(["there it is"] * 3)}
     assert head.loss(replace(batch, candidates=replace(plain, streams=streams)))[0] == 0
 
@@ -293,6 +292,62 @@ def test_from_triplets_to_a_score(
     finally:
         phi.with_name("elsewhere").rename(phi)
     assert (before == after).all()
+
+
+def test_captions_alone_are_enough_to_train_and_another_cache_asks_the_queries(
+    toy: FeatureCache, phi: Path, tmp_path: Path, fast_folder: Path
+) -> None:
+    whole = load_dataset("toy_world", scale=0.02, triplets="rules")
+    tasks = Tasks(retrieval=whole.tasks.retrieval, triplets=whole.tasks.triplets)
+    cache = build(
+        replace(whole, tasks=tasks),
+        load_backbone("clip:demo"),
+        fast_folder / "captions.zarr",
+        streams=("image/pooled", "text/pooled"),
+        backbone_name="clip:demo",
+        progress=False,
+    )
+    run = tmp_path / "mota"
+    assert trained(cache, "mota", run, f"head.phi={phi}") == 0
+    record = json.loads((run / "run.json").read_text())
+    assert record["selected_on"] == "val recall@1 of triplets"
+    assert 0 < record["best"]["recall@1"] <= 1
+    assert main(["score", str(run), "--cache", str(toy.path), "--split", "val"]) == 0
+    assert (run / "scores-triplets-val.zarr").exists()
+
+
+@pytest.mark.parametrize("name", ["cirr", "fashioniq", "circo", "genecis"])
+def test_an_adapted_network_answers_the_queries_of_official_sets(
+    toy: FeatureCache, phi: Path, tmp_path: Path, fast_path: Path, name: str
+) -> None:
+    plugins.find("cache_builder.datasets", name).miniature(fast_path / name)
+    cache = build(
+        load_dataset(name, fast_path / name),
+        load_backbone("clip:demo"),
+        fast_path / f"{name}.zarr",
+        streams=("image/pooled", "text/pooled"),
+        backbone_name="clip:demo",
+        progress=False,
+    )
+    split = next(s for s in ("val", "test") if any(e.split == s for e in cache.tasks.composed))
+    head: Any = checkpoint.load(phi)
+    data = load_task(cache, "composed", split)
+    table: Any = score(head, data)
+    found = evaluate(table, ks=(1, 2))
+    assert found
+    # One cell by hand, of the first query: its wordings one by one, then their mean direction.
+    example = next(e for e in cache.tasks.composed if e.split == split)
+    row = cache.rows("image", [example.reference, table.names(0)[-1] or table.names(0)[0]])
+    image = torch.from_numpy(cache.read("image/pooled", row)).float()
+    strings = dict(zip(cache.text_ids, cache.texts, strict=True))
+    said = [pieces_of(head.template, strings[m]) for m in example.modifications]
+    with torch.no_grad():
+        words = head.phi.net(image[:1]).expand(len(said), -1)
+        query = F.normalize(one_by_one(head, words, said).sum(0), dim=0)
+    cell = float(query @ F.normalize(image[1], dim=0))
+    column = list(table.names(0)).index(table.names(0)[-1] or table.names(0)[0])
+    if table.scores[0, column] > -np.inf:
+        assert table.scores[0, column] == pytest.approx(cell, abs=1e-4)
 
 
 def test_all_parts_off_is_the_inversion_network(
