@@ -145,8 +145,8 @@ def _routing(path: Path, found: Found, name: str) -> str:
     split, reads = str(found["split"]), str(found["reads"])
     caption = (
         f"<b>Experts by kind of edit</b>, split {text(split)}, {counts[-1]:,} queries: mean share of each expert over "
-        f"the {depth} routed block{'s' * (depth != 1)} of the text tower. Beside a kind stands its number of queries. If "
-        f"all were used alike, each had {100 / experts:.1f} %.{BLIND if reads == 'pseudo_word' else ''} "
+        f"the {depth} routed block{'s' * (depth != 1)} of the text tower. Beside a kind stands its number of queries. "
+        f"If all were used alike, each had {100 / experts:.1f} %.{BLIND if reads == 'pseudo_word' else ''} "
         f"{data_link('experts', csv_table(lines))}, block by block too"
     )
     what = f"Share of {experts} experts by kind of edit, {name}, {split}"

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from eval.diagnostic_plots import WIDE
+from eval.diagnostic_plots import WIDE, opened
 from eval.markup import text
 
-STEPS = (0.02, 0.05, 0.1, 0.2, 0.5)
+STEPS = (0.02, 0.05, 0.1, 0.2, 0.25, 0.5)
 """Distances of marks on the axis of cosines."""
 
 
@@ -38,7 +38,7 @@ def usage_map(
     most = float(shares.max()) or 1.0
     font = min(12.0, wide * 0.36)
     parts = [
-        f'<svg viewBox="0 0 {WIDE} {bottom + 6}" role="img" aria-label="{text(label)}" font-size="12" fill="var(--ink)">',
+        opened(bottom + 6, label),
         f'<text x="{left + wide * experts / 2:.5g}" y="14" text-anchor="middle">expert, share in %</text>',
     ]
     for e in range(experts):
@@ -90,9 +90,7 @@ def before_and_after(
     def y(share: float) -> float:
         return floor - (floor - top) * share / most
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDE} {floor + 44}" role="img" aria-label="{text(label)}" font-size="12" fill="var(--ink)">'
-    ]
+    parts = [opened(floor + 44, label)]
     step = next((s for s in STEPS if (high - low) / s <= 7), STEPS[-1])
     for k in range(int(np.ceil(low / step - 1e-9)), int(np.floor(high / step + 1e-9)) + 1):
         at = x(k * step)
@@ -103,10 +101,10 @@ def before_and_after(
     parts.append(
         f'<text x="{left + width / 2}" y="{floor + 34}" text-anchor="middle">cosine</text>'
     )
-    for share in (0.0, most):
-        parts.append(
-            f'<text x="{left - 6}" y="{y(share) + 4:.5g}" text-anchor="end">{100 * share:.0f} %</text>'
-        )
+    parts += [
+        f'<text x="{left - 6}" y="{y(share) + 4:.5g}" text-anchor="end">{100 * share:.0f} %</text>'
+        for share in (0.0, most)
+    ]
     for row, shape in zip(
         shares,
         (

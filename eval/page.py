@@ -97,8 +97,8 @@ _PICTURE_TEXT = (
 
 _ANSWER_TEXT = (
     '<p class="soft">A row is a query: its reference picture, the edit in words, and the best images of what it ranks '
-    "with their scores; right ones have a green frame and a ✓. Of equal scores a wrong image comes first. Queries are the "
-    "first of each kind of edit, then the second of each, not chosen.</p>"
+    "with their scores; right ones have a green frame and a ✓. Of equal scores a wrong image comes first. Queries are "
+    "the first of each kind of edit, then the second of each, not chosen.</p>"
 )
 
 _HOW = f"""

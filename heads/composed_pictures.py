@@ -240,7 +240,7 @@ def _texts(data: ComposedData) -> tuple[Int[np.ndarray, " t"], str]:
     """Rows of captions that say what pictures show, the split's if it has some, or else of all texts; what they are."""
     listed = data.cache.tasks.retrieval
     for examples, which in (
-        ([e for e in listed if e.split == data.split], f"captions of {data.split}"),
+        ([e for e in listed if e.split == data.split], f"captions of split {data.split}"),
         (listed, "captions of all splits"),
     ):
         if ids := sorted({caption for e in examples for caption in e.captions}):
