@@ -56,7 +56,8 @@ def composed_of(run: Run) -> str:
         ]
     split = next((str(found["split"]) for _, found in queries if "split" in found), "")
     of = f" of split {text(split)}" if split else ""
-    says = f'<p class="soft">{len(queries)} queries{of}.</p>' if queries else ""
+    n = f"{len(queries)} queries" if len(queries) > 1 else "1 query"
+    says = f'<p class="soft">{n}{of}.</p>' if queries else ""
     name = f"{run.name} · {run.backbone}, {run.dataset}, seed {run.seed}"
     plots = f'<div class="plots">{"".join(parts)}</div>' if parts else ""
     rows = "".join(_query(path, found) for path, found in queries)
@@ -193,7 +194,7 @@ def _modality(path: Path, found: Found, name: str) -> str:
         ],
     }
     body = "".join(
-        f"<tr><th scope=row>{what}</th>{''.join(f'<td>{value:.3f}</td>' for value in values)}</tr>"
+        f"<tr><th scope=row>{what}</th>{''.join(f'<td>{_number(value)}</td>' for value in values)}</tr>"
         for what, values in rows.items()
     )
     table = (
@@ -205,3 +206,7 @@ def _modality(path: Path, found: Found, name: str) -> str:
         f"{link}"
     )
     return "".join([figure(table, caption), *figures])
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.3f}"
