@@ -235,7 +235,7 @@ def test_the_gap_is_its_definition() -> None:
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
-    mean = sum(t / size for t, size in zip(texts, sizes, strict=True))
+    mean = np.sum([t / size for t, size in zip(texts, sizes, strict=True)], 0)
     to_mean, random = [0] * 41, [0] * 41
     for image in images:
         to_mean[min(int((cosine(image, mean) + 1) / 2 * 41), 40)] += 1
@@ -386,8 +386,12 @@ def test_a_run_without_routers_writes_queries_alone(
 ) -> None:
     run = trained(name)
     dataset = load_dataset("toy_world", scale=0.01, triplets="rules")
+    (run / "pictures").mkdir(exist_ok=True)
+    for stale in ("routing.npz", "modality.npz"):
+        (run / "pictures" / stale).write_bytes(b"")
     paths = save_composed_pictures(run, toy, dataset, table_of(run), n=3)
     assert [path.name[:9] for path in paths] == ["query-00-", "query-01-", "query-02-"]
+    assert sorted((run / "pictures").iterdir()) == paths
 
 
 def test_from_the_command_line_to_the_page(
