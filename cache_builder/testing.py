@@ -373,7 +373,81 @@ def _check_prompts(
     expected = backbone.spec.dims.get("prefix", 0)
     _must(rows == expected or side == "text", f"{side} prompts are not taken out again")
     again = run(states, prompts.detach())[name]
-    return _near(f"{side} prompted, with and without gradients", again, last, BATCH_TOLERANCE)
+    found = _near(f"{side} prompted, with and without gradients", again, last, BATCH_TOLERANCE)
+    return found | _check_prompt_functions(backbone, side, states, prompts.detach(), run)
+
+
+def _check_prompt_functions(
+    backbone: Any,
+    side: str,
+    states: Any,
+    prompts: Any,
+    run: Callable[[Any, Any], dict[str, Any]],
+) -> dict[str, float]:
+    """Prompts made by a function are those of a tensor; it sees the states alone, once a block, with their gradient."""
+    import torch
+
+    depth, name = len(prompts), "patches" if side == "image" else "tokens"
+    seen: list[Any] = []
+    entered: list[Any] = []
+
+    def made(j: int, given: Any) -> Any:
+        _must(j == len(seen), f"{side} prompts: asked for block {j} after {len(seen)} blocks")
+        seen.append(given)
+        return prompts[j].expand(len(given), -1, -1) if j < depth else None
+
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        for block in backbone.blocks(side)[:depth]
+    ]
+    got = run(states, made)[name]
+    for hook in hooks:
+        hook.remove()
+    key = f"{side} prompts by a function = by a tensor"
+    found = _near(key, got, run(states, prompts)[name], EXACT)
+    _must(
+        all(one.shape == states.shape for one in seen),
+        f"{side} prompts: a function is shown {[tuple(one.shape) for one in seen]} instead of the states without "
+        f"prompts, {tuple(states.shape)}",
+    )
+    found |= _near(f"{side} states shown before block 0", seen[0], states, EXACT)
+    m = prompts.shape[1]
+    for j in range(1, depth):  # behind which rows the prompts stand is the tower's own affair
+        whole = entered[j]
+        rows = prompts[j].expand(len(whole), -1, -1)
+        at = next(
+            (i for i in range(whole.shape[1] - m + 1) if torch.equal(whole[:, i : i + m], rows)),
+            None,
+        )
+        if at is None:
+            raise NonConformance(f"{side} prompts are not among the rows that enter block {j}")
+        bare = torch.cat([whole[:, :at], whole[:, at + m :]], 1)
+        found |= _near(f"{side} states shown before block {j}", seen[j], bare, EXACT)
+
+    slopes = [_slope(states, prompts, lambda g, p: run(g, p)[name], kept) for kept in (True, False)]
+    _must(
+        not torch.equal(*slopes),
+        f"{side} prompts: no gradient passes through the states that a function is shown",
+    )
+    return found
+
+
+def _slope(states: Any, prompts: Any, run: Callable[[Any, Any], Any], kept: bool) -> Any:
+    """How what comes out moves with `states`; through those shown before the last prompts too, if that is kept."""
+    import torch
+
+    depth = len(prompts)
+    with torch.enable_grad():
+        given = states.detach().clone().requires_grad_()
+
+        def made(j: int, shown: Any) -> Any:
+            if j >= depth:
+                return None
+            shown = shown if kept or j < depth - 1 else shown.detach()
+            return prompts[j] + shown.mean(1, keepdim=True)
+
+        run(given, made).float().pow(3).mean().backward()
+        return given.grad
 
 
 def _check_frozen(backbone: Any) -> None:

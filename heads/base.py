@@ -156,7 +156,11 @@ class Head(nn.Module, ABC):
         return {}
 
     def remarks(self) -> Mapping[str, Any]:
-        """What is worth knowing of the trained head besides its metrics, for people and for `run.json`."""
+        """What is worth knowing of the trained head besides its metrics, for people and for `run.json`.
+
+        Returns:
+            What it is a number of → the number; a float is a share.
+        """
         return {}
 
     def lr_shares(self) -> Mapping[str, float]:

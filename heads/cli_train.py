@@ -124,6 +124,9 @@ def _say(run: "Trained") -> None:
         f"{record['method']} · {record['task']} · seed {record['seed']}: {record['parameters']:,} parameters, "
         f"{record['steps']} steps in {record['seconds']:.1f} s ({wait:.0%} waiting for data{beside})"
     )
+    remarks = record.get("remarks", {}).items()
+    if said := [f"{v:.2%} {k}" if isinstance(v, float) else f"{v:,} {k}" for k, v in remarks if v]:
+        print(", ".join(said))
     if run.result.best:
         metric, best = record["train"]["select"], run.result.best
         print(f"best val {metric} {best[metric]:.4f} at step {best['step']}")

@@ -91,10 +91,8 @@ class LiveBackbone:
         return found["tokens"], found["pooled"]
 
     def share(self, n: int) -> float:
-        """`n` parameters as a share of those of both towers."""
-        held = self.on("cpu")
-        towers = {id(p): p.numel() for s in ("image", "text") for p in held.tower(s).parameters()}
-        return n / sum(towers.values())
+        """`n` parameters as a share of those of the whole dual encoder."""
+        return n / sum(p.numel() for p in self.on("cpu").model.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveBackbone":
         """A copied head runs the same backbone."""

@@ -190,13 +190,13 @@ def task_of(cache: FeatureCache, task: str | None, among: Collection[str] = KIND
     Args:
         cache: an open feature cache.
         task: as somebody named it, or None.
-        among: tasks that come into question. If it is one alone, that is meant where none is named, even if the cache
-            has none of it: what is trained on may be another.
+        among: tasks that come into question. One alone is meant even if the cache has none of it: what is trained on
+            may be another.
 
     Raises:
         TaskError: the cache has no such task, or several and none was named.
     """
-    if task is None and len(among) == 1:
+    if len(among) == 1 and {task} <= {None, *among}:
         return next(iter(among))
     return _choose(cache, task, among)
 

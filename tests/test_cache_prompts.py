@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
 from cache_builder.backbones.two_towers import TwoTowers
+from cache_builder.errors import UnknownName
+from cache_builder.testing import NonConformance, check_backbone
 
 
 @pytest.fixture
@@ -170,3 +172,165 @@ def test_prompts_may_begin_at_any_block(kind: str, model: TwoTowers, side: str) 
     assert torch.equal(got, expected if side == "text" else expected[:, model.image.n_prefix :])
     assert ("pooled" in found) == (side == "image" and model.image.pools)
     del end
+
+
+def run_with(
+    model: TwoTowers, side: str, states: Tensor, mask: Any, end: Tensor, prompts: Any
+) -> Any:
+    """Streams of a side from what enters it, under prompts."""
+    if side == "text":
+        return model.encode_embedded(states, end, prompts=prompts)
+    return model.resume_from("image", 0, states, mask=mask, prompts=prompts)
+
+
+@every
+@sides
+@torch.no_grad()
+def test_a_function_that_looks_at_nothing_is_the_tensor_it_takes_its_rows_from(
+    kind: str, model: TwoTowers, side: str
+) -> None:
+    m = 3
+    states, mask, end, _ = kinds.entering(kind, model, side, m)
+    prompts = torch.randn(len(states), 2, m, states.shape[-1])
+    for depth in (1, 2):  # behind the first block rows go on as they are, or are put in anew
+        some = prompts[:, :depth]
+        got, want = (
+            run_with(model, side, states, mask, end, given)
+            for given in (lambda k, _, some=some: some[:, k] if k < some.shape[1] else None, some)
+        )
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@every
+@sides
+@torch.no_grad()
+def test_a_function_sees_each_token_in_its_own_row_before_every_block(
+    kind: str, model: TwoTowers, side: str
+) -> None:
+    """Once a block, the states that enter it, without the prompts that stand among them."""
+    m = 2
+    states, mask, end, at = kinds.entering(kind, model, side, m)
+    rows = torch.randn(model.depth[side], m, states.shape[-1])
+    seen: list[Tensor] = []
+
+    def made(k: int, shown: Tensor) -> Tensor:
+        assert k == len(seen)
+        seen.append(shown)
+        return rows[k].expand(len(shown), -1, -1)
+
+    with Seen({str(k): block for k, block in enumerate(model.blocks(side))}) as entered:
+        run_with(model, side, states, mask, end, made)
+    assert len(seen) == len(entered) >= 2
+    assert torch.equal(seen[0], states)  # of texts: before positions are added
+    for k in range(1, len(seen)):
+        whole = entered[str(k)]
+        assert torch.equal(whole[:, at : at + m], rows[k].expand(len(whole), -1, -1))
+        assert torch.equal(seen[k], torch.cat([whole[:, :at], whole[:, at + m :]], 1))
+
+
+@every
+@sides
+def test_gradients_pass_through_the_states_that_a_function_is_shown(
+    kind: str, model: TwoTowers, side: str
+) -> None:
+    """By the chain rule: of a function, the sum of what its rows do and what the states do by themselves."""
+    states, mask, end, _ = kinds.entering(kind, model, side, 2)
+    weight = torch.randn(model.depth[side], 1, states.shape[-1])
+
+    def slope(function: bool) -> Tensor:
+        given = states.detach().clone().requires_grad_()
+        seen = list[tuple[Tensor, Tensor]]()
+
+        def made(k: int, shown: Tensor) -> Tensor:
+            rows = (shown.mean(1, keepdim=True) * weight[k]).expand(-1, 2, -1)
+            if not function:
+                seen.append((rows, rows.detach().requires_grad_()))
+                return seen[-1][1]
+            return rows
+
+        out = run_with(model, side, given, mask, end, made)
+        name = "tokens" if side == "text" else "patches"
+        out[name].float().pow(3).mean().backward(retain_graph=True)
+        for rows, cut in reversed(seen):  # what the rows' own gradient still has to pass on
+            assert cut.grad is not None
+            rows.backward(cut.grad, retain_graph=True)
+        assert given.grad is not None
+        return given.grad
+
+    torch.testing.assert_close(slope(function=True), slope(function=False), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_that_end_at_once_are_none_and_are_asked_for_once() -> None:
+    model = kinds.model("clip")
+    states, _, end, _ = kinds.entering("clip", model, "text", 2)
+    asked: list[int] = []
+
+    def none(k: int, shown: Tensor) -> None:
+        asked.append(k)
+
+    got = model.encode_embedded(states, end, prompts=none)
+    assert asked == [0]
+    assert torch.equal(got["pooled"], model.encode_embedded(states, end)["pooled"])
+
+
+def test_a_function_that_changes_the_number_of_its_rows_is_refused() -> None:
+    model = kinds.model("pe")
+    states, _, end, _ = kinds.entering("pe", model, "text", 4)
+    with pytest.raises(UnknownName, match="3 prompts before block 1, but 2 before the first"):
+        model.encode_embedded(
+            states, end, prompts=lambda k, s: s.new_zeros(len(s), 2 + k, s.shape[-1])
+        )
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip2"])
+def test_rows_of_a_function_are_counted_before_anything_runs(kind: str) -> None:
+    model = kinds.model(kind)
+    states, _, end, _ = kinds.entering(kind, model, "text", 0)
+    n = model.spec.dims["context"]
+    states = torch.cat(
+        [states, states.new_zeros(len(states), n - states.shape[1], states.shape[2])], 1
+    )
+    ran: list[int] = []
+    hook = model.blocks("text")[0].register_forward_pre_hook(lambda *_: ran.append(0))
+    with pytest.raises(UnknownName, match=f"{n + 2} rows, 2 of them prompts, do not fit"):
+        model.encode_embedded(states, end, prompts=lambda _, s: s[:, :2])
+    hook.remove()
+    assert not ran
+
+
+class ShowsPrompts(TwoTowers):
+    """Shows a function what stands in the tower, prompts and all."""
+
+    def encode_embedded(self, embedded: Any, end: Any, *, prompts: Any = None) -> Any:
+        if callable(prompts):
+            inner = prompts
+            prompts = lambda k, s: inner(k, torch.cat([s[:, :2], s], 1) if k else s)  # noqa: E731
+        return super().encode_embedded(embedded, end, prompts=prompts)
+
+
+class CutsGradients(TwoTowers):
+    """Shows a function states that lead nowhere."""
+
+    def resume_from(self, *given: Any, prompts: Any = None, **named: Any) -> Any:
+        inner = prompts
+        if callable(inner):
+            prompts = lambda k, s: inner(k, s.detach())  # noqa: E731
+        return super().resume_from(*given, prompts=prompts, **named)
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        (ShowsPrompts, "text prompts: a function is shown"),
+        (CutsGradients, "image prompts: no gradient passes through the states"),
+    ],
+)
+def test_the_suite_catches_a_family_that_shows_functions_something_else(
+    broken: type[TwoTowers], fault: str
+) -> None:
+    model = kinds.load("clip", kinds.directory("clip"))
+    model.__class__ = broken
+    with pytest.raises(NonConformance, match=fault):
+        check_backbone(model)

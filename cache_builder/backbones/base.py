@@ -105,7 +105,13 @@ Prompts = (
 
 
 class OpenBackbone(Backbone, Protocol):
-    """A backbone that may be entered: prompts, pseudo-words, adapters, cut training. All of these keep gradients."""
+    """A backbone that may be entered: prompts, pseudo-words, adapters, cut training. All of these keep gradients.
+
+    Attributes:
+        model: the library's whole module, with both towers and all that is before and behind their blocks.
+    """
+
+    model: nn.Module
 
     def tower(self, side: str) -> nn.Module:
         """The module of one side: "image" or "text"."""
@@ -168,7 +174,8 @@ class OpenBackbone(Backbone, Protocol):
                 prompts[…, j, :, :] stands in them when the j-th block that is run begins; where prompts end, the rows
                 go on as they are. They are taken out before anything is returned. A function makes them of j and the
                 states that enter that block (of `encode_embedded`, j = 0: the embedded tokens), without the extra rows,
-                so that a token has the same row everywhere; None where they end.
+                so that a token has the same row everywhere; None where they end. It is called once for each j, in
+                order, and gives as many rows each time; gradients pass through the states too.
 
         Returns:
             images: `patches`, `prefix` and `pooled`, as far as the family has them; texts: `tokens`, and `pooled` if

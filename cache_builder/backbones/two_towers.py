@@ -136,6 +136,7 @@ class TextTower(Protocol):
 
 
 Before = Callable[[int, Tensor], Tensor | None]
+"""What every form of `Prompts` becomes: (number of the block among those run, states without prompts) → rows."""
 
 
 class TwoTowers:
@@ -307,6 +308,7 @@ class TwoTowers:
                 m = rows.shape[1]
                 embedded = _insert(embedded, rows, self._text.tokens.first_free)
             self._check_rows(embedded.shape[1], m)
+            before = before if m else None  # no rows first, none later: as in `resume_from`
             raw = self._run("text", 0, self._text.place(embedded), None, before, inserted=m)
             return self._text_streams(raw, end)
 
@@ -368,6 +370,11 @@ class TwoTowers:
                 bare = _without(states, at, m)
                 rows = before(k - first, bare)
                 before = before if rows is not None else None
+                if rows is not None and rows.shape[1] != m:
+                    raise UnknownName(
+                        f"{rows.shape[1]} prompts before block {k}, but {m} before the first: give as many rows "
+                        "everywhere, or None where they end"
+                    )
                 states = states if rows is None else _insert(bare, rows, at)
             if k in wanted and kept is not None:
                 kept[f"block_{k}"] = states

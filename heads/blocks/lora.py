@@ -9,7 +9,7 @@ projection of torch's attention.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,30 +17,61 @@ from torch import Tensor, nn
 
 from heads.errors import ConfigError
 
-LINEAR = r".*(in_proj_weight|(out_proj|[qkv]_proj|qkv|attn\.proj|fc\d|c_fc|c_proj)\.weight)"
-"""Weights of the blocks' linear maps, in the names of open_clip, timm and transformers."""
+LINEAR = (
+    r".*(blocks|layers)\.\d+\..*"
+    r"(in_proj_weight|(out_proj|[qkv]_proj|qkv|attn\.proj|fc\d|c_fc|c_proj)\.weight)"
+)
+"""Linear maps of the blocks, as open_clip, timm and transformers name them; those of attention pools are left out."""
 
 
 @contextmanager
 def under(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a module compute with other tensors in place of the parameters of these names.
 
+    May be entered within itself: what is inside wins, and what is outside holds again behind it.
+
     Raises:
         AttributeError: it has no such parameter.
     """
-    held: list[tuple[nn.Module, str]] = []
+    held: list[tuple[nn.Module, str, Tensor | None]] = []
     try:
         for name, value in weights.items():
-            home, _, last = name.rpartition(".")
-            module.get_parameter(name)
-            held.append((module.get_submodule(home), last))
-            held[-1][0].__dict__[last] = (
-                value  # found before the parameter, which stays where it is
-            )
+            owner, last = _place(module, name)
+            held.append((owner, last, owner.__dict__.get(last)))
+            # Found before the parameter, which stays where it is.
+            owner.__dict__[last] = value
         yield
     finally:
-        for owner, last in held:
-            owner.__dict__.pop(last, None)
+        for owner, last, before in reversed(held):
+            if before is None:
+                owner.__dict__.pop(last, None)
+            else:
+                owner.__dict__[last] = before
+
+
+def used_by(module: nn.Module, run: Callable[[], Tensor]) -> list[str]:
+    """Names of the parameters that what `run` computes with the module depends on, in its order."""
+    stand_ins = {n: p.detach().requires_grad_() for n, p in module.named_parameters()}
+    with torch.enable_grad(), under(module, stand_ins):
+        found = torch.autograd.grad(run().sum(), [*stand_ins.values()], allow_unused=True)
+    return [name for name, grad in zip(stand_ins, found, strict=True) if grad is not None]
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and its name there; `under` may stand before it."""
+    home, _, last = name.rpartition(".")
+    owner = module.get_submodule(home)
+    if last not in owner._parameters:
+        raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+    return owner, last
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    """A parameter itself, whatever stands before it."""
+    owner, last = _place(module, name)
+    value = owner._parameters[last]
+    assert value is not None
+    return value
 
 
 class LoRA(nn.Module):
@@ -48,9 +79,10 @@ class LoRA(nn.Module):
 
     Args:
         module: whose weights; only their names and shapes are kept.
+        names: parameters that come into question, as `used_by` finds them.
         rank: r.
         alpha: α; None: r.
-        targets: regular expression of the names, matched whole.
+        targets: regular expression of the names that are taken, matched whole.
 
     Raises:
         ConfigError: it matches no matrix; says which there are.
@@ -59,22 +91,23 @@ class LoRA(nn.Module):
     def __init__(
         self,
         module: nn.Module,
+        names: Sequence[str],
         *,
         rank: int,
         alpha: float | None = None,
         targets: str = LINEAR,
     ) -> None:
         super().__init__()
-        matrices = {n: p for n, p in module.named_parameters() if p.ndim == 2}
+        matrices = [name for name in names if _own(module, name).ndim == 2]
         self.names = [name for name in matrices if re.fullmatch(targets, name)]
         if not self.names:
             raise ConfigError(
-                f"no matrix of the tower is called {targets!r}; it has {', '.join(list(matrices)[:6])}, …"
+                f"no matrix of the tower is called {targets!r}; it has {', '.join(matrices[:6])}, …"
             )
         self.scale = (rank if alpha is None else alpha) / rank
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for name in self.names:
-            rows, columns = matrices[name].shape
+            rows, columns = _own(module, name).shape
             down = torch.empty(rank, columns)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             self.down.append(nn.Parameter(down))
@@ -83,22 +116,24 @@ class LoRA(nn.Module):
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The updated weights, for `under`."""
         return {
-            name: module.get_parameter(name) + self.scale * (up @ down)
+            name: _own(module, name) + self.scale * (up @ down)
             for name, down, up in zip(self.names, self.down, self.up, strict=True)
         }
 
 
 class Copy(nn.Module):
-    """All parameters of a frozen module, as a head's own to train.
+    """Parameters of a frozen module, as a head's own to train.
 
     Args:
         module: what is copied.
+        names: which of its parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.names = [name for name, _ in module.named_parameters()]
-        self.values = nn.ParameterList(p.detach().clone() for p in module.parameters())
+        self.names = list(names)
+        copies = (_own(module, name).detach().clone() for name in names)
+        self.values = nn.ParameterList(nn.Parameter(value) for value in copies)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The trained weights, for `under`."""

@@ -1,6 +1,7 @@
 """Experts and the router that mixes them.
 
 a = softmax(W LN(r) / τ)      dense, or the top-k of it, renormalised; LN has no parameters of its own
+    W LN(r) + W' LN(r')       where two states are read: each is normalised by itself, so that neither drowns the other
 P^(l) = Σ_e a_e P_e^(l)       prompts before block l, mixed for each text by the state of one of its rows (MoE-TPT of
                               arXiv 2410.23736; the form is our choice)
 """
@@ -17,11 +18,12 @@ from heads.errors import ConfigError
 
 
 class Router(nn.Module):
-    """Shares of experts from a state.
+    """Shares of experts from one state, or from several whose logits add up.
 
     Args:
         n_experts: E.
-        width: of the state.
+        width: of a state, V.
+        n_states: how many are read.
         top_k: experts that keep a share; None: all.
         temperature: τ.
 
@@ -30,18 +32,24 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, n_experts: int, width: int, *, top_k: int | None = None, temperature: float = 1.0
+        self,
+        n_experts: int,
+        width: int,
+        *,
+        n_states: int = 1,
+        top_k: int | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if top_k is not None and top_k > n_experts:
             raise ConfigError(f"top_k is {top_k}, but there are {n_experts} experts; keep fewer")
-        self.weight = nn.Parameter(0.02 * torch.randn(n_experts, width))
+        self.weight = nn.Parameter(0.02 * torch.randn(n_experts, n_states * width))
         self.top_k, self.temperature = top_k, temperature
 
-    def forward(self, state: Float[Tensor, "*b v"]) -> Float[Tensor, "*b e"]:
-        """Shares that sum to 1, in float32."""
-        with torch.autocast(state.device.type, enabled=False):
-            normed = F.layer_norm(state.float(), state.shape[-1:])
+    def forward(self, *states: Float[Tensor, "*b v"]) -> Float[Tensor, "*b e"]:
+        """Shares that sum to 1, in float32; of every row by itself, texts or tokens."""
+        with torch.autocast(states[0].device.type, enabled=False):
+            normed = torch.cat([F.layer_norm(r.float(), r.shape[-1:]) for r in states], dim=-1)
             share = (normed @ self.weight.T / self.temperature).softmax(-1)
             if self.top_k is None:
                 return share
@@ -83,10 +91,10 @@ class ExpertPrompts(nn.Module):
         super().__init__()
         self.reads, self.depth = router, depth
         self.experts = nn.Parameter(0.02 * torch.randn(depth, n_experts, n_prompts, width))
-        wide = 2 * width if router == "both" else width
-        routed = depth if n_experts > 1 else 0
+        n_states = 2 if router == "both" else 1
         self.routers = nn.ModuleList(
-            Router(n_experts, wide, top_k=top_k, temperature=temperature) for _ in range(routed)
+            Router(n_experts, width, n_states=n_states, top_k=top_k, temperature=temperature)
+            for _ in range(depth if n_experts > 1 else 0)
         )
 
     def at(
@@ -109,7 +117,7 @@ class ExpertPrompts(nn.Module):
             if not self.routers:
                 return self.experts[k, 0].expand(len(states), -1, -1)
             at = {"pseudo_word": (slot,), "eos": (end,), "both": (slot, end)}[self.reads]
-            share = self.routers[k](torch.cat([states[rows, row] for row in at], -1))
+            share = self.routers[k](*(states[rows, row] for row in at))
             if seen is not None:
                 seen(k, share)
             return torch.einsum("be,emv->bmv", share, self.experts[k])

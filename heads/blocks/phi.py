@@ -103,10 +103,10 @@ def with_weights(context: Context, source: Path, kind: Kind | None = None) -> Co
     Raises:
         ConfigError: it is none, or of another kind or width.
     """
-    found, state = _of_run(source) if source.is_dir() else _of_file(source, kind, context)
+    found, state = _of_run(source, context) if source.is_dir() else _of_file(source, kind, context)
     if kind not in (None, found):
         raise ConfigError(
-            f"{source} holds a φ of {found}, but kind is {kind}; set head.kind={found}"
+            f"{source} holds a φ of kind {found}, and {kind} was asked for; name that kind in the settings"
         )
     made = Phi(found, context).net.state_dict()
     differ = [
@@ -141,7 +141,7 @@ def small_weights(context: Context, kind: Kind) -> Context:
     return replace(context, tables={**context.tables, **tables})
 
 
-def _of_run(run: Path) -> tuple[Kind, dict[str, Tensor]]:
+def _of_run(run: Path, context: Context) -> tuple[Kind, dict[str, Tensor]]:
     """The φ that a run trained."""
     try:
         said = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -156,6 +156,13 @@ def _of_run(run: Path) -> tuple[Kind, dict[str, Tensor]]:
         method = said.get("method") if isinstance(said, dict) else "nobody"
         raise ConfigError(
             f"{run} is a run of {method}, and φ is trained by inversion; name one of its runs"
+        )
+    theirs = said["context"]["backbone"]
+    assert context.backbone is not None
+    if theirs["weights"] != context.backbone.weights:
+        raise ConfigError(
+            f"the φ of {run} was trained for another backbone, {theirs['family']}:{theirs['checkpoint']}, than the "
+            f"{context.backbone.family}:{context.backbone.checkpoint} of this cache; train one on this cache"
         )
     return said["config"]["kind"], state
 

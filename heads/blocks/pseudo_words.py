@@ -95,7 +95,7 @@ class PseudoWords:
         Args:
             words: the pseudo-words.
             texts: what stands around them.
-            weights: of the tower, in place of its own; see `lora.under`.
+            weights: of the backbone's model, in place of its own; see `lora.under`.
         """
         return self._encoded(words, texts, None, weights or {})[0]
 
@@ -146,7 +146,7 @@ class PseudoWords:
         shares: list[Tensor] = []
         before = prompts and prompts.at(first, end, lambda _, share: shares.append(share))
         backbone = self.live.on(words.device)
-        with under(backbone.tower("text"), weights):
+        with under(backbone.model, weights):
             embedded = backbone.embed_tokens(ids).to(words.dtype)
             embedded = torch.where(slot[..., None], words[:, None], embedded)
             return self.live.encode(embedded, end, before), *shares

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from cache_builder import FeatureCache
 from heads.base import Context, EmbeddingHead, HeadConfig, Needs, Training
 from heads.blocks.inversion import Kind, uniform_gaussian
-from heads.blocks.lora import Copy, LoRA
+from heads.blocks.lora import Copy, LoRA, used_by
 from heads.blocks.modulation import Modulation
 from heads.blocks.moe import ExpertPrompts, balance
 from heads.blocks.phi import MAY_LACK, TEMPLATES, Phi, given_weights, small_weights, with_weights
@@ -150,14 +150,16 @@ class Head(EmbeddingHead):
                 top_k=config.top_k,
                 temperature=config.router_temperature,
             )
-        if config.baseline == "rtd":
-            self.tower = Copy(backbone.tower("text"))
-        if config.baseline == "lora_text":
-            self.tower = LoRA(backbone.tower("text"), rank=config.rank)
         reserve = config.n_prompts if config.prompted else 0
         shared = {"chunk": config.chunk, "recompute": config.recompute}
         self.texts = PseudoWords(self.live, reserve=reserve, **shared)
         self.plain = PseudoWords(self.live, **shared) if reserve else self.texts
+        if config.baseline != "none":
+            word = torch.zeros(1, self.phi.width)
+            names = used_by(backbone.model, lambda: self.texts.encode(word, [pieces_of("$")]))
+            rtd = config.baseline == "rtd"
+            model, rank = backbone.model, config.rank
+            self.tower = Copy(model, names) if rtd else LoRA(model, names, rank=rank)
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
@@ -276,7 +278,7 @@ class Head(EmbeddingHead):
 
     def _in_tower(self, words: Float[Tensor, "b v"], said: list[Pieces]) -> Float[Tensor, "b d"]:
         """Unit texts by the trained tower."""
-        weights = self.tower.weights(self.live.on(words.device).tower("text"))
+        weights = self.tower.weights(self.live.on(words.device).model)
         return F.normalize(self.texts.encode(words, said, weights).float(), dim=-1)
 
     def _rtd(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
