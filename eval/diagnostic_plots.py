@@ -47,7 +47,7 @@ def primitive_dots(
     left = min(170, 22 + 7 * longest + 7 * len(str(max(counts))))
     step, top = 22, 8
     height, width = top + step * len(names) + 38, WIDE - left - 16
-    parts = [_open(height, label)]
+    parts = [opened(height, label)]
     floor = top + step * len(names)
     for percent in range(0, 101, 20):
         x = left + width * percent / 100
@@ -94,7 +94,7 @@ def confusion_map(
     font = min(12.0, cell * 0.92)
     off = np.where(np.eye(n, dtype=bool), 0, shares)
     most = float(off.max()) or 1.0
-    parts = [_open(top + size + 6, label, f"{font:.3g}")]
+    parts = [opened(top + size + 6, label, f"{font:.3g}")]
     for i, name in enumerate(names):
         at = cell * (i + 0.5)
         shown = text(_short(name, 14))
@@ -124,7 +124,8 @@ def confusion_map(
     return "".join([*parts, "</svg>"])
 
 
-def _open(height: float | int, label: str, font: str = "12") -> str:
+def opened(height: float | int, label: str, font: str = "12") -> str:
+    """The start of a plot: its size, and what it shows for those who do not see it."""
     return (
         f'<svg viewBox="0 0 {WIDE} {height:.5g}" role="img" aria-label="{text(label)}" font-size="{font}" '
         f'fill="var(--ink)">'

@@ -2,6 +2,11 @@
 
 import base64
 import html
+import io
+
+from jaxtyping import UInt8
+from matplotlib.image import imsave  # pyright: ignore[reportUnknownVariableType]
+from numpy import ndarray
 
 from eval import plots
 from eval.table import plain
@@ -21,6 +26,13 @@ def data_link(name: str, content: str) -> str:
 def data_image(png: bytes) -> str:
     """A PNG inside the page."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def png(pixels: UInt8[ndarray, "h w c"]) -> bytes:
+    """Pixels as a PNG file."""
+    buffer = io.BytesIO()
+    imsave(buffer, pixels, format="png")
+    return buffer.getvalue()
 
 
 def chip(number: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.comparison import Comparison, Row
+from eval.composed_pictures import composed_of
 from eval.diagnostic_figures import diagnostics_of
 from eval.figures import figures_of, trained, training_figure
 from eval.formats import BELOW, percent, to_csv
@@ -71,6 +72,9 @@ def render(
     pictures = "".join(pictures_of(run) for run in runs)
     if pictures:
         sections.append(("pictures", "What heads look at", _PICTURE_TEXT + pictures))
+    answers = "".join(composed_of(run) for run in runs)
+    if answers:
+        sections.append(("answers", "What composed queries get", _ANSWER_TEXT + answers))
     sections.append(("runs", "Runs", _provenance(runs)))
     sections.append(("reading", "How to read the numbers", _HOW))
     page = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -89,6 +93,12 @@ _PICTURE_TEXT = (
     '<p class="soft">Each map is clear where its weight is largest and dark where it is smallest; the two numbers '
     "under it say what these are. Brightness does not compare between maps, and where the numbers are close the map is "
     "nearly flat, whatever it looks like. Items are the first of every category, not chosen.</p>"
+)
+
+_ANSWER_TEXT = (
+    '<p class="soft">A row is a query: its reference picture, the edit in words, and the best images of what it ranks '
+    "with their scores; right ones have a green frame and a ✓. Of equal scores a wrong image comes first. Queries are "
+    "the first of each kind of edit, then the second of each, not chosen.</p>"
 )
 
 _HOW = f"""

@@ -1,28 +1,26 @@
 """Pictures of a run: what a head looks at in an image, beside it, and what the head made of it."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.image import imsave  # pyright: ignore[reportUnknownVariableType]
 from numpy.typing import NDArray
 
+from eval.composed_pictures import is_composed
 from eval.errors import RunError
-from eval.markup import data_image, text
+from eval.markup import data_image, png, text
 from eval.runs import Run
 
 
 def pictures_of(run: Run) -> str:
-    """All pictures of a run, below what its maps are."""
-    if not run.pictures:
+    """All pictures of a run but those of composed queries, below what its maps are."""
+    mine = [path for path in run.pictures if not is_composed(path)]
+    if not mine:
         return ""
     said: list[str] = []
-    shots = [
-        _drawn(path, said) if path.suffix == ".npz" else _picture(path) for path in run.pictures
-    ]
+    shots = [_drawn(path, said) if path.suffix == ".npz" else _picture(path) for path in mine]
     name = f"{run.name} · {run.backbone}, {run.dataset}, seed {run.seed}"
     says = "".join(f'<p class="soft">Shown: {text(says)}.</p>' for says in dict.fromkeys(said))
     return f"<h3>{text(name)}</h3>{says}{''.join(shots)}"
@@ -79,11 +77,11 @@ def _maps(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
     for word, weight in zip(words, weights, strict=True):
         span = f"{weight.min():.3g}–{weight.max():.3g}"
         alt = f"where “{text(word)}” looks: {span}"
-        veil = f'<img src="{data_image(_png(_veil(weight)))}" alt="{alt}">'
+        veil = f'<img src="{data_image(png(_veil(weight)))}" alt="{alt}">'
         look = f'<span class="look{small}" style="aspect-ratio:{width}/{height}">{veil}</span>'
         looks.append(f"<li>{look}{text(word)}<small>{span}</small></li>")
     return (
-        f'<div class="shot" style="--picture:url({data_image(_png(image))})"><b>{text(caption)}</b>'
+        f'<div class="shot" style="--picture:url({data_image(png(image))})"><b>{text(caption)}</b>'
         f'<span class="soft">{text(score)}</span>{_verdict(found)}<ul class="looks">{"".join(looks)}</ul></div>'
     )
 
@@ -115,7 +113,7 @@ def _strip(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
         pixels[..., :3] = 128
         pixels[..., 3] = np.asarray(np.round(255 * row / top), dtype=np.uint8)
         says = f"{name}: {100 * (row == 0).mean():.0f} % closed, largest {row.max():.3g}"
-        picture = f'<img class="strip" src="{data_image(_png(pixels))}" alt="{text(says)}">'
+        picture = f'<img class="strip" src="{data_image(png(pixels))}" alt="{text(says)}">'
         rows.append(f"<p>{picture}<small>{text(says)}</small></p>")
     says = text(str(found.get("says", "")))
     return f'<div class="shot"><span class="soft">{says}</span>{"".join(rows)}</div>'
@@ -128,10 +126,3 @@ def _veil(weight: NDArray[np.float64]) -> UInt8[np.ndarray, "h w 4"]:
     veil = np.zeros((*weight.shape, 4), dtype=np.uint8)
     veil[..., 3] = np.round(255 * 0.82 * (1 - share)).astype(np.uint8)
     return veil
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """Pixels as a PNG file."""
-    buffer = io.BytesIO()
-    imsave(buffer, pixels, format="png")
-    return buffer.getvalue()

@@ -91,7 +91,8 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=int,
         default=0,
         metavar="N",
-        help="also draw for N examples where the head looks, if its method has maps; reads the data set's images again",
+        help="also draw for N examples where the head looks, if its method has maps, or of composed queries what it "
+        "answers; reads the data set's images again",
     )
     score.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=cli_train.MOVED)
     score.set_defaults(func=_score)
@@ -153,8 +154,9 @@ def _score(args: argparse.Namespace) -> None:
     from heads.run_files import read_run
     from heads.runs import score_run
 
-    if args.pictures:
-        check_has_maps(read_run(args.run)["method"])
+    record = read_run(args.run)
+    if args.pictures and (args.task or record["task"]) != "composed":
+        check_has_maps(record["method"])
     paths = score_run(
         args.run,
         split=args.split,
@@ -177,11 +179,14 @@ def _score(args: argparse.Namespace) -> None:
     if overlap:
         print(overlap["says"])
     if args.pictures:
-        _draw(args)
+        _draw(args, paths)
 
 
-def _draw(args: argparse.Namespace) -> None:
+def _draw(args: argparse.Namespace, tables: Sequence[Path]) -> None:
     from cache_builder import FeatureCache, load_dataset
+    from eval import score_io
+    from eval.composed_table import ComposedScores
+    from heads.composed_pictures import save_composed_pictures
     from heads.pictures import save_pictures
     from heads.run_files import read_run
     from heads.runs import trained_cache
@@ -192,15 +197,14 @@ def _draw(args: argparse.Namespace) -> None:
         cache.spec.dataset.name, cache.header.root or None, **cache.header.options
     )
     task = args.task or record["task"]
-    for path in save_pictures(
-        args.run,
-        cache,
-        dataset,
-        task=task,
-        split=args.split,
-        n=args.pictures,
-        backbone=args.backbone,
-    ):
+    shared = {"n": args.pictures, "backbone": args.backbone}
+    if task == "composed":
+        table = score_io.load(tables[0])
+        assert isinstance(table, ComposedScores)
+        paths = save_composed_pictures(args.run, cache, dataset, table, **shared)
+    else:
+        paths = save_pictures(args.run, cache, dataset, task=task, split=args.split, **shared)
+    for path in paths:
         print(f"wrote {path}")
 
 

@@ -36,8 +36,8 @@ from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, 
 LARGEST = 224
 """Pixels of the longer side of a stored picture."""
 
-WRITTEN = re.compile(r"\d{2,}-\w*\.npz|strip\.npz")
-"""Names of the files of a call."""
+WRITTEN = re.compile(r"(\d{2,}-\w*|query-\d{2,}(-\w*)?|strip|routing|modality)\.npz")
+"""Names of the files of a call, those of `heads/composed_pictures.py` too."""
 
 SPECIAL = re.compile(r"<[^<>]+>")
 """Start, end and padding: tokens that are no words."""
@@ -117,7 +117,6 @@ def save_pictures(
     pixels = {record.id: record for record in dataset.images}
     files: dict[str, dict[str, Any]] = {}
     strip: dict[str, Any] = {}
-    facts: dict[str, Any] = {"task": np.array(task), "split": np.array(split)}
     with torch.no_grad():
         for item in _items(head, data, source, n):
             query = source.images(np.array([item.image]))
@@ -126,7 +125,7 @@ def save_pictures(
             maps = head.maps(query, Features(text, labels))
             picture = pixels[cache.image_ids[item.image]].open()
             files[f"{len(files):02d}-{item.name}.npz"] = {
-                "image": _square(picture, cache.spec.backbone.preprocessing),
+                "image": square(picture, cache.spec.backbone.preprocessing),
                 "caption": np.array(cache.texts[item.text]),
                 "score": np.array(item.score),
                 "says": np.array(f"{maps.says}. Pictures are of {task}, split {split}"),
@@ -142,13 +141,21 @@ def save_pictures(
                 }
     if strip:
         files["strip.npz"] = strip
+    return replace_files(run, files, {"task": task, "split": split})
+
+
+def replace_files(
+    run: str | Path, files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, str]
+) -> list[Path]:
+    """Write `RUN/pictures/NAME` for each of `files`, all with `facts`, in place of what an earlier call wrote."""
     folder = Path(run) / "pictures"
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if WRITTEN.fullmatch(path.name):
             path.unlink()
     for name, arrays in files.items():
-        np.savez(folder / name, **arrays, **facts)
+        arrays = {**arrays, **{fact: np.array(value) for fact, value in facts.items()}}
+        np.savez(folder / name, allow_pickle=False, **arrays)
     return [folder / name for name in files]
 
 
@@ -201,7 +208,7 @@ def _compositions(head: Head, data: CompositionData, source: Source, n: int) -> 
         truth = " ".join(part.pairs[target])
         right = bool(column == target)
         yield Item(
-            _plain("-".join(part.pairs[target])),
+            plain_name("-".join(part.pairs[target])),
             int(part.images[row]),
             int(part.prompts[column]),
             float(table.scores[row, column]),
@@ -221,7 +228,7 @@ def _matches(head: Head, data: MatchingData, source: Source, n: int) -> Iterator
         right = mine > theirs
         rival = f"“{data.cache.texts[other]}”, with {theirs:.3f}"
         verdict = f"the true caption, {'preferred to' if right else 'not preferred to'} {rival}"
-        yield Item(_plain(data.category[i]), image, own, mine, verdict=verdict, right=right)
+        yield Item(plain_name(data.category[i]), image, own, mine, verdict=verdict, right=right)
 
 
 def _paired(head: Head, source: Source, image: int, text: int) -> float:
@@ -237,12 +244,12 @@ def _first(kinds: Iterable[Any]) -> list[int]:
     return list(found.values())
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """As part of a file's name."""
     return re.sub(r"\W+", "_", name)
 
 
-def _square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3"]:
+def square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3"]:
     """What the patch grid covers: the centre square, all of it padded, or (also by default) all of it squashed."""
     found = RESIZE_MODE.search(preprocessing)
     mode = found[1] if found else _mode_of_a_processor(preprocessing)

@@ -80,7 +80,7 @@ def score(
         )
     source = source or source_of(head, data)
     facts = _facts(head, data)
-    with _scoring(head):
+    with scoring(head):
         if isinstance(data, CompositionData):
             table = whole(head, *_composition(data, source, range(len(data.pairs))), block)
             return CompositionScores(scores=table, seen=data.seen, **_labels(data), **facts)
@@ -154,7 +154,7 @@ def score_open(
     _check(head, data, None)
     source = source or source_of(head, data)
     layout = _layout(data, feasibility)
-    with _scoring(head):
+    with scoring(head):
         given = (*_composition(data, source, layout.order), block)
         keep, facts = min(keep, len(data.pairs)), _labels(data) | _facts(head, data)
         if isinstance(head, SetHead) and head.relative and layout.levels:
@@ -348,7 +348,7 @@ def _device(head: Head) -> torch.device:
 
 
 @contextmanager
-def _scoring(head: Head) -> Iterator[None]:
+def scoring(head: Head) -> Iterator[None]:
     """No gradient, no dropout, no reduced precision; the mode is put back afterwards."""
     was_training = head.training
     head.eval()

@@ -11,7 +11,7 @@ from PIL import Image
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import Dataset, ImageRecord
 from heads.errors import ConfigError
-from heads.pictures import _square, save_pictures
+from heads.pictures import save_pictures, square
 from heads.runs import train_run
 from heads.tasks import MatchingData, load_task
 
@@ -122,7 +122,7 @@ def test_the_picture_is_cut_as_the_backbone_cut_it(
 ) -> None:
     picture = banners().images[3].open()
     text = f'open_clip image_transform_v2 {{"mean": [0.5], "resize_mode": "{mode}", "size": 32}}'
-    shown = _square(picture, text if mode else "some other transform").astype(int)
+    shown = square(picture, text if mode else "some other transform").astype(int)
     assert shown.shape == (20, 20, 3)
     red = (shown[..., 0] > 128).mean()
     black = (shown.sum(-1) < 20).mean()
@@ -134,5 +134,5 @@ def test_the_cache_says_how_its_pictures_were_cut(cache: FeatureCache) -> None:
     """The tiny CLIP crops; a cache of one that squashes holds the same text with the other word."""
     text = cache.spec.backbone.preprocessing
     picture = banners().images[3].open()
-    assert not (_square(picture, text)[..., 0] > 128).any()
-    assert (_square(picture, text.replace("shortest", "squash"))[..., 0] > 128).any()
+    assert not (square(picture, text)[..., 0] > 128).any()
+    assert (square(picture, text.replace("shortest", "squash"))[..., 0] > 128).any()
