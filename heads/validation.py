@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from eval.composed import KS
 from eval.composed import evaluate as evaluate_composed
 from eval.composed_table import ComposedScores
@@ -46,7 +48,8 @@ def metrics(head: Head, data: TaskData, **options: Any) -> dict[str, float]:
     if isinstance(scores, Composition):
         return evaluate_czsl(scores)
     if isinstance(scores, ComposedScores):
-        ks = [k for k in KS[scores.queries.protocol] if k < scores.shape[1]]
+        most = int((np.asarray(scores.scores) > -np.inf).sum(1).min())
+        ks = [k for k in KS[scores.queries.protocol] if k < most]
         return evaluate_composed(scores, ks=ks or [1])
     if isinstance(scores, RetrievalScores):
         return evaluate_retrieval(scores)
