@@ -77,6 +77,12 @@ def contrastive(
     return (rows + columns) / 2, parts
 
 
+def products(a: Float[Tensor, "q d"], b: Float[Tensor, "c d"]) -> Float[Tensor, "q c"]:
+    """Inner products of all pairs in float32, also under autocast: a softmax of rounded scores is another one."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
+
+
 def weighted_contrastive(
     scores: Float[Tensor, "b b"], barred: Bool[Tensor, "b b"], weight: Float[Tensor, " b"]
 ) -> tuple[Tensor, dict[str, Tensor]]:

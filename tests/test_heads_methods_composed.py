@@ -23,7 +23,7 @@ from heads.blocks.pseudo_words import pieces_of
 from heads.cli import main
 from heads.errors import ConfigError, TaskError
 from heads.features import Batch
-from heads.losses import entropy_weights, weighted_contrastive
+from heads.losses import entropy_weights, products, weighted_contrastive
 from heads.methods.inversion import keyword_pieces
 from heads.miniature import small_batch, small_features
 from heads.score import score
@@ -212,6 +212,18 @@ def test_entropy_weights_are_of_mean_1_and_rise_with_doubt() -> None:
     target = torch.arange(6)
     want = (F.cross_entropy(base, target) + F.cross_entropy(base.T, target)) / 2
     assert torch.allclose(plain, want)
+
+
+def test_scores_of_a_loss_are_not_rounded_under_autocast() -> None:
+    a, b = torch.randn(3, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(products(a, b), a @ b.T) is False
+        assert torch.allclose(products(a, b), (a[:, None] * b).sum(-1), atol=1e-6)
+
+
+def test_rtd_cannot_make_words_of_captions_by_a_network_that_reads_pictures() -> None:
+    with pytest.raises(ValueError, match="captions"):
+        load_method("mota").Config(baseline="rtd", phi_kind="context_i2w")
 
 
 def test_rtd_pairs_queries_with_targets_and_references_with_themselves(

@@ -33,7 +33,7 @@ from heads.blocks.pseudo_words import Pieces, PseudoWords, pieces_of
 from heads.blocks.readout import Readout
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
-from heads.losses import contrastive
+from heads.losses import contrastive, products
 from heads.strings import STREAM, unpack
 
 PHOTO = "a photo of $"
@@ -168,14 +168,11 @@ class Head(EmbeddingHead):
                     return distillation(self._words(batch.queries), batch.queries[TARGET])
                 if kind == "searle":
                     return (1 - (text * image[batch.target]).sum(-1)).mean(), {}
-                return contrastive(self.readout.scale() * text @ image.T, batch)
+                return contrastive(self.readout.scale() * products(text, image), batch)
 
     def remarks(self) -> Mapping[str, Any]:
-        """Texts that did not fit, and the share of the backbone that was trained."""
-        return {
-            "texts cut": len(self.texts.cut),
-            "of the backbone": self.live.share(self.n_trained()),
-        }
+        """Texts that did not fit."""
+        return {"texts cut": len(self.texts.cut)}
 
     def _words(self, queries: Features) -> Float[Tensor, "b v"]:
         unit = self.config.normalise_input
@@ -210,7 +207,10 @@ class Head(EmbeddingHead):
         queries = Features({**batch.queries.streams, "text/pooled": context})
         text = self._photo(self._words(queries))
         image = F.normalize(batch.queries["image/pooled"].float(), dim=-1)
-        scores, target = self.readout.scale() * text @ image.T, torch.arange(n, device=text.device)
+        scores, target = (
+            self.readout.scale() * products(text, image),
+            torch.arange(n, device=text.device),
+        )
         hit = (scores.argmax(1) == target).float().mean()
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return loss, {"batch_accuracy": hit}

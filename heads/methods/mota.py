@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +33,7 @@ from heads.blocks.pseudo_words import Pieces, PseudoWords, pieces_of
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
-from heads.losses import entropy_weights, weighted_contrastive
+from heads.losses import entropy_weights, products, weighted_contrastive
 from heads.strings import STREAM, unpack
 
 BASE = "base/pooled"
@@ -103,6 +103,12 @@ class Config(HeadConfig):
         default=False,
         description="run the tower again in the backward pass: less memory, a third more time (O)",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.baseline == "rtd" and self.phi_kind == "context_i2w":
+            raise ValueError("rtd makes words of captions, and context_i2w of pictures alone")
+        return self
 
     @property
     def prompted(self) -> bool:
@@ -193,7 +199,14 @@ class Head(EmbeddingHead):
                 "mota adapts a trained inversion network; name its run, --set head.phi=RUN (headstart train inversion "
                 "makes one)"
             )
-        return with_weights(context, config.phi, config.phi_kind)
+        context = with_weights(context, config.phi, config.phi_kind)
+        found = given_weights(context)
+        if found and Phi.streams(found[0]) != Phi.streams(config.phi_kind or "pic2word"):
+            raise ConfigError(
+                f"the φ of {config.phi} is of kind {found[0]}, which reads other streams; say so: "
+                f"--set head.phi_kind={found[0]}"
+            )
+        return context
 
     @classmethod
     def miniature(cls, config: Any, context: Context) -> Context:
@@ -228,12 +241,12 @@ class Head(EmbeddingHead):
         barred = batch.ignore[:, batch.target]
         weight = torch.ones_like(batch.target, dtype=targets.dtype)
         if BASE in batch.queries.streams:
-            base = F.normalize(batch.queries[BASE], dim=-1) @ targets.T
+            base = products(F.normalize(batch.queries[BASE], dim=-1), targets)
             weight = entropy_weights(
                 base / self.config.temperature, barred, self.config.entropy_weight
             )
         query, shares = self._embedded(batch.queries)
-        scores = query @ targets.T / self.config.temperature
+        scores = products(query, targets) / self.config.temperature
         loss, parts = weighted_contrastive(scores, barred, weight)
         if self.config.balance and shares:
             spread = torch.stack([balance(share) for share in shares]).mean()
@@ -292,6 +305,6 @@ class Head(EmbeddingHead):
         said = [*self._pieces(batch.queries), *[pieces_of("a photo of $")] * len(words)]
         query = self._in_tower(torch.cat([words, words]), said)
         right = F.normalize(torch.cat([target, reference]), dim=-1)
-        same = (right @ right.T > 1 - 1e-6).fill_diagonal_(fill_value=False)
-        scores = query @ right.T / self.config.temperature
+        same = (products(right, right) > 1 - 1e-6).fill_diagonal_(fill_value=False)
+        scores = products(query, right) / self.config.temperature
         return weighted_contrastive(scores, same, torch.ones_like(scores[:, 0]))

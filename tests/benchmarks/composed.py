@@ -14,7 +14,6 @@ Texts are those of toy_world's rules, pictures JPEG files in memory. One torch t
 """
 
 import argparse
-import io
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -25,14 +24,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from epoch import SAME, trainer
+from epoch import SAME, trainer, with_files
 from measure import backbone, in_turn, pressure, ratios, spread, table
 from torch.nn.functional import pad
 
 from cache_builder import FeatureCache, build, load_dataset
 from cache_builder.backbones.base import Backbone
-from cache_builder.datasets.base import Dataset, ImageRecord, Tasks
-from cache_builder.images import decode
+from cache_builder.datasets.base import Dataset, Tasks
 from heads import Head, load_method
 from heads.base import Context
 from heads.blocks.phi import small_weights
@@ -57,18 +55,7 @@ def photos(n: int, size: tuple[int, int]) -> Dataset:
     triplets = list(chosen.values())[:n]
     images = {e.image for e in triplets}
     texts = {t for e in triplets for t in (e.reference, e.modification, e.target)}
-
-    def filed(record: ImageRecord) -> ImageRecord:
-        file = io.BytesIO()
-        record.open().resize(size).save(file, "JPEG", quality=90)
-        return ImageRecord(record.id, lambda: decode(file.getvalue()))
-
-    return replace(
-        whole,
-        images=tuple(filed(r) for r in whole.images if r.id in images),
-        texts=tuple(t for t in whole.texts if t.id in texts),
-        tasks=Tasks(triplets=tuple(triplets)),
-    )
+    return with_files(whole, images, texts, Tasks(triplets=tuple(triplets)), size)
 
 
 class LiveImages(Source):

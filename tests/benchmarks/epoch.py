@@ -57,6 +57,13 @@ def photos(items: int, size: tuple[int, int]) -> Dataset:
     examples = [e for e in whole.tasks.two_by_two if e.split == "train"][:items]
     images = {name for e in examples for name in e.images}
     texts = {name for e in examples for name in e.captions}
+    return with_files(whole, images, texts, Tasks(two_by_two=tuple(examples)), size)
+
+
+def with_files(
+    whole: Dataset, images: set[str], texts: set[str], tasks: Tasks, size: tuple[int, int]
+) -> Dataset:
+    """These images and texts alone, pictures as JPEG files in memory."""
 
     def filed(record: ImageRecord) -> ImageRecord:
         file = io.BytesIO()
@@ -67,7 +74,7 @@ def photos(items: int, size: tuple[int, int]) -> Dataset:
         whole,
         images=tuple(filed(r) for r in whole.images if r.id in images),
         texts=tuple(t for t in whole.texts if t.id in texts),
-        tasks=Tasks(two_by_two=tuple(examples)),
+        tasks=tasks,
     )
 
 
