@@ -61,7 +61,7 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Context]:
 @pytest.fixture(scope="session")
 def live_cache(fast_folder: Path) -> Callable[[str], FeatureCache]:
     """The cache of `drawn()` under a family's miniature, built when first asked for."""
-    return functools.cache(lambda family: make_live(fast_folder, family))
+    return functools.cache(lambda family: make_live(fast_folder / "drawn", family))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -168,7 +168,7 @@ def cache(kind: str, model: Any, fast_folder: Path) -> FeatureCache:
     return build(
         noise_dataset(texts),
         model,
-        fast_folder / f"{kind}.zarr",
+        fast_folder / f"exact-{kind}.zarr",
         streams=[*model.streams, *extra],
         batch_size=8,
         storage="fp32",

@@ -18,6 +18,7 @@ from cache_builder import FeatureCache, build, load_backbone, load_dataset, plug
 from cache_builder.datasets.base import Tasks
 from eval.composed import evaluate
 from heads import checkpoint, load_method
+from heads.ablation import plan, read
 from heads.base import Context
 from heads.blocks.pseudo_words import pieces_of
 from heads.cli import main
@@ -26,8 +27,10 @@ from heads.features import Batch
 from heads.losses import entropy_weights, products, weighted_contrastive
 from heads.methods.inversion import keyword_pieces
 from heads.miniature import small_batch, small_features
+from heads.run_files import Trained
 from heads.score import score
 from heads.strings import STREAM, pack, unpack
+from heads.sweep import Wanted, train_runs
 from heads.tasks import ComposedData, load_task
 from heads.testing import check_head
 
@@ -261,7 +264,7 @@ def toy(fast_folder: Path) -> FeatureCache:
     return build(
         load_dataset("toy_world", scale=0.02, triplets="rules"),
         load_backbone("clip:demo"),
-        fast_folder / "triplets.zarr",
+        fast_folder / "mota-triplets.zarr",
         streams=("image/pooled", "text/pooled"),
         backbone_name="clip:demo",
         progress=False,
@@ -278,8 +281,8 @@ def trained(cache: FeatureCache, method: str, out: Path, *sets: str) -> int:
 
 @pytest.fixture(scope="module")
 def phi(toy: FeatureCache, fast_folder: Path) -> Path:
-    assert trained(toy, "inversion", fast_folder / "phi", "head.kind=lincir") == 0
-    return fast_folder / "phi"
+    assert trained(toy, "inversion", fast_folder / "mota-phi", "head.kind=lincir") == 0
+    return fast_folder / "mota-phi"
 
 
 def test_from_triplets_to_a_score(
@@ -314,7 +317,7 @@ def test_captions_alone_are_enough_to_train_and_another_cache_asks_the_queries(
     cache = build(
         replace(whole, tasks=tasks),
         load_backbone("clip:demo"),
-        fast_folder / "captions.zarr",
+        fast_folder / "mota-captions.zarr",
         streams=("image/pooled", "text/pooled"),
         backbone_name="clip:demo",
         progress=False,
@@ -360,6 +363,22 @@ def test_an_adapted_network_answers_the_queries_of_official_sets(
     column = list(table.names(0)).index(table.names(0)[-1] or table.names(0)[0])
     if table.scores[0, column] > -np.inf:
         assert table.scores[0, column] == pytest.approx(cell, abs=1e-4)
+
+
+def test_every_row_of_the_ablation_trains_a_step(
+    toy: FeatureCache, phi: Path, tmp_path: Path
+) -> None:
+    settings = {"head": {"phi": str(phi)}, "train": {"steps": 1, "batch_size": 8}}
+    made = plan(read("mota"), {"it": toy}, settings=settings)
+    assert made.left_out == []
+    rows = made.entries["it"]
+    assert [entry.label for entry in rows] == read("mota").labels
+    wanted = [
+        Wanted(entry.method, tmp_path / entry.label, {"head": entry.head, "train": entry.train})
+        for entry in rows
+    ]
+    runs = train_runs(toy, wanted, task="composed", progress=False)
+    assert all(isinstance(run, Trained) for run in runs)
 
 
 def test_all_parts_off_is_the_inversion_network(
@@ -427,7 +446,7 @@ def test_what_cannot_be_trained_is_told_before_anything_starts(
     bare = build(
         load_dataset("toy_world", scale=0.01),
         load_backbone("clip:demo"),
-        fast_folder / "no-triplets.zarr",
+        fast_folder / "mota-no-triplets.zarr",
         streams=("image/pooled", "text/pooled"),
         backbone_name="clip:demo",
         progress=False,
@@ -437,7 +456,7 @@ def test_what_cannot_be_trained_is_told_before_anything_starts(
     other = build(
         load_dataset("toy_world", scale=0.01, triplets="rules"),
         load_backbone("siglip2:demo"),
-        fast_folder / "other.zarr",
+        fast_folder / "mota-siglip2.zarr",
         streams=("image/pooled", "text/pooled"),
         backbone_name="siglip2:demo",
         progress=False,
