@@ -328,7 +328,7 @@ def test_captions_alone_are_enough_to_train_and_another_cache_asks_the_queries(
     assert record["selected_on"] == "val recall@1 of triplets"
     assert 0 < record["best"]["recall@1"] <= 1
     assert main(["score", str(run), "--cache", str(toy.path), "--split", "val"]) == 0
-    assert (run / "scores-triplets-val.zarr").exists()
+    assert (run / "scores-mota-triplets-val.zarr").exists()
 
 
 @pytest.mark.parametrize("name", ["cirr", "fashioniq", "circo", "genecis"])
