@@ -124,6 +124,9 @@ def _say(run: "Trained") -> None:
         f"{record['method']} · {record['task']} · seed {record['seed']}: {record['parameters']:,} parameters, "
         f"{record['steps']} steps in {record['seconds']:.1f} s ({wait:.0%} waiting for data{beside})"
     )
+    for reason, n in record.get("filtered", {}).items():
+        if n:
+            print(f"left out {n:,} train triplets: {reason}")
     remarks = record.get("remarks", {}).items()
     if said := [f"{v:.2%} {k}" if isinstance(v, float) else f"{v:,} {k}" for k, v in remarks if v]:
         print(", ".join(said))

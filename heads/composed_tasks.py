@@ -37,7 +37,7 @@ class ComposedData:
         image_ids, images: every image that some query ranks, and their rows; ties are broken in this order.
         columns: (Q,) the columns that compete in each query.
         own_columns: has each query a few candidates of its own, and no gallery?
-        dropped: queries left out because an image of theirs is quarantined.
+        dropped: queries left out because an image of theirs is quarantined, and such images of galleries.
 
     """
 
@@ -120,11 +120,12 @@ def composed(cache: FeatureCache, split: str, allow_missing: bool) -> ComposedDa
         for name, gallery in tasks.galleries.items()
         if any(e.gallery == name for e in kept)
     }
-    lost = sum(len(tasks.galleries[name].images) - len(ids) for name, ids in galleries.items())
+    lost = sorted({i for name in galleries for i in tasks.galleries[name].images if i in bad})
     if lost and not allow_missing:
         raise TaskError(
-            f"{lost} images of the gallery are quarantined in {cache.place}; repair the files and build again, or rank "
-            "without them with allow_missing=True (--allow-missing), which marks it partial"
+            f"{len(lost)} images of the gallery are quarantined in {cache.place}; repair the files "
+            "and build again, or rank without them with allow_missing=True (--allow-missing), "
+            "which marks it partial"
         )
     lists = galleries | {f"own {e.id}": e.subset for e in kept if not e.gallery}
     ids = tuple(dict.fromkeys(i for listed in lists.values() for i in listed))
@@ -160,7 +161,7 @@ def composed(cache: FeatureCache, split: str, allow_missing: bool) -> ComposedDa
         images=cache.rows("image", list(ids)),
         columns=tuple(columns),
         own_columns=not galleries,
-        dropped=dropped + (("gallery",) * bool(lost)),
+        dropped=(*dropped, *lost),
     )
 
 

@@ -56,7 +56,7 @@ def train_run(
         cache: a sealed feature cache.
         method: a file of `heads/methods`, or the dotted name of a module with `Config` and `Head`.
         out: the run's directory; refused if it already holds anything.
-        task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
+        task: one of `heads.tasks.KINDS`; None takes the only one that the cache has and the method scores.
         settings: {"head": {…}, "train": {…}} as `read_settings` returns.
         label: its name in tables; None leaves that to the method's name and what differs in its configuration.
         backbone: where the cache's backbone lies now, `family:checkpoint`, for a method that runs a side of it; None is

@@ -26,7 +26,7 @@ from heads.loader import Loader
 from heads.plans import Negatives, usual_negatives
 from heads.run_files import Failed, Trained, check_places, taken, write
 from heads.source import Source, check_roles, check_streams, context_of
-from heads.tasks import KINDS, TaskData, load_task, rows_of, splits_of, task_of
+from heads.tasks import KINDS, TaskData, TripletData, load_task, rows_of, splits_of, task_of
 from heads.train import fit_together
 from heads.train_config import TrainConfig
 from heads.validation import selection, validator
@@ -139,7 +139,7 @@ def train_runs(
     Args:
         cache: a sealed feature cache.
         wanted: the runs; one that fails in training does not hold up the others, and leaves nothing.
-        task: "czsl", "matching", "two_by_two" or "retrieval"; None takes the cache's only one.
+        task: one of `heads.tasks.KINDS`; None takes the only one that the cache has and the methods score.
         progress: show bars.
 
     Returns:
@@ -183,6 +183,7 @@ def train_runs(
                     "dropped": {
                         name: _n(split and split.dropped) for name, split in splits.items()
                     },
+                    **data.filtered(run),
                     "selected_on": data.selected_on(run),
                     "beside": len(members) - 1,
                     "held": sources.places(run),
@@ -208,6 +209,11 @@ class _Data:
             if "val" in splits_of(self.cache, kind):
                 return self._load(kind, "val")
         return None
+
+    def filtered(self, run: Sound) -> dict[str, Any]:
+        """How many train examples were left out as not worth training on, by reason; nothing where none can be."""
+        train = self.train(run)
+        return {"filtered": train.filtered} if isinstance(train, TripletData) else {}
 
     def selected_on(self, run: Sound) -> str | None:
         """What chose a run's weights, in words."""

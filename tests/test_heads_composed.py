@@ -19,7 +19,8 @@ from eval.composed_table import ComposedQueries, ComposedScores
 from heads import load_method
 from heads.cli import main
 from heads.composed_score import mean_direction
-from heads.errors import MissingStream, TaskError
+from heads.errors import ConfigError, MissingStream, TaskError
+from heads.plans import plan_of
 from heads.score import score
 from heads.source import context_of
 from heads.strings import pack, unpack
@@ -192,15 +193,16 @@ def test_a_cosine_of_captions_is_told_how_to_ask_composed_queries(
         score(zero_shot(cache, "sum"), load_task(cache, "czsl", "test"))
 
 
-def test_composed_queries_are_not_trained_on(made: Callable[[str], FeatureCache]) -> None:
+def test_composed_queries_are_scored_by_heads_that_know_them_and_not_trained_on(
+    made: Callable[[str], FeatureCache],
+) -> None:
     cache = made("toy_world")
-    with pytest.raises(TaskError, match=r"tf_local|works on|not on|scores"):
-        score(
-            load_method("linear_probe").Head(
-                load_method("linear_probe").Config(), context_of(cache)
-            ),
-            load_task(cache, "composed", "test"),
-        )
+    data = load_task(cache, "composed", "test")
+    method = load_method("linear_probe")
+    with pytest.raises(TaskError, match=r"linear_probe scores czsl, not composed"):
+        score(method.Head(method.Config(), context_of(cache)), data)
+    with pytest.raises(ConfigError, match="learn from triplets or images"):
+        plan_of(data, "none")
 
 
 def test_a_gallery_that_lost_an_image_is_refused_or_marked(fast_path: Path) -> None:
@@ -223,5 +225,6 @@ def test_a_gallery_that_lost_an_image_is_refused_or_marked(fast_path: Path) -> N
     data = load_task(cache, "composed", split, allow_missing=True)
     assert isinstance(data, ComposedData)
     assert spare.id not in data.image_ids
+    assert data.dropped == (spare.id,)
     table = score(zero_shot(cache, "sum"), data)
     assert table.meta["partial"]

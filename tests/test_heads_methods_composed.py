@@ -290,13 +290,17 @@ def test_from_triplets_to_a_score(
 ) -> None:
     run = tmp_path / "mota"
     assert trained(toy, "mota", run, f"head.phi={phi}", "head.n_prompts=2") == 0
-    assert "of the dual encoder" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the dual encoder" in said
     record = json.loads((run / "run.json").read_text())
     assert record["task"] == "composed"
     assert record["learned"] == "triplets"
     assert record["examples"]["train"] == len(load_task(toy, "triplets", "train"))  # type: ignore[arg-type]
     assert 0 < record["remarks"]["of the dual encoder"] < 0.02
     assert record["selected_on"] == "val recall@1"
+    n = sum(e.split == "train" for e in toy.tasks.triplets)
+    assert sum(record["filtered"].values()) == n - record["examples"]["train"] > 0
+    assert "train triplets: captions unrelated" in said
     assert main(["score", str(run)]) == 0
     # Loaded without φ's run, it scores the same.
     data = load_task(toy, "composed", "test")
@@ -440,6 +444,7 @@ def test_what_cannot_be_trained_is_told_before_anything_starts(
     assert "name its run" in refused(capsys, attempt())
     assert "no trained run" in refused(capsys, attempt(f"head.phi={tmp_path}"))
     assert "head.depth" in refused(capsys, attempt(f"head.phi={phi}", "head.depth=99"))
+    assert "one $" in refused(capsys, attempt(f"head.phi={phi}", "head.template=a photo"))
     assert "of kind lincir" in refused(capsys, attempt(f"head.phi={phi}", "head.phi_kind=searle"))
     wrong = refused(capsys, attempt(f"head.phi={phi}", "head.baseline=rtd"))
     assert "train.negatives=text" in wrong

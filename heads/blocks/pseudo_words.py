@@ -21,17 +21,48 @@ from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from heads.base import HeadConfig
 from heads.blocks.lora import under
 from heads.blocks.moe import ExpertPrompts
 from heads.errors import ConfigError
 from heads.live import LiveBackbone, OpenBackbone
 
+
+class TextConfig(HeadConfig):
+    """Fields of heads that write composed texts; provenance in brackets: C code, O our choice."""
+
+    template: str | None = Field(
+        default=None,
+        description="query text, with $ for the picture and {modification}; none: that of φ's kind (C)",
+    )
+    chunk: int = Field(
+        default=128,
+        ge=1,
+        description="texts in the tower at once, sorted by length; does not change results beyond rounding (O)",
+    )
+    recompute: bool = Field(
+        default=False,
+        description="run the tower again in the backward pass: less memory, and half more time (O)",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _has_both(cls, template: str | None) -> str | None:
+        if template is not None and (template.count("$"), template.count(EDIT)) != (1, 1):
+            raise ValueError(f"a template has one $ and one {EDIT}, and this is {template!r}")
+        return template
+
+
 Pieces = tuple[str, ...]
 """A text between its slots: ("a photo of", "that is red") has one. A piece may be empty."""
+
+EDIT = "{modification}"
+"""Where the edit stands in a template."""
 
 MEMO = 1 << 17
 """Texts whose rows are kept; then all are forgotten (our choice: some 100 MB)."""
@@ -205,4 +236,4 @@ def pieces_of(template: str, modification: str = "") -> Pieces:
     ('a photo of', 'that has a bow')
     """
     around = [re.sub(r"\s+", " ", part).strip() for part in template.split("$")]
-    return tuple(part.replace("{modification}", modification) for part in around)
+    return tuple(part.replace(EDIT, modification) for part in around)

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 from cache_builder import FeatureCache
 from cache_builder.reading import read
-from heads.base import Context, EmbeddingHead, HeadConfig, Needs, Training
+from heads.base import Context, EmbeddingHead, Needs, Training
 from heads.blocks.inversion import Kind, uniform_gaussian
 from heads.blocks.inversion_targets import distillation, invert
 from heads.blocks.phi import MAY_LACK, TEMPLATES, Phi, with_weights
-from heads.blocks.pseudo_words import Pieces, PseudoWords, pieces_of
+from heads.blocks.pseudo_words import Pieces, PseudoWords, TextConfig, pieces_of
 from heads.blocks.readout import Readout
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
@@ -39,12 +39,11 @@ from heads.strings import STREAM, unpack
 PHOTO = "a photo of $"
 """What a picture alone is written as in training (released code of Pic2Word and SEARLE)."""
 
-
 TARGET = "target/word"
 """Stream of the words that SEARLE's network learns to give."""
 
 
-class Config(HeadConfig):
+class Config(TextConfig):
     """Provenance in brackets: P paper, C code, O our choice."""
 
     kind: Kind = Field(
@@ -55,10 +54,6 @@ class Config(HeadConfig):
     weights: Path | None = Field(
         default=None,
         description="file of weights that were published for the cache's backbone; none: train (see `kind`)",
-    )
-    template: str | None = Field(
-        default=None,
-        description="query text, with $ for the picture and {modification}; none: the kind's own (C)",
     )
     noise: bool = Field(
         default=True,
@@ -71,15 +66,6 @@ class Config(HeadConfig):
     )
     normalise_input: bool = Field(
         default=False, description="φ reads unit vectors; False: pooled ones as they are (C)"
-    )
-    chunk: int = Field(
-        default=128,
-        ge=1,
-        description="texts in the tower at once, sorted by length; does not change results beyond rounding (O)",
-    )
-    recompute: bool = Field(
-        default=False,
-        description="run the tower again in the backward pass: less memory, a third more time (O)",
     )
 
 
@@ -162,10 +148,11 @@ class Head(EmbeddingHead):
             case "context_i2w":
                 return self._in_context(batch)
             case kind:
-                text = self._photo(self._words(batch.queries))
-                image = F.normalize(batch.candidates["image/pooled"].float(), dim=-1)
+                words = self._words(batch.queries)
                 if TARGET in batch.queries.streams:
-                    return distillation(self._words(batch.queries), batch.queries[TARGET])
+                    return distillation(words, batch.queries[TARGET])
+                text = self._photo(words)
+                image = F.normalize(batch.candidates["image/pooled"].float(), dim=-1)
                 if kind == "searle":
                     return (1 - (text * image[batch.target]).sum(-1)).mean(), {}
                 return contrastive(self.readout.scale() * products(text, image), batch)
@@ -207,10 +194,8 @@ class Head(EmbeddingHead):
         queries = Features({**batch.queries.streams, "text/pooled": context})
         text = self._photo(self._words(queries))
         image = F.normalize(batch.queries["image/pooled"].float(), dim=-1)
-        scores, target = (
-            self.readout.scale() * products(text, image),
-            torch.arange(n, device=text.device),
-        )
+        scores = self.readout.scale() * products(text, image)
+        target = torch.arange(n, device=text.device)
         hit = (scores.argmax(1) == target).float().mean()
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return loss, {"batch_accuracy": hit}

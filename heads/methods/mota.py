@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cache_builder import FeatureCache
-from heads.base import Context, EmbeddingHead, HeadConfig, Needs, Training
+from heads.base import Context, EmbeddingHead, Needs, Training
 from heads.blocks.inversion import Kind, uniform_gaussian
 from heads.blocks.lora import Copy, LoRA, used_by
 from heads.blocks.modulation import Modulation
 from heads.blocks.moe import ExpertPrompts, balance
 from heads.blocks.phi import MAY_LACK, TEMPLATES, Phi, given_weights, small_weights, with_weights
-from heads.blocks.pseudo_words import Pieces, PseudoWords, pieces_of
+from heads.blocks.pseudo_words import Pieces, PseudoWords, TextConfig, pieces_of
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
@@ -40,7 +40,7 @@ BASE = "base/pooled"
 """Stream of the queries that φ and the tower make before anything is trained."""
 
 
-class Config(HeadConfig):
+class Config(TextConfig):
     """Provenance in brackets: P paper, C code (of RTD), T third-party notes, O our choice."""
 
     phi: Path | None = Field(
@@ -89,19 +89,6 @@ class Config(HeadConfig):
     rank: int = Field(default=8, ge=1, description="lora_text: rank of the updates (O)")
     noise: float = Field(
         default=0.5, ge=0, description="rtd: scale of the noise u·n on reference captions (C)"
-    )
-    template: str | None = Field(
-        default=None,
-        description="query text, with $ for the picture and {modification}; none: that of φ's kind (C)",
-    )
-    chunk: int = Field(
-        default=128,
-        ge=1,
-        description="texts in the tower at once, sorted by length; does not change results beyond rounding (O)",
-    )
-    recompute: bool = Field(
-        default=False,
-        description="run the tower again in the backward pass: less memory, a third more time (O)",
     )
 
     @model_validator(mode="after")
