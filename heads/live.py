@@ -1,29 +1,35 @@
-"""SEAM: a frozen backbone inside the graph, for heads that learn what goes into one of its towers.
+"""SEAM: a frozen backbone inside the graph, for heads that learn what goes into its towers, or stands inside them.
 
     cache ── images ──▶ head ◀── pooled ── text tower, frozen ◀── prompts ── head's parameters
                           └───────────────── gradients pass through ─────────────▲
+    cache ── pixels, or states that enter block k ──▶ image tower, frozen, with adapters ──▶ head
 
 It is the backbone that made the cache: what is loaded must have the same weights, tokenizer and architecture as the
 cache's spec says. Nothing of it is a parameter of the head, so it is never trained, saved or counted. The libraries
 behind it are imported when the first head asks for one.
 """
 
-from copy import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cache_builder import load_backbone, plugins
 from cache_builder.backbones.base import OpenBackbone, Prompts
+from cache_builder.backbones.branches import Branch
 from cache_builder.errors import CacheError
 from cache_builder.spec import BackboneSpec
 from heads.base import Context
 from heads.errors import CheckpointMismatch, ConfigError
+
+__all__ = ["Attachment", "Branch", "LiveBackbone", "OpenBackbone", "Prompts", "tiny"]
 
 SAME = ("family", "weights", "tokenizer", "architecture", "activation")
 """Fields in which the backbone must be the cache's; versions and compute type only move the last digits."""
@@ -37,6 +43,15 @@ class _Loaded:
     backbone: OpenBackbone
 
 
+@runtime_checkable
+class Attachment(Protocol):
+    """What a head trains inside a tower: adapters beside its branches, or other weights in place of its own."""
+
+    def attached(self, backbone: OpenBackbone) -> AbstractContextManager[None]:
+        """Let the backbone compute with it, for as long as the block lasts."""
+        ...
+
+
 class LiveBackbone:
     """The frozen backbone of a cache, on whatever device it is asked for; loaded when first used.
 
@@ -45,13 +60,16 @@ class LiveBackbone:
     Args:
         context: says which backbone, and where it lies.
         who: the method, for messages.
+        adapters: attached whenever it computes; they belong to the head. Only while a head computes with it, so heads
+            of one process share the frozen weights.
 
     Raises:
         ConfigError: the context names no backbone, or one without a text tower that leads into the joint space.
     """
 
-    def __init__(self, context: Context, who: str) -> None:
+    def __init__(self, context: Context, who: str, adapters: Sequence[Attachment] = ()) -> None:
         self.spec, self.name, self.who = _claimed(context, who), context.backbone_name, who
+        self.adapters = tuple(adapters)
         self._held: _Loaded | None = None
 
     def on(self, device: torch.device | str) -> OpenBackbone:
@@ -84,19 +102,51 @@ class LiveBackbone:
         prompts: Prompts | None = None,
     ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
         """Raw states of all rows, before the final norm, and what `encode` returns."""
-        backbone, kind = self.on(embedded.device), embedded.device.type
+        with self.adapted(embedded.device) as backbone:
+            found = backbone.encode_embedded(embedded, end, prompts=prompts)
+        return found["tokens"], found["pooled"]
+
+    def texts(self, ids: Int[Tensor, "c l"], device: torch.device) -> Float[Tensor, "c d"]:
+        """Pooled texts of token ids, in the type of the autocast around."""
+        with self.adapted(device) as backbone:
+            return backbone.encode_embedded(backbone.embed_tokens(ids), backbone.ends(ids))[
+                "pooled"
+            ]
+
+    def images(self, levels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Pooled images of pixels as `image/pixels` holds them."""
+        with self.adapted(levels.device) as backbone:
+            states, mask = backbone.embed_pixels(backbone.normalised(levels))
+            return backbone.resume_from("image", 0, states, mask=mask)["pooled"]
+
+    def resume(self, block: int, states: Float[Tensor, "b n w"]) -> Float[Tensor, "b d"]:
+        """Pooled images of the states that enter image block `block`."""
+        with self.adapted(states.device) as backbone:
+            return backbone.resume_from("image", block, states)["pooled"]
+
+    @contextmanager
+    def adapted(self, device: torch.device | str) -> Iterator[OpenBackbone]:
+        """The backbone with its adapters, for as long as the block lasts, computing in the type of the autocast around.
+
+        Whoever computes under gradient checkpointing enters it inside what is computed again.
+        """
+        backbone, kind = self.on(device), torch.device(device).type
         if torch.is_autocast_enabled(kind):
             backbone = _computing_in(backbone, torch.get_autocast_dtype(kind))
-        found = backbone.encode_embedded(embedded, end, prompts=prompts)
-        return found["tokens"], found["pooled"]
+        with ExitStack() as held:
+            for one in self.adapters:
+                held.enter_context(one.attached(backbone))
+            yield backbone
 
     def share(self, n: int) -> float:
         """`n` parameters as a share of those of the whole dual encoder."""
         return n / sum(p.numel() for p in self.on("cpu").model.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveBackbone":
-        """A copied head runs the same backbone."""
-        return copy(self)
+        """A copied head runs the same backbone, with its own adapters."""
+        other = copy(self)
+        other.adapters = deepcopy(self.adapters, memo)
+        return other
 
     def _load(self, device: str) -> OpenBackbone:
         try:

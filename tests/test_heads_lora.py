@@ -157,7 +157,9 @@ def test_a_copy_of_the_text_side_is_trained_and_its_original_is_not(
     with torch.no_grad():
         want = encoded(model, "text", given)
         with under(model.model, copy.weights(model.model)):
-            assert torch.equal(encoded(model, "text", given), want)
+            same = encoded(model, "text", given)
+    # Not bit for bit on every CPU: torch.matmul chooses its kernel by whether a weight wants gradients.
+    assert torch.allclose(same, want, rtol=0, atol=2e-6)
     with under(model.model, copy.weights(model.model)):
         encoded(model, "text", given).pow(3).sum().backward()
     assert all(p.grad is not None for p in copy.parameters())

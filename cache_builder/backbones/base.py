@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from cache_builder.backbones.branches import Branches
 from cache_builder.spec import BackboneSpec
 
 Blocks = nn.ModuleList | nn.Sequential
@@ -119,6 +120,10 @@ class OpenBackbone(Backbone, Protocol):
 
     def blocks(self, side: str) -> Blocks:
         """Its blocks, in order: what adapters wrap and hooks enter."""
+        ...
+
+    def branches(self, side: str) -> list[Branches]:
+        """The residual branches of each block: what adapters stand beside."""
         ...
 
     def embed_pixels(

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from cache_builder.backbones.base import Blocks, Pixels, Prompts
+from cache_builder.backbones.branches import Branches, branches_of
 from cache_builder.errors import UnknownName
 from cache_builder.spec import BackboneSpec
 
@@ -279,6 +280,10 @@ class TwoTowers:
     def blocks(self, side: str) -> Blocks:
         """Its blocks, in order."""
         return self._side(side).blocks
+
+    def branches(self, side: str) -> list[Branches]:
+        """The residual branches of each block."""
+        return [branches_of(block) for block in self.blocks(side)]
 
     def embed_pixels(self, pixels: Pixels) -> tuple[Tensor, Tensor | None]:
         """The states that enter image block 0, and which rows are real (None: all)."""

@@ -10,18 +10,27 @@ projection of torch's attention.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from heads.errors import ConfigError
+from heads.live import OpenBackbone
 
 LINEAR = (
     r".*(blocks|layers)\.\d+\..*"
     r"(in_proj_weight|(out_proj|[qkv]_proj|qkv|attn\.proj|fc\d|c_fc|c_proj)\.weight)"
 )
 """Linear maps of the blocks, as open_clip, timm and transformers name them; those of attention pools are left out."""
+
+QUERY_VALUE = r".*(blocks|layers)\.\d+\..*(in_proj_weight|qkv\.weight|[qv]_proj\.weight)"
+"""Queries and values of attention (arXiv 2106.09685, section 4.2); of a matrix that has q, k and v the first and last
+third, each with an update of its own."""
+
+FUSED = ("in_proj_weight", "qkv.weight")
+"""How matrices end that hold q, k and v, one below the other."""
 
 
 @contextmanager
@@ -82,7 +91,8 @@ class LoRA(nn.Module):
         names: parameters that come into question, as `used_by` finds them.
         rank: r.
         alpha: α; None: r.
-        targets: regular expression of the names that are taken, matched whole.
+        targets: regular expression of the names that are taken, matched whole. Under `QUERY_VALUE` matrices that hold
+            q, k and v are updated in the rows of q and of v.
 
     Raises:
         ConfigError: it matches no matrix; says which there are.
@@ -105,20 +115,31 @@ class LoRA(nn.Module):
                 f"no matrix of the tower is called {targets!r}; it has {', '.join(matrices[:6])}, …"
             )
         self.scale = (rank if alpha is None else alpha) / rank
+        self.rows: list[tuple[str, int, int]] = []
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for name in self.names:
             rows, columns = _own(module, name).shape
-            down = torch.empty(rank, columns)
-            nn.init.kaiming_uniform_(down, a=5**0.5)
-            self.down.append(nn.Parameter(down))
-            self.up.append(nn.Parameter(torch.zeros(rows, rank)))
+            thirds = [(0, rows // 3), (rows - rows // 3, rows)]
+            q_and_v = targets == QUERY_VALUE and name.endswith(FUSED)
+            for start, stop in thirds if q_and_v else [(0, rows)]:
+                down = torch.empty(rank, columns)
+                nn.init.kaiming_uniform_(down, a=5**0.5)
+                self.rows.append((name, start, stop))
+                self.down.append(nn.Parameter(down))
+                self.up.append(nn.Parameter(torch.zeros(stop - start, rank)))
+
+    def attached(self, backbone: OpenBackbone) -> AbstractContextManager[None]:
+        """Let the backbone's model compute with the updates."""
+        return under(backbone.model, self.weights(backbone.model))
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The updated weights, for `under`."""
-        return {
-            name: _own(module, name) + self.scale * (up @ down)
-            for name, down, up in zip(self.names, self.down, self.up, strict=True)
-        }
+        """The updated weights, for `under`: what a merged tower has."""
+        found = {name: _own(module, name) for name in self.names}
+        for (name, start, stop), down, up in zip(self.rows, self.down, self.up, strict=True):
+            update = self.scale * (up @ down)
+            below = len(found[name]) - stop
+            found[name] = found[name] + F.pad(update, (0, 0, start, below))
+        return found
 
 
 class Copy(nn.Module):
@@ -134,6 +155,10 @@ class Copy(nn.Module):
         self.names = list(names)
         copies = (_own(module, name).detach().clone() for name in names)
         self.values = nn.ParameterList(nn.Parameter(value) for value in copies)
+
+    def attached(self, backbone: OpenBackbone) -> AbstractContextManager[None]:
+        """Let the backbone's model compute with the copy."""
+        return under(backbone.model, self.weights(backbone.model))
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The trained weights, for `under`."""

@@ -2,6 +2,8 @@
 
 a = softmax(W LN(r) / τ)      dense, or the top-k of it, renormalised; LN has no parameters of its own
     W LN(r) + W' LN(r')       where two states are read: each is normalised by itself, so that neither drowns the other
+Σ_s E_s(u) + Σ_e a_e E_e(u)   low-rank experts, E_e(u) = B_e A_e u: s are shared, every token chooses among the others
+                              (EVA, ICLR 2026, OpenReview hUtTGobe1r)
 P^(l) = Σ_e a_e P_e^(l)       prompts before block l, mixed for each text by the state of one of its rows (MoE-TPT of
                               arXiv 2410.23736; the form is our choice)
 """
@@ -26,6 +28,7 @@ class Router(nn.Module):
         n_states: how many are read.
         top_k: experts that keep a share; None: all.
         temperature: τ.
+        normed: LN on the states; else they are read as they are.
 
     Raises:
         ConfigError: fewer experts than are kept.
@@ -39,18 +42,21 @@ class Router(nn.Module):
         n_states: int = 1,
         top_k: int | None = None,
         temperature: float = 1.0,
+        normed: bool = True,
     ) -> None:
         super().__init__()
         if top_k is not None and top_k > n_experts:
             raise ConfigError(f"top_k is {top_k}, but there are {n_experts} experts; keep fewer")
         self.weight = nn.Parameter(0.02 * torch.randn(n_experts, n_states * width))
-        self.top_k, self.temperature = top_k, temperature
+        self.top_k, self.temperature, self.normed = top_k, temperature, normed
 
     def forward(self, *states: Float[Tensor, "*b v"]) -> Float[Tensor, "*b e"]:
         """Shares that sum to 1, in float32; of every row by itself, texts or tokens."""
         with torch.autocast(states[0].device.type, enabled=False):
-            normed = torch.cat([F.layer_norm(r.float(), r.shape[-1:]) for r in states], dim=-1)
-            share = (normed @ self.weight.T / self.temperature).softmax(-1)
+            read = [r.float() for r in states]
+            if self.normed:
+                read = [F.layer_norm(r, r.shape[-1:]) for r in read]
+            share = (torch.cat(read, dim=-1) @ self.weight.T / self.temperature).softmax(-1)
             if self.top_k is None:
                 return share
             kept = torch.zeros_like(share).scatter(-1, share.topk(self.top_k, dim=-1).indices, 1.0)
@@ -123,3 +129,66 @@ class ExpertPrompts(nn.Module):
             return torch.einsum("be,emv->bmv", share, self.experts[k])
 
         return before
+
+
+class MoELoRA(nn.Module):
+    """Low-rank experts that every token chooses among, and shared ones that it does not choose.
+
+    All of them are two matrix products of inner width (S + E)·R, in which the shares scale the middle: at these ranks
+    that is as fast as one low-rank map of rank (S + E)·R, and sorting tokens by expert would cost more than it saves.
+
+    Args:
+        width: W of a token.
+        n_experts, n_shared: E and S.
+        rank: R.
+        top_k: experts of a token.
+        scale: a constant on the whole.
+        dropout: probability, on the R values of each expert.
+
+    Raises:
+        ConfigError: fewer experts than are kept.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        n_experts: int,
+        n_shared: int,
+        rank: int,
+        top_k: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_shared, self.scale, self.dropout = n_shared, scale, dropout
+        self.router = Router(n_experts, width, top_k=top_k, normed=False)
+        n = n_shared + n_experts
+        self.down = nn.Parameter(torch.empty(n, rank, width))
+        for expert in self.down:
+            nn.init.kaiming_uniform_(expert, a=5**0.5)
+        self.up = nn.Parameter(torch.zeros(n, rank, width))
+
+    def forward(self, u: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
+        """The shared experts, and the chosen ones by their shares; in the type of the autocast around."""
+        share = self.router(u)
+        gate = torch.cat([share.new_ones(*share.shape[:-1], self.n_shared), share], dim=-1)
+        hidden = self._hidden(u)
+        hidden = (hidden * gate[..., None].to(hidden.dtype)).flatten(-2)
+        return self.scale * (hidden @ self.up.flatten(0, 1))
+
+    def each(self, u: Float[Tensor, "*b w"]) -> Float[Tensor, "*b e w"]:
+        """What every expert makes of a token by itself, shared ones first, as if its share were 1."""
+        return self.scale * torch.einsum("...er,erw->...ew", self._hidden(u), self.up)
+
+    def _hidden(self, u: Float[Tensor, "*b w"]) -> Float[Tensor, "*b e r"]:
+        hidden = F.linear(u, self.down.flatten(0, 1)).unflatten(-1, self.down.shape[:2])
+        return F.dropout(hidden, self.dropout, self.training)
+
+
+def isolation(down: Float[Tensor, "e r w"]) -> Tensor:
+    """Mean squared cosine between the input directions of different experts: 0 where they read nothing in common."""
+    unit = F.normalize(down.float(), dim=-1)
+    gram = torch.einsum("irw,jsw->ijrs", unit, unit).square().mean((-2, -1))
+    n = len(down)
+    return (gram.sum() - gram.diagonal().sum()) / max(1, n * (n - 1))

@@ -11,15 +11,14 @@ Rows of the table are keyed by (role, word): a word that is an attr and an obj h
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cache_builder.datasets.compositions import PRESETS as SPELLINGS
 from cache_builder.datasets.ut_zappos import SHORT
+from heads.blocks.recompute import in_parts
 from heads.errors import ConfigError
 from heads.live import LiveBackbone, OpenBackbone
 
@@ -151,9 +150,7 @@ class SoftPrompts(nn.Module):
         layout, frozen = self.layouts[template], self.get_buffer(f"rows_{template}")
         context = self.contexts[template] if template in self.contexts else frozen[layout.context]
 
-        def some(
-            rows: Int[Tensor, "c k"], words: Float[Tensor, "w v"], context: Float[Tensor, "m v"]
-        ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
+        def some(rows: Int[Tensor, "c k"]) -> tuple[Tensor, Tensor]:
             embedded = frozen.repeat(len(rows), 1, 1)
             embedded[:, layout.context] = context
             embedded[:, list(layout.slots)] = words[rows]
@@ -161,12 +158,8 @@ class SoftPrompts(nn.Module):
             states, pooled = self.live.states(embedded, end)
             return states[:, : layout.end + 1], pooled
 
-        parts = rows.split(self.chunk)
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return _joined([some(part, words, context) for part in parts])
-        # The tower draws nothing, so its random state needs no keeping.
-        again = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
-        return _joined([again(part, words, context) for part in parts])
+        states, pooled = in_parts(some, [rows], self.chunk)
+        return states, pooled
 
 
 def spell(attrs: Sequence[str], objs: Sequence[str], preset: str) -> list[str]:
@@ -243,11 +236,6 @@ def _sentence(backbone: OpenBackbone, text: str) -> tuple[Int[Tensor, " l"], int
     behind = (backbone.ends(both) == both.shape[1] - 1).int()
     start, eos = (backbone.lengths(both) - 1 - behind).tolist()
     return both[1], start, eos
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    states, pooled = zip(*parts, strict=True)
-    return torch.cat(states), torch.cat(pooled)
 
 
 def _mean_embedding(backbone: OpenBackbone, word: str) -> Float[Tensor, " v"]:
