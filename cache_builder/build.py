@@ -71,7 +71,8 @@ def build(
         dataset, backbone: what to encode, and with what.
         path: folder of the cache, or URL of a prefix of an object store: new, or a cache of exactly the same spec.
         streams: what to store; all that the backbone offers by default. Besides, `image/block_<k>` (what enters
-            block k), `image/view_<view>/…` of these (see cache_builder/views.py), and `crop/pooled`.
+            block k), `image/pixels` (8-bit levels of the resized picture), `image/view_<view>/…` of these (see
+            cache_builder/views.py), and `crop/pooled`.
         batch_size: rows encoded together. A cache begun with another one keeps it, and the log says so.
         storage: `fp16`, `fp32`, `bf16`, `int8-channel`, `fp8-token`, `pool2x2` or `lossless`; see storage.py.
         crops: which windows `crop/pooled` holds: `all` or `fast`.

@@ -48,7 +48,8 @@ def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--streams",
         nargs="+",
         metavar="STREAM",
-        help="what to store (default: all the backbone's own); also image/block_<k>, image/view_<view>/…, crop/pooled",
+        help="what to store (default: all the backbone's own); also image/block_<k>, image/pixels (pictures in 8 bits, "
+        "resized for the backbone), image/view_<view>/…, crop/pooled",
     )
     build.add_argument(
         "--crops",

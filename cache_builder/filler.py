@@ -244,8 +244,9 @@ class Filler:
         planned = None if bounds is None else np.diff(bounds[rows.start : rows.stop + 1])
         expected = (len(rows) if planned is None else int(planned.sum()), *layout.shape[1:])
         mode = mode_of(self.cache.spec.storage, this.kind)
+        nothing = 0 if this.kind == "pixels" else torch.nan  # a level cannot be NaN
         if outputs is None:
-            values, good = torch.full(expected, torch.nan), np.zeros(expected[0], bool)
+            values, good = torch.full(expected, nothing), np.zeros(expected[0], bool)
         else:
             values, good = self._values(layout, batch, outputs, planned)
             if self.cache.spec.storage == "pool2x2" and this.kind == "patches":
@@ -258,7 +259,7 @@ class Filler:
             self._check(layout, values if good.all() else values[usable])
             if not good.all():
                 usable = usable.reshape(-1, *[1] * (values.ndim - 1))
-                values = torch.where(usable, values, torch.nan)
+                values = torch.where(usable, values, nothing)
         mean, std = self._centred(layout.name, values.device) if mode.centred else (None, None)
         found = quantised(values, mode, mean, std)
         return {suffix: tensor.cpu().numpy() for suffix, tensor in found.items()}

@@ -30,13 +30,24 @@ AXES: dict[str, tuple[tuple[str, str], ...]] = {
     "patches": (("patch", "patches"), ("width", "image_width")),
     "prefix": (("prefix_token", "prefix"), ("width", "image_width")),
     "block": (("row", "rows"), ("width", "image_width")),
+    "pixels": (
+        ("channel", "channels"),
+        ("pixel_height", "image_size"),
+        ("pixel_width", "image_size"),
+    ),
     "tokens": (("width", "text_width"),),
     "states": (("width", "text_width"),),
 }
-"""Kind of stream → axes of one row after the first: (dimension name in zarr, key in `BackboneSpec.dims`)."""
+"""Kind of stream → axes of one row after the first: (dimension name in zarr, key in `BackboneSpec.dims`).
+
+`rows` and `channels` follow from the others. `width` is W; xarray opens a group only if equal names have equal sizes.
+"""
+
+CHANNELS = 3
+"""Red, green, blue."""
 
 OFFERED = {
-    "image": ("pooled", "patches", "prefix", "block"),
+    "image": ("pooled", "patches", "prefix", "block", "pixels"),
     "crop": ("pooled",),
     "text": ("pooled", "tokens"),
     "word": ("states",),
@@ -187,7 +198,7 @@ class Entry(BaseModel):
 
 
 class Bad(BaseModel):
-    """A line of quarantine.jsonl: an image that could not be used. Its row is filled with NaN."""
+    """A line of quarantine.jsonl: an image that could not be used. Its row is filled with NaN, its pixels with 0."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -267,7 +278,7 @@ def row_shape(name: str, dims: Mapping[str, int], storage: str = "fp16") -> tupl
         axes = axes[1:]
     if storage == "pool2x2" and found.kind == "patches":
         dims = {**dims, "patches": pooled_patches(dims)}
-    known = {**dims, "rows": dims.get("prefix", 0) + dims.get("patches", 0)}
+    known = {**dims, "rows": dims.get("prefix", 0) + dims.get("patches", 0), "channels": CHANNELS}
     lacking = [key for _, key in axes if key not in known]
     if lacking:
         raise UnknownName(

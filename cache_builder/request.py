@@ -24,6 +24,7 @@ def cache_spec(
     """What the cache of such a build claims to be."""
     usable = backbone.streams - (set() if words_of(dataset.tasks) else {"word/states"})
     wanted = tuple(sorted(usable if streams is None else set(streams)))
+    _refuse_pixels_of_any_shape(wanted, backbone)
     unknown = [s for s in wanted if not _is_offered(s, backbone, usable)]
     if unknown or not wanted:
         raise UnknownName(
@@ -60,6 +61,8 @@ def _is_offered(name: str, backbone: Backbone, usable: Collection[str]) -> bool:
         return False
     if wanted.side == "crop":
         return "image/pooled" in usable
+    if wanted.kind == "pixels":
+        return _has_pixels(backbone)
     if wanted.block is not None:
         return wanted.block <= _depth(backbone).get("image", -1)
     return f"{wanted.side}/{wanted.kind}" in usable
@@ -71,9 +74,25 @@ def _offered(backbone: Backbone, usable: Collection[str]) -> list[str]:
     return [
         *sorted(usable),
         *([f"image/block_<k> for k = 0 … {depth}"] if depth >= 0 else []),
+        *(["image/pixels"] if _has_pixels(backbone) else []),
         *(["crop/pooled"] if "image/pooled" in usable else []),
         f"and those of an image as image/view_<view>/… with the views {', '.join(VIEWS)}",
     ]
+
+
+def _has_pixels(backbone: Backbone) -> bool:
+    """Are its pictures of one size, and can it tell their levels? A minimal backbone need not."""
+    return "image_size" in backbone.spec.dims and hasattr(backbone, "levels")
+
+
+def _refuse_pixels_of_any_shape(wanted: Iterable[str], backbone: Backbone) -> None:
+    """`UnknownName` if pixels are asked for of a backbone whose pictures keep their shape."""
+    asked = [s for s in wanted if is_stream(s) and stream(s).kind == "pixels"]
+    if asked and "image_size" not in backbone.spec.dims:
+        raise UnknownName(
+            f"{asked[0]} holds pictures of one size, but those of {backbone.spec.family}:{backbone.spec.checkpoint} "
+            "keep their shape (it has no image_size): leave the stream out, or choose a backbone of fixed resolution"
+        )
 
 
 def _depth(backbone: Backbone) -> Mapping[str, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,9 @@ class Spec(BaseModel):
 
     NAMES: ClassVar[frozenset[str]] = frozenset()
     """Fields that only say what something is called: not part of the fingerprint, and never a mismatch."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset()
+    """Keys that older caches do not state, and that other fields imply: no mismatch where one side lacks them."""
 
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON of all fields."""
@@ -35,6 +38,7 @@ class BackboneSpec(Spec):
     """A frozen backbone, as far as it can change a stored number, and what it is called."""
 
     NAMES = frozenset({"checkpoint"})
+    LATER = frozenset({"image_blocks", "text_blocks"})
 
     family: str = Field(
         description="file name in cache_builder/backbones: clip, siglip2, pe, llava"
@@ -53,8 +57,9 @@ class BackboneSpec(Spec):
         description="where the stored tokens are taken, e.g. 'last block, before the final norm'"
     )
     dims: dict[str, int] = Field(
-        description="image_size (pixels), patches N, prefix P, image_width W, text_width V, context L, joint D; where "
-        "pictures keep their shape, patch_size (pixels) and most_patches instead of image_size and patches"
+        description="image_size (pixels), patches N, prefix P, image_width W, text_width V, context L, joint D, "
+        "image_blocks and text_blocks (depth of the towers); where pictures keep their shape, patch_size (pixels) and "
+        "most_patches instead of image_size and patches"
     )
     architecture: dict[str, str] = Field(
         default_factory=dict,
@@ -68,6 +73,11 @@ class BackboneSpec(Spec):
     versions: dict[str, str] = Field(
         description="torch, open_clip, transformers, timm: release numbers"
     )
+
+
+def with_depth(dims: Mapping[str, int], depth: Mapping[str, int]) -> dict[str, int]:
+    """Dims that also state how many blocks each tower has: side → blocks, as `Backbone.depth`."""
+    return {**dims, **{f"{side}_blocks": n for side, n in depth.items()}}
 
 
 class DatasetSpec(Spec):
@@ -111,7 +121,8 @@ def differences(
             yield from differences(a, b, f"{prefix}{name}.")
         elif isinstance(a, dict) and isinstance(b, dict):
             for key in sorted({*a, *b}):
-                if a.get(key) != b.get(key):
+                unstated = key in expected.LATER and (key not in a or key not in b)
+                if a.get(key) != b.get(key) and not unstated:
                     yield f"{prefix}{name}.{key}", a.get(key), b.get(key)
         elif a != b:
             yield f"{prefix}{name}", a, b

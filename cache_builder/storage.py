@@ -7,9 +7,9 @@
     pool2x2        fp16, patches averaged over windows of 2 × 2
     lossless       fp16, compressed
 
-Lossy modes are for tokens. Pooled embeddings and prefix tokens are small and stay fp16. A row that holds no numbers
-(a quarantined picture) has the scale NaN. numpy only: quantise.py is the torch side. Source: our choice, after the
-measurements in docs/storage.md.
+Lossy modes are for tokens. Pooled embeddings and prefix tokens are small and stay fp16; pixels are 8-bit levels in
+every mode, which `lossless` compresses. A row that holds no numbers (a quarantined picture) has the scale NaN. numpy
+only: quantise.py is the torch side. Source: our choice, after the measurements in docs/storage.md.
 """
 
 import math
@@ -61,6 +61,8 @@ STATISTICS = ("_mean", "_std")
 def mode_of(storage: str, kind: str) -> Mode:
     """How a kind of stream is stored under a storage mode."""
     mode = MODES[storage]
+    if kind == "pixels":
+        return Mode("uint8", compressed=mode.compressed)
     return MODES["fp16"] if mode.scaled and kind not in TOKENS else mode
 
 

@@ -52,6 +52,7 @@ def check_backbone(backbone: Any) -> dict[str, float]:
     with torch.no_grad():
         if any(s.startswith("image/") for s in backbone.streams):
             found |= _check_images(backbone)
+            _check_levels(backbone)
         if any(s.startswith("text/") for s in backbone.streams):
             found |= _check_texts(backbone)
         if "word/states" in backbone.streams:
@@ -242,6 +243,34 @@ def _check_images(backbone: Any) -> dict[str, float]:
             key = "image readout of unpadded rows = pooled"
             found |= _near(key, torch.cat(rows), out["pooled"], BATCH_TOLERANCE)
     return found
+
+
+def _check_levels(backbone: Any) -> None:
+    """Pixels come back from their 8-bit levels bit for bit, of odd pictures too, and every level from its pixels."""
+    import torch
+
+    size = backbone.spec.dims.get("image_size")
+    if size is None:  # pictures keep their shape
+        return
+    rng = np.random.default_rng(1)
+    sizes = [(size, size), (1, 1), (1, 2 * size), (2 * size, 1), (33, 31), (3 * size + 1, 2 * size)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    images += [Image.new("RGB", (7, 5), colour) for colour in ("black", "white", (1, 128, 254))]
+    pixels = torch.stack([backbone.preprocess(image) for image in images]).to(backbone.device)
+    levels = backbone.levels(pixels)
+    _must(
+        levels.dtype == torch.uint8 and tuple(levels.shape) == (len(images), 3, size, size),
+        f"levels: {levels.dtype} {tuple(levels.shape)}, the spec says uint8 {(len(images), 3, size, size)}",
+    )
+    wrong = (backbone.normalised(levels) != pixels).flatten(1).any(1).nonzero().flatten().tolist()
+    _must(
+        not wrong,
+        f"normalised(levels(preprocess(image))) is not preprocess(image) of {len(wrong)} of {len(images)} pictures, "
+        f"the first {images[wrong[0]].size if wrong else ()}",
+    )
+    every = torch.arange(256, dtype=torch.uint8, device=levels.device).expand(1, 3, 1, 256)
+    again = backbone.levels(backbone.normalised(every))
+    _must(torch.equal(again, every), "levels(normalised(levels)) changes a level")
 
 
 def _check_texts(backbone: Any) -> dict[str, float]:

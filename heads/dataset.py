@@ -61,8 +61,8 @@ class FeatureDataset(Dataset[Item]):
             split with `allow_missing`.
         attrs, objs: vocabularies of the labels, sorted; empty without labels.
 
-    An item holds `id`, float32 tensors under the names of `streams` (token ids: int64) and, if its split has them, the
-    labels `attr` and `obj`, indices into the vocabularies.
+    An item holds `id`, float32 tensors under the names of `streams` (token ids: int64, pixels: uint8) and, if its split
+    has them, the labels `attr` and `obj`, indices into the vocabularies.
 
     Raises:
         UnknownName: a cache has no such stream, task or split.

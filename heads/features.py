@@ -21,7 +21,8 @@ class Features:
     Attributes:
         streams: name → values, first axis `B`. Text tokens are padded to the longest of these rows: `text/tokens`
             (B, L, V) with `text/mask` (B, L), True where a token is real, and `text/ids` (B, L) int64, 0 where padded;
-            patches of pictures that keep their shape likewise, with `image/mask` (B, N).
+            patches of pictures that keep their shape likewise, with `image/mask` (B, N). `image/pixels` is (B, 3, H, W)
+            uint8; `image/block_-4` is a block counted from the end.
         labels: name → int64 (B,): `attr`, `obj` (indices into the task's vocabularies), where the rows have them.
     """
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cache_builder import FeatureCache
 from heads.base import Needs
+from heads.block_names import array_of
 from heads.errors import ConfigError
 from heads.features import Batch, Features, Partner
 from heads.plans import Negatives, plan_of, usual_negatives
@@ -95,10 +96,13 @@ class Loader:
             device_limit=device_limit,
         )
         # Ragged streams that do not fit in memory are read row by row: correct, and slow.
-        dense = [s for s in self.source.on_disk if not data.cache.is_ragged(s)]
-        big = [s for s in dense if s.startswith("image/")]
+        arrays = {s: array_of(data.cache, s) for s in self.source.on_disk if s.startswith("image/")}
+        big = [s for s, array in arrays.items() if not data.cache.is_ragged(array)]
         first = self.plan.images[:, 0]
-        self.pools = PoolReader(data.cache, big[0], first, ram_limit, device) if big else None
+        self.pooled = big[0] if big else ""
+        self.pools = (
+            PoolReader(data.cache, arrays[big[0]], first, ram_limit, device) if big else None
+        )
         self.shared = self._shared_candidates()
         self.partners = tuple(kind for kind in PARTNERS if kind in needs.partners)
         if self.partners and self.plan.target is None:
@@ -169,7 +173,7 @@ class Loader:
         """Example numbers batch by batch, with their partners, and the streams already read for their first images."""
         size = self.examples_per_batch
         if self.pools is not None:
-            stream = self.pools.stream
+            stream = self.pooled
             for read in self.pools.epoch(size, rng, first, sampler):
                 beside = tuple({stream: values} for values in read.partner_values)
                 yield _Part(read.index, {stream: read.values}, read.partners, beside)

@@ -17,6 +17,8 @@ RAGGED = ("crop/pooled", "segment/pooled")
 B, M = 5, 6
 D, N, W, L, V = 8, 7, 10, 4, 9
 K, S = 6, 3
+DEPTH = 3
+"""Image blocks that `small_context` counts from the end."""
 
 
 def small_context() -> Context:
@@ -33,6 +35,7 @@ def small_context() -> Context:
     shapes = {
         "image/patches": (N, W),
         "image/prefix": (1, W),
+        **{f"image/block_-{k}": (1 + N, W) for k in range(1, DEPTH + 1)},
         "image/pooled": (D,),
         "text/pooled": (D,),
         "text/tokens": (L, V),
@@ -47,9 +50,12 @@ def live_context(family: str, directory: Path) -> Context:
     backbone = tiny(family, directory)
     dims = backbone.spec.dims
     text = (dims["context"], dims["text_width"])
+    block = (dims["prefix"] + dims["patches"], dims["image_width"])
     shapes = {
         "image/patches": (dims["patches"], dims["image_width"]),
         "image/prefix": (dims["prefix"], dims["image_width"]),
+        "image/pixels": (3, dims["image_size"], dims["image_size"]),
+        **{f"image/block_-{k}": block for k in range(1, dims["image_blocks"] + 1)},
         "image/pooled": (dims["joint"],),
         "image/view_flip/pooled": (dims["joint"],),
         "text/pooled": (dims["joint"],),
@@ -61,14 +67,21 @@ def live_context(family: str, directory: Path) -> Context:
 
 
 def small_features(n: int, seed: int, streams: frozenset[str], context: Context) -> Features:
-    """`n` random rows that hold `streams` and nothing else; text rows differ in length and carry labels."""
+    """`n` random rows that hold `streams` and nothing else; text rows differ in length and carry labels.
+
+    Pixels are uint8, everything else of pictures is float32.
+    """
     g = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
     if STREAM in streams:
         said = ("is red", "has a bow", "add a dog left of it")
         out[STREAM] = pack([said[i % 3] for i in range(n)])
     for stream in sorted(streams - {"text/mask", "text/ids", STREAM}):
-        out[stream] = 3 * torch.randn(n, *context.shapes[stream], generator=g)
+        shape = (n, *context.shapes[stream])
+        if stream.endswith("/pixels"):
+            out[stream] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g)
+            continue
+        out[stream] = 3 * torch.randn(shape, generator=g)
         if stream in RAGGED:
             mask = torch.arange(out[stream].shape[1]) < (torch.arange(n) % 3 + 1)[:, None]
             out[stream] = out[stream] * mask[..., None]

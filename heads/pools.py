@@ -37,7 +37,7 @@ class Read:
 
     Attributes:
         index: numbers of its examples.
-        values: of them, float32.
+        values: of them, float32; uint8 of pixels.
         partners: who they were given, if that was asked for.
         partner_values: one tensor a kind of partner; a row of who is `elsewhere` is still to be read.
 
@@ -93,7 +93,7 @@ class PoolReader:
         start: int = 0,
         partners: PartnerSampler | None = None,
     ) -> Iterator[Read]:
-        """Example numbers and their values in float32, `batch` at a time, from batch number `start` on.
+        """Example numbers and their values in float32 (pixels: uint8), `batch` at a time, from batch number `start` on.
 
         Pools that lie wholly before `start` are not read. A failed read is raised here, at the batch that needs it.
         With `partners`, those of every example come too, drawn among the examples of its pool.

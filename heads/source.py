@@ -1,7 +1,8 @@
 """Rows of a cache as `Features`: from the device or from memory where they fit, else read when asked for.
 
-Values leave as float32 on the wished device (`gather.py`); held, they stay as stored, usually half that size. Ragged
-streams are padded to the longest row asked for:
+Values leave as float32 (pixels: uint8) on the wished device (`gather.py`); held, they stay as stored, usually half that
+size. `image/block_-<k>` is read from the array of that block (`block_names.py`). Ragged streams are padded to the
+longest row asked for:
 
     values  [ a a a | b | c c ]   offsets [0 3 4 6]        take(b, a)  →  tokens [b . .]   mask [1 0 0]
                                                                                  [a a a]        [1 1 1]
@@ -21,6 +22,7 @@ from torch import Tensor
 from cache_builder import FeatureCache
 from heads import segments, strings
 from heads.base import Context, Needs
+from heads.block_names import array_of, counted_from_end
 from heads.coded import Coded, read_stored
 from heads.errors import MissingStream
 from heads.features import Features
@@ -56,7 +58,8 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
         MissingStream: names the streams, or what else is missing, and the command that builds a cache with them.
     """
     wanted = query_streams(cache, needs) | needs.candidates
-    asked = {DERIVED.get(s, s) for s in wanted - {strings.STREAM}}
+    arrays = {s: array_of(cache, DERIVED.get(s, s)) for s in wanted - {strings.STREAM}}
+    asked = set(arrays.values())
     missing = sorted(asked - set(cache.streams))
     streams = sorted(asked | set(cache.streams))
     if segments.STREAM in needs.candidates:
@@ -65,9 +68,9 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
         command = cache.header.command(Path("NEW.zarr"), streams)
     if missing:
         backbone = cache.spec.backbone
-        held = (
-            f"{who} reads {', '.join(missing)}, but {cache.place} holds {', '.join(cache.streams)}"
-        )
+        named = {array: s for s, array in sorted(arrays.items()) if array != DERIVED.get(s, s)}
+        reads = ", ".join(f"{m} (its {named[m]})" if m in named else m for m in missing)
+        held = f"{who} reads {reads}, but {cache.place} holds {', '.join(cache.streams)}"
         if "joint" not in backbone.dims and any(s.endswith("/pooled") for s in missing):
             raise MissingStream(
                 f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose what reads "
@@ -116,14 +119,17 @@ def query_streams(cache: FeatureCache, needs: Needs) -> frozenset[str]:
 def context_of(cache: FeatureCache, backbone: str | None = None) -> Context:
     """The facts a head is built from: shapes of all streams, readout, backbone, and the czsl vocabularies if any.
 
+    A block has its shape under both of its names, `image/block_20` and `image/block_-4`.
+
     Args:
         cache: an open feature cache.
         backbone: where its backbone lies now, `family:checkpoint`; None is where it lay when the cache was built.
     """
     czsl = cache.tasks.czsl
     spec = cache.spec.backbone
+    names = {stream: stream for stream in cache.streams} | counted_from_end(cache)
     return Context(
-        shapes={stream: tuple(cache.shape(stream)) for stream in cache.streams},
+        shapes={name: tuple(cache.shape(stream)) for name, stream in names.items()},
         readout={name: torch.from_numpy(value) for name, value in cache.readout().items()},
         attrs=czsl.attrs if czsl else (),
         objs=czsl.objs if czsl else (),
@@ -240,7 +246,8 @@ class Source:
             found[place].append(stream)
             held = torch.device("cpu") if place == "memory" else self.device
             wanted = None if place == "disk" else rows[stream.split("/")[0]]
-            self.take[stream] = Stream(cache, _stored(stream), wanted, held, self.device).take
+            array = _stored(cache, stream)
+            self.take[stream] = Stream(cache, array, wanted, held, self.device).take
         self.take[strings.STREAM] = self._strings
         if cut:
             self.take[segments.STREAM] = partial(cut.take, self.take[segments.STREAM])
@@ -307,7 +314,7 @@ class Source:
 
     def _bytes(self, stream: str, rows: np.ndarray) -> int:
         n = len(rows)
-        stream = _stored(stream)
+        stream = _stored(self.cache, stream)
         if self.cache.is_ragged(stream):
             offsets = self.cache.offsets(stream)
             n = int((offsets[rows + 1] - offsets[rows]).sum())
@@ -315,9 +322,9 @@ class Source:
         return n * sum(self.cache.layout(a).row_bytes for a in arrays)
 
 
-def _stored(stream: str) -> str:
+def _stored(cache: FeatureCache, stream: str) -> str:
     """The array of a cache that a stream is read from."""
-    return segments.PARTS_OF if stream == segments.STREAM else stream
+    return segments.PARTS_OF if stream == segments.STREAM else array_of(cache, stream)
 
 
 def side_of(stream: str) -> Side:

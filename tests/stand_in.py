@@ -69,6 +69,12 @@ class StandIn:
         colour = torch.tensor(image.convert("RGB").getpixel((0, 0)), dtype=torch.float32)
         return colour[:, None, None].expand(3, 6, 6) / 255
 
+    def levels(self, pixels: Any) -> Tensor:
+        return (pixels * 255).round().to(torch.uint8)
+
+    def normalised(self, levels: Tensor) -> Any:
+        return levels.float() / 255
+
     def grid(self, width: int, height: int) -> tuple[int, int]:
         return 1, DIMS["patches"]
 

@@ -11,7 +11,7 @@ Letters: B items · N patches · P prefix rows · L text tokens · D joint dim �
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -54,6 +54,17 @@ class Backbone(Protocol):
 
     def preprocess(self, image: Image) -> Pixels:
         """The library's own evaluation transform, pixel for pixel."""
+        ...
+
+    def levels(self, pixels: Pixels) -> UInt8[Tensor, "b 3 h w"]:
+        """The 8-bit levels behind stacked pixels, on their device; `UnknownName` where pictures keep their shape.
+
+        `normalised(levels(pixels))` equals `pixels` bit for bit.
+        """
+        ...
+
+    def normalised(self, levels: UInt8[Tensor, "b 3 h w"]) -> Pixels:
+        """The library's own scaling and normalisation, on the device of `levels`."""
         ...
 
     def grid(self, width: int, height: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from cache_builder.backbones.checkpoints import architecture
 from cache_builder.errors import UnknownName
 from cache_builder.format import is_ragged, row_shape
+from cache_builder.spec import with_depth
 from cache_builder.storage import MODES
 
 VALUE_BYTES = np.dtype(MODES["fp16"].dtype).itemsize
@@ -84,10 +85,9 @@ def open_clip_card(model: Any, image: Any) -> Card:
     """The card of a model as `skeleton` makes it, and of the family's image tower over it."""
     text = getattr(model, "text", model)
     width, context = text.ln_final.normalized_shape[0], int(text.context_length)
-    return Card(
-        dims={**image.dims, "text_width": width, "context": context},
-        depth={"image": len(image.blocks), "text": len(text.transformer.resblocks)},
-    )
+    depth = {"image": len(image.blocks), "text": len(text.transformer.resblocks)}
+    dims = {**image.dims, "text_width": width, "context": context}
+    return Card(with_depth(dims, depth), depth)
 
 
 def hub_folder(checkpoint: str) -> Path | None:

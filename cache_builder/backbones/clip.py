@@ -20,6 +20,7 @@ from cache_builder.backbones.base import Blocks, Pixels
 from cache_builder.backbones.cards import Card, open_clip_card, skeleton
 from cache_builder.backbones.checkpoints import CheckpointError, architecture, load_checkpoint
 from cache_builder.backbones.open_clip_model import assembled
+from cache_builder.backbones.scaling import Scaling, of_transform
 from cache_builder.backbones.timm_image import TimmImage
 from cache_builder.backbones.tiny_files import clip_tokenizer, write_tiny
 from cache_builder.backbones.two_towers import TwoTowers
@@ -153,6 +154,10 @@ class NativeImage:
     def preprocess(self, image: Image) -> Pixels:
         """open_clip's evaluation transform, pixel for pixel."""
         return self.transform(image)
+
+    def scaling(self) -> Scaling:
+        """How open_clip scales 8-bit levels."""
+        return of_transform(self.transform)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The same for every picture: it is resized to one size."""

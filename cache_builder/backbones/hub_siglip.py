@@ -17,7 +17,9 @@ from transformers.models.siglip2.image_processing_siglip2 import get_image_size_
 from cache_builder.backbones.base import Blocks, Pixels
 from cache_builder.backbones.checkpoints import CheckpointError
 from cache_builder.backbones.open_clip_text import from_hub_tokenizer, placed
+from cache_builder.backbones.scaling import Scaling, of_processor
 from cache_builder.backbones.timm_image import pool_readout
+from cache_builder.errors import UnknownName
 
 
 class HubSiglipImage:
@@ -74,6 +76,14 @@ class HubSiglipImage:
             return pixels
         mask, shape = found["pixel_attention_mask"][0], found["spatial_shapes"][0]
         return {"pixels": pixels, "mask": mask, "shape": torch.as_tensor(shape)}
+
+    def scaling(self) -> Scaling:
+        """How the processor scales 8-bit levels; `UnknownName` of NaFlex."""
+        if self.ragged:
+            raise UnknownName(
+                "pictures of this backbone keep their shape, so image/pixels has no fixed size"
+            )
+        return of_processor(self.processor)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of that size."""

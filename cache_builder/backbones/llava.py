@@ -43,10 +43,11 @@ from cache_builder.backbones.hub_files import (
 from cache_builder.backbones.llama_text import LONGEST, LlavaText
 from cache_builder.backbones.llava_files import tower_alone
 from cache_builder.backbones.open_clip_model import compute_text
+from cache_builder.backbones.scaling import Scaling, of_processor
 from cache_builder.backbones.tiny_files import llama_tokenizer, perturb
 from cache_builder.backbones.two_towers import TwoTowers
 from cache_builder.errors import UnknownName
-from cache_builder.spec import BackboneSpec
+from cache_builder.spec import BackboneSpec, with_depth
 
 SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384}
 SIGLIP |= {"intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 26}
@@ -165,13 +166,12 @@ def card(checkpoint: str) -> Card:
         config = read_config(str(folder), "llava", ("llava",))
     dims, depth = image_dims(config), {"image": kept_blocks(config)}
     if "vision" in options:
-        return Card(dims, depth)
+        return Card(with_depth(dims, depth), depth)
     text = config.text_config
     context = min(LONGEST, text.max_position_embeddings)
-    return Card(
-        dims={**dims, "text_width": text.hidden_size, "context": context},
-        depth={**depth, "text": text.num_hidden_layers},
-    )
+    dims |= {"text_width": text.hidden_size, "context": context}
+    depth |= {"text": text.num_hidden_layers}
+    return Card(with_depth(dims, depth), depth)
 
 
 def tiny(directory: Path | None = None) -> TwoTowers:
@@ -252,6 +252,10 @@ class LlavaImage:
     def preprocess(self, image: Image) -> Pixels:
         """The processor's own result for one picture."""
         return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+
+    def scaling(self) -> Scaling:
+        """How the processor scales 8-bit levels."""
+        return of_processor(self.processor)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The same for every picture: it is padded or cropped to one square."""

@@ -44,7 +44,7 @@ from cache_builder.backbones.open_clip_model import assembled, both_activations,
 from cache_builder.backbones.timm_image import TimmImage
 from cache_builder.backbones.tiny_files import gemma_tokenizer, perturb, write_tiny
 from cache_builder.backbones.two_towers import TwoTowers
-from cache_builder.spec import BackboneSpec
+from cache_builder.spec import BackboneSpec, with_depth
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
 SO400M |= {"num_attention_heads": 16}
@@ -170,10 +170,9 @@ def card(checkpoint: str) -> Card:
         kind: Any = Siglip2VisionModel if config.model_type == "siglip2" else SiglipVisionModel
         image = HubSiglipImage(kind(vision), processor, name)
     context = text.max_position_embeddings
-    return Card(
-        dims={**image.dims, "text_width": text.hidden_size, "context": context},
-        depth={"image": len(image.blocks), "text": text.num_hidden_layers},
-    )
+    depth = {"image": len(image.blocks), "text": text.num_hidden_layers}
+    dims = {**image.dims, "text_width": text.hidden_size, "context": context}
+    return Card(with_depth(dims, depth), depth)
 
 
 def tiny(directory: Path | None = None) -> TwoTowers:

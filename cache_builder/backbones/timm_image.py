@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cache_builder.backbones.base import Blocks, Pixels
 from cache_builder.backbones.checkpoints import CheckpointError
+from cache_builder.backbones.scaling import Scaling, of_transform
 
 
 class TimmImage:
@@ -74,6 +75,10 @@ class TimmImage:
     def preprocess(self, image: Image) -> Pixels:
         """open_clip's evaluation transform, pixel for pixel."""
         return self.transform(image)
+
+    def scaling(self) -> Scaling:
+        """How open_clip scales 8-bit levels."""
+        return of_transform(self.transform)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The same for every picture: it is resized to one size."""

@@ -13,14 +13,15 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from cache_builder.backbones.base import Blocks, Pixels, Prompts
 from cache_builder.backbones.branches import Branches, branches_of
+from cache_builder.backbones.scaling import Scaling
 from cache_builder.errors import UnknownName
-from cache_builder.spec import BackboneSpec
+from cache_builder.spec import BackboneSpec, with_depth
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Compute types. Weights stay float32; the two halves are torch's autocast, which keeps norms and sums in float32."""
@@ -44,6 +45,10 @@ class ImageTower(Protocol):
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of that size."""
+        ...
+
+    def scaling(self) -> Scaling:
+        """How the library scales 8-bit levels; `UnknownName` where pictures keep their shape."""
         ...
 
     def embed(self, pixels: Any) -> tuple[Tensor, Tensor | None]:
@@ -169,7 +174,9 @@ class TwoTowers:
         )
         self.model: Any = model  # the library's, untyped
         self.image, self.text = image, text
-        self.spec, self.device, self.dtype = spec, device, DTYPES[dtype]
+        stated = {"dims": with_depth(spec.dims, self.depth)}
+        self.spec = spec.model_copy(update=stated)
+        self.device, self.dtype = device, DTYPES[dtype]
         self.scalars = dict(scalars)
         if compiled:
             for side in ("image", "text") if text else ("image",):
@@ -197,6 +204,14 @@ class TwoTowers:
     def preprocess(self, image: Image) -> Pixels:
         """The library's evaluation transform, pixel for pixel."""
         return self.image.preprocess(image)
+
+    def levels(self, pixels: Pixels) -> UInt8[Tensor, "b 3 h w"]:
+        """The 8-bit levels behind preprocessed pixels, on their device."""
+        return self.image.scaling().levels(pixels)
+
+    def normalised(self, levels: UInt8[Tensor, "b 3 h w"]) -> Pixels:
+        """Preprocessed pixels again, on the device of `levels`: bit for bit what `preprocess` gives."""
+        return self.image.scaling().normalised(levels)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of that size."""
