@@ -1,7 +1,7 @@
 """When the state of a training is written, and how it goes on: for learners that stand at the same batch.
 
-    step ── step ── step ── step ── step         looked at between steps: is the time up? did somebody ask to stop?
-                 ▲ written          ▲ written
+step ── step ── step ── step ── step         looked at between steps: is the time up? did somebody ask to stop?
+             ▲ written          ▲ written
 """
 
 import time
@@ -53,7 +53,7 @@ class Keeper:
     ) -> None:
         self.kept, self.every, self.stop, self.found = kept, every, stop, found
         self.room = dict(room or {})
-        self.number = -1 if found is None else found.number
+        self.number = max((n for n, _ in found.states.values()), default=0) if found else 0
         self.written = time.monotonic()
 
     def resume(self) -> tuple[int, int]:
@@ -63,13 +63,13 @@ class Keeper:
             CheckpointMismatch: a file is damaged.
         """
         found = self.found
-        if found is not None:
-            for one in self.kept:
-                training_state.restore(one.learner, one.out, found.number, found.states[one.out])
-        for one in self.kept:  # a state that not all have is nobody's
-            training_state.clear(one.out, None if found is None else found.number)
+        for one in self.kept:
+            # Of two states, the newer one is of a writing that not all came to.
+            training_state.clear(one.out, found and found.states[one.out][0])
+            if found:
+                training_state.restore(one.learner, one.out, found)
         self.written = time.monotonic()
-        return (0, 0) if found is None else (found.epoch, found.used)
+        return (found.epoch, found.used) if found else (0, 0)
 
     def keep(self, epoch: int, used: int) -> None:
         """Write the state if it is time, or if somebody asked to stop; never within a step.

@@ -301,6 +301,7 @@ class Best:
         self.config: Any = None
 
     def offer(self, head: Head, record: dict[str, Any]) -> None:
+        """Take the weights of a validation if they are the best so far."""
         metrics: dict[str, float] = record["validation"]
         self.metric = self.metric or next(iter(metrics), None)
         if self.metric not in metrics:
@@ -315,6 +316,7 @@ class Best:
             self.config = head.config
 
     def restore(self, head: Head) -> None:
+        """Give a head the best weights, if there are any."""
         if self.record:
             head.config = self.config
             head.load_state_dict(self.state)

@@ -89,9 +89,7 @@ def fit_together(
     return [learner.failure or learner.result() for learner in learners]
 
 
-def _descend(
-    learners: Sequence[Learner], batches: Loader, progress: bool, keeper: Keeper
-) -> None:
+def _descend(learners: Sequence[Learner], batches: Loader, progress: bool, keeper: Keeper) -> None:
     for learner in learners:
         learner.begin(batches)
     epoch, used = keeper.resume()

@@ -1,4 +1,4 @@
-"""Where a training stands, on disk, so that it goes on in the same bits: written while it runs, gone when it is finished.
+"""Where a training stands, on disk, so that it goes on in the same bits: written while it runs, gone when it ends.
 
     training-3.safetensors   head/<name> weights and buffers · optimizer/<i>/<name> moments of parameter i ·
                              best/<name> best weights · random/cpu, random/cuda generators of torch
@@ -20,19 +20,18 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cache_builder.durable import crc32c, sync_folder, write_durably
+from cache_builder.durable import crc32c, write_durably
 from heads import errors
-from heads.errors import CheckpointMismatch, ConfigError, HeadError
+from heads.errors import CheckpointMismatch, HeadError
 from heads.learner import Learner
 
 FORMAT = 1
@@ -41,21 +40,19 @@ NAMES = re.compile(r"training-(\d+)\.(json|safetensors)(\.[0-9a-f]+\.part)?")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A state that all runs of a group have.
+    """The state of runs that stand at the same batch.
 
     Attributes:
-        number: of its files.
-        epoch, used: the epoch it stands in, and how many batches of it are used up.
-        room: limits of memory that the order of the examples was made under.
-        states: what the JSON of each run says.
+        epoch, used: the epoch they stand in, and how many batches of it are used up.
+        room: limits of memory that the order of their examples was made under.
+        states: directory → number of its files, and what the JSON says.
 
     """
 
-    number: int
     epoch: int
     used: int
     room: dict[str, int]
-    states: dict[Path, dict[str, Any]]
+    states: dict[Path, tuple[int, dict[str, Any]]]
 
 
 def is_part(name: str) -> bool:
@@ -69,28 +66,25 @@ def numbers(out: Path) -> set[int]:
     return {int(match[1]) for match in found if match and not match[3]}
 
 
-def find(places: Sequence[Path]) -> Found | None:
-    """The latest state that all runs of a group have; None where they have not begun.
+def find(places: Sequence[Path]) -> list[Found]:
+    """The states of runs that take the same batches, those together that stand at the same one.
+
+    Args:
+        places: their directories; those without a state have not begun, and are in none.
 
     Raises:
-        ConfigError: they do not stand at the same batch.
         CheckpointMismatch: a file is damaged.
     """
-    have = [numbers(out) for out in places]
-    common = set.intersection(*have) if have else set()
-    if not common:
-        # Killed while the first state was written, some have it and some do not: nobody has gone on from it.
-        if begun := [out for out, mine in zip(places, have, strict=True) if mine - {0}]:
-            others = [out for out, mine in zip(places, have, strict=True) if not mine]
-            raise ConfigError(_apart(begun[0], (others or places[1:])[0]))
-        return None
-    states = {out: read(out, max(common)) for out in places}
-    first, *others = places
-    for other in others:
-        if any(states[first][name] != states[other][name] for name in ("epoch", "used")):
-            raise ConfigError(_apart(first, other))
-    one = states[first]
-    return Found(max(common), one["epoch"], one["used"], one["room"], states)
+    have = {out: mine for out in places if (mine := numbers(out))}
+    common = set.intersection(*have.values()) if have else set()
+    together: dict[tuple[int, int], Found] = {}
+    for out, mine in have.items():
+        number = max(common or mine)
+        state = read(out, number)
+        position = state["epoch"], state["used"]
+        found = together.setdefault(position, Found(*position, state["room"], {}))
+        found.states[out] = number, state
+    return list(together.values())
 
 
 def save(
@@ -114,26 +108,26 @@ def save(
     tensors, facts = _of(learner)
     weights, told = _files(out, number)
     part = weights.with_name(f"{weights.name}.{secrets.token_hex(4)}.part")
-    save_file(tensors, part)
-    digest = _digest(part)
-    with part.open("rb") as written:
-        os.fsync(written.fileno())
-    part.rename(weights)
+    try:
+        save_file(tensors, part)
+        digest = _digest(part)
+        sync_file(part)
+        part.rename(weights)
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     epoch, used = position
-    state = json.dumps(
-        {
-            "format": FORMAT,
-            "belongs": belongs,
-            "room": room,
-            "epoch": epoch,
-            "used": used,
-            "tensors": digest,
-            **facts,
-        }
-    )
-    text = json.dumps({"crc32c": crc32c(state.encode()), "state": json.loads(state)})
-    write_durably(told, text.encode())
-    sync_folder(out)
+    state = {
+        "format": FORMAT,
+        "belongs": belongs,
+        "room": room,
+        "epoch": epoch,
+        "used": used,
+        "tensors": digest,
+        **facts,
+    }
+    text = json.dumps(state)
+    write_durably(told, f'{{"crc32c": "{crc32c(text.encode())}", "state": {text}}}'.encode())
 
 
 def read(out: Path, number: int) -> dict[str, Any]:
@@ -159,12 +153,13 @@ def read(out: Path, number: int) -> dict[str, Any]:
     return state
 
 
-def restore(learner: Learner, out: Path, number: int, state: Mapping[str, Any]) -> None:
+def restore(learner: Learner, out: Path, found: Found) -> None:
     """Put a learner that has begun where a state says that it stood.
 
     Raises:
         CheckpointMismatch: the file of tensors is damaged, or does not fit this learner.
     """
+    number, state = found.states[out]
     weights = _files(out, number)[0]
     try:
         if _digest(weights) != state["tensors"]:
@@ -184,7 +179,9 @@ def restore(learner: Learner, out: Path, number: int, state: Mapping[str, Any]) 
 
 def clear(out: Path, keep: int | None = None) -> None:
     """Remove all states but one; of each first what makes it count."""
-    files = sorted(p for p in out.glob("training-*") if is_part(p.name))  # .json before .safetensors
+    files = sorted(
+        p for p in out.glob("training-*") if is_part(p.name)
+    )  # .json before .safetensors
     for file in files:
         if file not in (() if keep is None else _files(out, keep)):
             file.unlink(missing_ok=True)
@@ -260,6 +257,12 @@ def _files(out: Path, number: int) -> tuple[Path, Path]:
     return out / f"training-{number}.safetensors", out / f"training-{number}.json"
 
 
+def sync_file(file: Path) -> None:
+    """Make the bytes of a file durable."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -283,13 +286,4 @@ def _said(values: Mapping[str, Any], name: str) -> str:
 
 
 def _damaged(file: Path) -> str:
-    return (
-        f"{file} is damaged: it is not what was written; restore it from a copy, or remove {file.parent} to start anew"
-    )
-
-
-def _apart(one: Path, other: Path) -> str:
-    return (
-        f"{one} and {other} do not stand at the same batch, so they cannot go on side by side; resume them with the "
-        "commands that they were trained with, or remove one to start it anew by itself"
-    )
+    return f"{file} is damaged: it does not hold what was written; remove {file.parent} to start anew"
