@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with quiet_when_unread():
             args.func(args)
-    except KeyboardInterrupt:
-        print(f"\nheadstart {args.verb}: stopped; what was finished is kept", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        what = str(stopped) or "stopped; what was finished is kept"
+        print(f"\nheadstart {args.verb}: {what}", file=sys.stderr)
         return INTERRUPTED
     except (CacheError, ScoreTableError, HeadError) as error:
         print(f"headstart {args.verb}: {error}", file=sys.stderr)

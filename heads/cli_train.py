@@ -1,7 +1,12 @@
 """`headstart train`: one head on a cache, or several heads, settings and seeds in one pass over it."""
 
 import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,7 +65,21 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--out",
         type=Path,
         help="run directory (default: runs/METHOD-CACHE-TASK-seedN), of several runs the folder above them (default: "
-        "runs/sweep-CACHE-TASK); must be new",
+        "runs/sweep-CACHE-TASK); must be new, but for --resume",
+    )
+    train.add_argument(
+        "--save-every",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="write where the training stands into the run directory whenever so many minutes have passed, at the next "
+        "step's end; it is removed when the run is finished (default: 10; 0: only when Ctrl-C asks to stop)",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what the same command began and did not finish, to the same weights bit for bit on the same "
+        "machine; finished runs stay as they are, and those of which nothing was written yet start from the beginning",
     )
     train.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=MOVED)
     train.set_defaults(func=_train)
@@ -70,13 +89,17 @@ def _train(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
     from heads import load_method
     from heads.config import parse
-    from heads.errors import HeadError
+    from heads.errors import ConfigError, HeadError
     from heads.run_files import Failed, Trained
     from heads.sweep import Wanted, train_runs
     from heads.sweep_grid import config_files, points
     from heads.tasks import KINDS, task_of
     from heads.train_config import TrainConfig
 
+    if not 0 <= args.save_every < float("inf"):
+        raise ConfigError(
+            f"--save-every is {args.save_every}, but takes minutes, or 0 for Ctrl-C alone"
+        )
     configs = config_files(args.config, args.method)
     sets = [*args.set, *([] if args.seed is None else [f"train.seed={args.seed}"])]
     asked = points(args.method, configs, sets, args.sweep, own_order=args.own_order)
@@ -94,7 +117,11 @@ def _train(args: argparse.Namespace) -> None:
         Wanted(point.method, place, point.settings, backbone=args.backbone)
         for point, place in zip(asked, places, strict=True)
     ]
-    found = train_runs(cache, wanted, task=task)
+    finished = _say_standing(places) if args.resume else 0
+    with _until_ctrl_c(places) as stop:
+        found = train_runs(
+            cache, wanted, task=task, save_every=args.save_every, resume=args.resume, stop=stop
+        )
     done = [run for run in found if isinstance(run, Trained)]
     for split in ("train", "val"):
         if n := max((run.record["dropped"][split] for run in done), default=0):
@@ -107,12 +134,59 @@ def _train(args: argparse.Namespace) -> None:
     if failed:
         what = "; ".join(f"{run.path}: {run.error}" for run in failed)
         raise HeadError(f"{len(failed)} of {len(found)} runs failed, the others are kept. {what}")
-    if len(done) == 1:
-        print(f"wrote {done[0].path}; next: headstart score {done[0].path} --split test")
-    else:
+    wrote = f"{len(done) - finished} runs into {places[0].parent}"
+    which = "RUN" if len(places) > 1 else str(places[0])
+    if len(places) == 1:
+        wrote = which if not finished else "nothing anew"
+    print(f"wrote {wrote}; next: headstart score {which} --split test")
+
+
+def _say_standing(places: list[Path]) -> int:
+    """Say what there is to go on with; returns how many runs are finished already."""
+    from heads import training_state
+    from heads.run_files import RECORD
+
+    finished = [out for out in places if (out / RECORD).exists()]
+    begun = training_state.find([out for out in places if out not in finished])
+    steps = [state["step"] for part in begun for _, state in part.states.values()]
+    if len(places) > 1:
+        new = len(places) - len(finished) - len(steps)
         print(
-            f"wrote {len(done)} runs into {places[0].parent}; next: headstart score RUN --split test"
+            f"of {len(places)} runs {len(finished)} are finished, {len(steps)} go on, {new} start"
         )
+    elif finished:
+        print(f"{places[0]} is finished already")
+    elif steps:
+        print(f"{places[0]} goes on after step {steps[0]}")
+    else:
+        print(f"nothing was written in {places[0]} yet: its training starts from the beginning")
+    return len(finished)
+
+
+@contextmanager
+def _until_ctrl_c(places: list[Path]) -> Iterator[Event]:
+    """An event that the first Ctrl-C sets; the second interrupts at once. Either way says how to go on."""
+
+    def first(*_: object) -> None:
+        print(
+            "\nfinishing the step in hand; Ctrl-C again stops at once", file=sys.stderr, flush=True
+        )
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    stop = Event()
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        where = places[0] if len(places) == 1 else places[0].parent
+        if not any(out.exists() for out in places):
+            raise KeyboardInterrupt("stopped before anything was written") from None
+        raise KeyboardInterrupt(
+            f"stopped; where the training stands lies in {where}. Repeat the command with --resume to go on from there."
+        ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _say(run: "Trained") -> None:

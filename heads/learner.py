@@ -8,7 +8,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +26,8 @@ from heads.train_config import TrainConfig
 
 Validate = Callable[[Head], dict[str, float]]
 
+LOSS = "loss"
+
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
@@ -33,7 +35,8 @@ class FitResult:
 
     Attributes:
         history: one record a step (step, epoch, loss, lr, data_wait, parts), and one a validation (step, epoch,
-            validation, seconds), in order; `data_wait` is the share of the step's time spent waiting for its batch.
+            validation, seconds), in order; loss and parts are means over the rows of the step's batches, and
+            `data_wait` the share of its time spent waiting for them.
         best: the selected validation record's metrics with its step and epoch; empty without validation.
         seconds: its own steps and validations, and the waiting for its batches.
         waited: seconds of that spent waiting.
@@ -69,7 +72,13 @@ class Learner:
     Attributes:
         step, total: optimiser steps made, and to be made; `total` may fall when patience ends.
         history, seconds, waited: as in `FitResult`.
+        best: the weights with the best validation so far.
+        random: where its generators of random numbers stand between turns.
+        in_epoch: has it learned from an epoch whose end it has not seen yet?
         failure: why it ended early, if it did.
+
+    What lasts from one turn to the next, `training_state.py` keeps on disk and gives back: whoever adds to it adds
+    there.
 
     Raises:
         ConfigError: the head has no trainable parameter, or there is `patience` but no validation to wait for.
@@ -80,8 +89,9 @@ class Learner:
         self.device = config.torch_device()
         self.needs = head.training_needs(head.config)
         self.history: list[dict[str, Any]] = []
-        self.best = _Best(config.select)
+        self.best = Best(config.select)
         self.step, self.total, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.in_epoch, self.gathered = False, _Gathered()
         self.failure: HeadError | None = None
         self.constant: dict[str, Tensor] = {}
         head.to(self.device)
@@ -99,7 +109,8 @@ class Learner:
 
     def begin(self, batches: Loader) -> None:
         """Take up training by gradient: what no step changes is computed now, once."""
-        self.total = self.config.steps or self.config.epochs * len(batches)
+        steps_an_epoch = math.ceil(len(batches) / self.config.accumulate)
+        self.total = self.config.steps or self.config.epochs * steps_an_epoch
         with self._turn(), torch.no_grad():
             self.head.eval()
             only = (x.only(self.needs.queries).to(self.device) for x in batches.examples())
@@ -110,26 +121,49 @@ class Learner:
         """Are there steps left?"""
         return self.step < self.total
 
-    def take(self, batch: Batch, epoch: int, waited: float) -> None:
-        """One step on a batch that took `waited` seconds to come; a failure ends this learner alone."""
+    @property
+    def in_step(self) -> bool:
+        """Does it hold gradients of batches that wait for more before they make a step?"""
+        return self.runs and self.gathered.batches > 0
+
+    def take(self, batch: Batch, epoch: int, waited: float, *, last: bool) -> None:
+        """Learn from a batch, and step if that was enough of them; a failure ends this learner alone.
+
+        Args:
+            batch, epoch: what comes, in which epoch.
+            waited: seconds that it took to come.
+            last: no batch follows in this epoch, so that what is gathered makes a step.
+        """
         self.waited += waited
         self.seconds += waited
+        self.in_epoch = True
         with self._turn():
             started = time.perf_counter()
-            loss, lr, parts = self._step(batch, epoch)
-            self.history.append(
-                {
-                    "step": self.step,
-                    "epoch": epoch,
-                    "loss": loss.item(),
-                    "lr": lr,
-                    "data_wait": round(waited / (waited + time.perf_counter() - started), 4),
-                    **{name: float(value) for name, value in parts.items()},
-                }
-            )
+            lr = rate_of(self.config, self.step, self.total, epoch)
+            self._gather(batch, lr)
+            steps = last or self.gathered.batches == self.config.accumulate
+            if steps:
+                self._step(lr)
+            self.gathered.waited += waited
+            self.gathered.seconds += waited + time.perf_counter() - started
+            if steps:
+                found = self.gathered
+                means = found.means()
+                self.history.append(
+                    {
+                        "step": self.step,
+                        "epoch": epoch,
+                        "loss": means.pop(LOSS),
+                        "lr": lr,
+                        "data_wait": round(found.waited / found.seconds, 4),
+                        **means,
+                    }
+                )
+                self.gathered = _Gathered()
 
     def end_epoch(self, epoch: int) -> None:
         """Validate, keep the best weights, and stop early where patience ends."""
+        self.in_epoch = False
         if self.validate is None or self.failure:
             return
         with self._turn():
@@ -168,24 +202,33 @@ class Learner:
         queries = replace(seen.queries, streams={**seen.queries.streams, **beside})
         return replace(seen, queries=queries)
 
-    def _step(self, batch: Batch, epoch: int) -> tuple[Tensor, float, dict[str, Tensor]]:
+    def _gather(self, batch: Batch, lr: float) -> None:
+        """Add the gradient of a batch to those since the last step, by its rows as against the first one's."""
         self.head.train()
-        lr = rate_of(self.config, self.step, self.total, epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             loss, parts = self.loss(self._seen(batch))
         if not torch.isfinite(loss):
             raise TrainingDiverged(_diverged("loss", loss, parts, self.step, lr))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        weight = self.gathered.add(len(batch.queries), {LOSS: loss, **parts})
+        if self.gathered.batches == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        (loss if weight == 1 else weight * loss).backward()
+
+    def _step(self, lr: float) -> None:
+        """Make the gathered gradients a mean over rows, and step."""
+        if self.gathered.weight != 1:
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad /= self.gathered.weight
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         if not torch.isfinite(norm):
+            parts = {name: mean for name, mean in self.gathered.means().items() if name != LOSS}
             raise TrainingDiverged(_diverged("gradient norm", norm, parts, self.step, lr))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["share"]
         self.optimizer.step()
         self.step += 1
-        return loss, lr, parts
 
     def _measure(self, validate: Validate, step: int, epoch: int) -> None:
         started = time.perf_counter()
@@ -213,7 +256,42 @@ class Learner:
         self.seconds += time.perf_counter() - started
 
 
-class _Best:
+@dataclass(slots=True)
+class _Gathered:
+    """The batches since the last step; their gradients lie in the parameters.
+
+    Attributes:
+        batches: how many they are.
+        rows: of the first.
+        weight: rows of all, as against the first's: 1 for one batch.
+        sums: name → loss or part, each batch by its weight; and the weight of those that had one.
+        waited, seconds: for them, and altogether.
+
+    """
+
+    batches: int = 0
+    rows: int = 0
+    weight: float = 0.0
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, rows: int, values: dict[str, Tensor]) -> float:
+        """Count a batch; returns its weight."""
+        self.rows = self.rows or rows
+        weight = rows / self.rows
+        for name, value in values.items():
+            total, of = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = total + weight * float(value.detach()), of + weight
+        self.batches, self.weight = self.batches + 1, self.weight + weight
+        return weight
+
+    def means(self) -> dict[str, float]:
+        """Loss and parts over all rows."""
+        return {name: total / of for name, (total, of) in self.sums.items()}
+
+
+class Best:
     """The weights with the best validation so far, on the CPU."""
 
     def __init__(self, metric: str | None) -> None:
@@ -223,6 +301,7 @@ class _Best:
         self.config: Any = None
 
     def offer(self, head: Head, record: dict[str, Any]) -> None:
+        """Take the weights of a validation if they are the best so far."""
         metrics: dict[str, float] = record["validation"]
         self.metric = self.metric or next(iter(metrics), None)
         if self.metric not in metrics:
@@ -237,6 +316,7 @@ class _Best:
             self.config = head.config
 
     def restore(self, head: Head) -> None:
+        """Give a head the best weights, if there are any."""
         if self.record:
             head.config = self.config
             head.load_state_dict(self.state)
@@ -256,7 +336,9 @@ def _resume_random(state: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state(on_device, device)
 
 
-def _diverged(what: str, value: Tensor, parts: dict[str, Tensor], step: int, lr: float) -> str:
+def _diverged(
+    what: str, value: Tensor, parts: Mapping[str, Tensor | float], step: int, lr: float
+) -> str:
     terms = ", ".join(f"{name} {float(part):.4g}" for name, part in parts.items())
     return (
         f"the {what} of step {step + 1} is {value.item()} (lr {lr:.3g}{', ' if terms else ''}{terms}); try a smaller "

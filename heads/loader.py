@@ -76,7 +76,7 @@ class Loader:
         source: Source | None = None,
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
-        ram_limit = quarter_of_free_memory() if ram_limit is None else ram_limit
+        self.ram_limit = quarter_of_free_memory() if ram_limit is None else ram_limit
         self.plan = plan_of(data, usual_negatives(data) if negatives == "auto" else negatives)
         per_example = self.plan.images.shape[1]
         if batch_size < per_example or batch_size % per_example:
@@ -91,7 +91,7 @@ class Loader:
             needs,
             self.plan.images,
             self.plan.text_rows,
-            ram_limit=ram_limit,
+            ram_limit=self.ram_limit,
             device=device,
             device_limit=device_limit,
         )
@@ -101,7 +101,7 @@ class Loader:
         first = self.plan.images[:, 0]
         self.pooled = big[0] if big else ""
         self.pools = (
-            PoolReader(data.cache, arrays[big[0]], first, ram_limit, device) if big else None
+            PoolReader(data.cache, arrays[big[0]], first, self.ram_limit, device) if big else None
         )
         self.shared = self._shared_candidates()
         self.partners = tuple(kind for kind in PARTNERS if kind in needs.partners)
@@ -116,6 +116,18 @@ class Loader:
     def __len__(self) -> int:
         """Batches in an epoch."""
         return -(-len(self.plan.images) // self.examples_per_batch)
+
+    @property
+    def room(self) -> dict[str, int]:
+        """Limits in bytes that decide where rows are held, and so their order: the same ones give the same order."""
+        return {**self.source.limits, "pools": self.ram_limit}
+
+    @property
+    def order(self) -> str:
+        """What is permuted, in words."""
+        if self.pools is None:
+            return "of all rows"
+        return f"within {self.pools.pool_chunks} chunks of {self.pools.stream} at a time"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch, every example once; the same order for the same (seed, epoch).

@@ -4,7 +4,8 @@
     history.jsonl                     every step and every validation
     run.json                          settings asked for and as resolved, versions, commit, seed, cache, data, result
 
-`run.json` is written last: a directory with one is a finished run.
+`run.json` is written last: a directory with one is a finished run. Until then there may be training-<n>.json and
+training-<n>.safetensors, from which an interrupted training goes on (training_state.py).
 """
 
 import fcntl
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cache_builder import FeatureCache
-from heads import checkpoint
+from cache_builder.durable import write_durably
+from heads import checkpoint, load_method, training_state
 from heads.base import Head
-from heads.config import describe_cache, git_commit, versions
+from heads.config import describe_cache, git_commit, parse, versions
 from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists
 from heads.learner import FitResult
 from heads.train_config import TrainConfig
@@ -55,21 +59,29 @@ class Failed:
     error: HeadError
 
 
-def check_places(places: Sequence[Path]) -> None:
-    """Refuse places that hold anything, and two runs in one.
+def check_places(places: Sequence[Path], *, resume: bool = False) -> None:
+    """Refuse places that hold anything, and two runs in one; to resume, an interrupted training may be there.
 
     Raises:
         RunExists, ConfigError: names the place.
     """
     for out in places:
-        if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {LOCK}):
+        held = {p.name for p in out.iterdir()} - {LOCK} if out.is_dir() else set()
+        begun = bool(training_state.numbers(out)) or all(map(_is_unfinished, held))
+        if held and begun and RECORD not in held:
+            if not resume:
+                raise RunExists(
+                    f"{out} holds a training that was interrupted; go on with the same command and --resume, or remove "
+                    "it to start anew"
+                )
+        elif out.exists() and (held or not out.is_dir()):
             raise RunExists(f"{out} already exists; choose another --out, or remove it")
     if twice := sorted({str(out) for out in places if places.count(out) > 1}):
         raise ConfigError(f"several runs would be kept in {twice[0]}; give each a place of its own")
 
 
 @contextmanager
-def taken(places: Sequence[Path]) -> Iterator[None]:
+def taken(places: Sequence[Path], *, resume: bool = False) -> Iterator[None]:
     """Make the directories of runs, and hold them against other processes; those left empty are gone afterwards.
 
     Raises:
@@ -78,7 +90,7 @@ def taken(places: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for out in places:
             held.enter_context(_locked(out))
-        check_places(places)
+        check_places(places, resume=resume)
         yield
 
 
@@ -92,8 +104,17 @@ def clear_unfinished(out: Path) -> None:
         return
     with _locked(out):
         if not (out / RECORD).exists():
-            for name in (*checkpoint.FILES, HISTORY):
-                (out / name).unlink(missing_ok=True)
+            for file in [p for p in out.iterdir() if _is_unfinished(p.name)]:
+                file.unlink()
+
+
+def _is_unfinished(name: str) -> bool:
+    """May an interrupted training leave a file of this name?"""
+    return (
+        name in (*checkpoint.FILES, HISTORY)
+        or training_state.is_part(name)
+        or (name.startswith(f"{RECORD}.") and name.endswith(".part"))
+    )
 
 
 @contextmanager
@@ -123,7 +144,7 @@ def write(
     cache: FeatureCache,
     facts: Mapping[str, Any],
 ) -> Trained:
-    """Keep a trained head in `out`, with its record.
+    """Keep a trained head in `out`, with its record; what its training was to go on from is removed then.
 
     Args:
         out: a directory that `check_places` let pass.
@@ -152,8 +173,67 @@ def write(
     lines = "".join(f"{json.dumps(line)}\n" for line in result.history)
     (out / HISTORY).write_text(lines, encoding="utf-8")
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    (out / RECORD).write_text(f"{text}\n", encoding="utf-8")
+    long = bool(training_state.numbers(out))
+    if long:  # not even a power cut may take what took so long
+        for name in (*checkpoint.FILES, HISTORY):
+            training_state.sync_file(out / name)
+    write_durably(out / RECORD, f"{text}\n".encode(), sync=long)
+    for file in [p for p in out.glob(f"{RECORD}.*") if _is_unfinished(p.name)]:
+        file.unlink()
+    training_state.clear(out)
     return Trained(out, head, result, json.loads(text))
+
+
+def check_same(out: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on in a directory of something else.
+
+    Args:
+        out: the directory.
+        then, now: what it belongs to, and what is asked for: as `heads.sweep` describes it.
+
+    Raises:
+        RunExists: says field by field what differs.
+    """
+    if found := training_state.differences(then, now):
+        raise RunExists(
+            f"{out} was begun otherwise: {'; '.join(found)}; repeat the command that it was begun with, or choose "
+            "another --out"
+        )
+
+
+def read_trained(
+    out: Path, now: Mapping[str, Any], device: torch.device, backbone: str | None = None
+) -> Trained:
+    """A finished run, if it is what is asked for.
+
+    Args:
+        out: its directory.
+        now: what is asked for, as for `check_same`.
+        device: where its head is put.
+        backbone: as for `checkpoint.load`.
+
+    Raises:
+        RunExists: it is another one, and this says field by field what differs; or another process is about it.
+        CheckpointMismatch: it is damaged.
+    """
+    record = read_run(out)
+    then = {"learned": record["task"], **record}
+    then["cache"] = {name: record["cache"].get(name) for name in now["cache"]}
+    method = load_method(now["method"])
+    if method.Head.trained_by(parse(method.Config, now["head"], "head")) != "gradient":
+        then["head"] = now["head"]  # validation chose among configurations
+    check_same(out, {name: then.get(name) for name in now}, now)
+    with _locked(out):
+        training_state.clear(out)  # it may have been killed right after its record was written
+    lines = (out / HISTORY).read_text(encoding="utf-8").splitlines()
+    result = FitResult(
+        [json.loads(line) for line in lines],
+        record["best"],
+        record["seconds"],
+        record["data_wait_seconds"],
+        record["steps"],
+    )
+    return Trained(out, checkpoint.load(out, device, backbone=backbone), result, record)
 
 
 def read_run(run: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A directory that holds anything is never trained into, and a score table never o
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from cache_builder import FeatureCache
@@ -47,6 +48,9 @@ def train_run(
     label: str | None = None,
     backbone: str | None = None,
     progress: bool = True,
+    save_every: float = 0.0,
+    resume: bool = False,
+    stop: Event | None = None,
 ) -> Trained:
     """Train a method on a cache's train split, select on its val split, and keep the result in `out`.
 
@@ -62,13 +66,15 @@ def train_run(
         backbone: where the cache's backbone lies now, `family:checkpoint`, for a method that runs a side of it; None is
             where it lay when the cache was built.
         progress: show a bar.
+        save_every, resume, stop: as for `train_runs`.
 
     Raises:
         RunExists, ConfigError, TaskError, MissingStream, CheckpointMismatch, TrainingDiverged: see their messages.
-            Nothing is written before training has ended.
+            Nothing is written before training has ended, unless `save_every` or `stop` ask for it.
     """
     wanted = Wanted(method, Path(out), settings or {}, label, backbone)
-    (found,) = train_runs(cache, [wanted], task=task, progress=progress)
+    kept: dict[str, Any] = {"save_every": save_every, "resume": resume, "stop": stop}
+    (found,) = train_runs(cache, [wanted], task=task, progress=progress, **kept)
     if isinstance(found, Failed):
         raise found.error
     return found

@@ -207,6 +207,7 @@ class Source:
     Attributes:
         on_device: streams held on the device, smallest first.
         on_disk: streams that did not fit anywhere, largest first.
+        limits: bytes that might be held on the device and in memory.
 
     """
 
@@ -235,6 +236,7 @@ class Source:
             else device_limit,
             "memory": quarter_of_free_memory() if ram_limit is None else ram_limit,
         }
+        self.limits = dict(left)
         read = {*self.queries, *self.candidates} - {strings.STREAM}
         sizes = {s: self._bytes(s, rows[s.split("/")[0]]) for s in sorted(read)}
         self.take: dict[str, Callable[[np.ndarray], tuple[Tensor, Tensor | None]]] = {}

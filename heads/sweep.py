@@ -7,24 +7,39 @@
 
 A run ends in the same bits here as alone, where its rows are held in the same place: beside others they share one
 limit of memory, and rows that no longer fit come in the order of a block shuffle (loader.py).
+
+An interrupted sweep goes on where it stood: runs that are finished stay, those that stand at the same batch go on side
+by side, under the limits of memory that they began under.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 from cache_builder import FeatureCache
-from heads import checkpoint, load_method
+from heads import checkpoint, load_method, training_state
 from heads.base import Context, Head, Needs
 from heads.config import parse
 from heads.errors import ConfigError, HeadError
+from heads.keeper import Keeper, Kept
 from heads.learner import Learner, seed_everything
 from heads.loader import Loader
 from heads.plans import Negatives, usual_negatives
-from heads.run_files import Failed, Trained, check_places, taken, write
+from heads.run_files import (
+    RECORD,
+    Failed,
+    Trained,
+    check_places,
+    check_same,
+    read_trained,
+    taken,
+    write,
+)
 from heads.source import Source, check_roles, check_streams, context_of
 from heads.tasks import KINDS, TaskData, TripletData, load_task, rows_of, splits_of, task_of
 from heads.train import fit_together
@@ -132,7 +147,14 @@ def sound(cache: FeatureCache, wanted: Wanted, task: str) -> Sound:
 
 
 def train_runs(
-    cache: FeatureCache, wanted: Sequence[Wanted], *, task: str | None = None, progress: bool = True
+    cache: FeatureCache,
+    wanted: Sequence[Wanted],
+    *,
+    task: str | None = None,
+    progress: bool = True,
+    save_every: float = 0.0,
+    resume: bool = False,
+    stop: Event | None = None,
 ) -> list[Trained | Failed]:
     """Train methods on a cache's train split, select on its val split, and keep each result in its `out`.
 
@@ -141,6 +163,10 @@ def train_runs(
         wanted: the runs; one that fails in training does not hold up the others, and leaves nothing.
         task: one of `heads.tasks.KINDS`; None takes the only one that the cache has and the methods score.
         progress: show bars.
+        save_every: minutes between two writings of where the training stands; 0 writes only when `stop` is set.
+        resume: go on with what was interrupted, to the bits of an undisturbed training, and take what is finished as it
+            is; what was not begun starts.
+        stop: once set, the step in hand is finished, the state written and `KeyboardInterrupt` raised.
 
     Returns:
         The runs in their order, or why one failed.
@@ -149,29 +175,54 @@ def train_runs(
         RunExists, ConfigError, TaskError, MissingStream, CheckpointMismatch: see their messages. Nothing is written
             before all requests are known to be sound, and a run's files only when its training has ended.
     """
-    check_places([w.out for w in wanted])
+    finished = {w.out for w in wanted if resume and (w.out / RECORD).exists()}
+    check_places([w.out for w in wanted if w.out not in finished], resume=resume)
     among = frozenset(KINDS).intersection(*(load_method(w.method).Head.tasks for w in wanted))
     task = task_of(cache, task, among)
     data = _Data(cache, task)
     runs = [_settled(sound(cache, w, task), data) for w in wanted]
+    done: dict[int, Trained | Failed] = {}
+    for i, run in enumerate(runs):
+        if run.wanted.out in finished:
+            device, backbone = run.train.torch_device(), run.wanted.backbone
+            done[i] = read_trained(run.wanted.out, _belongs(run, cache), device, backbone)
     sources = _Sources(runs, data)
-    learners = [Learner(run.build(), run.train, sources.validation(run)) for run in runs]
+    learners = {
+        i: Learner(run.build(), run.train, sources.validation(run))
+        for i, run in enumerate(runs)
+        if i not in done
+    }
     groups: dict[Batches, list[int]] = {}
     for i, run in enumerate(runs):
         groups.setdefault(run.batches, []).append(i)
-    loaders = {
-        common: sources.loader(common, [runs[i] for i in groups[common]]) for common in groups
-    }
-    done: dict[int, Trained | Failed] = {}
+    parts: list[tuple[Batches, list[int], Loader | None, Keeper]] = []
+    for common, everyone in groups.items():
+        for members, found in _abreast(runs, [i for i in everyone if i in learners]):
+            # Its rows are those of all runs, also of finished ones: they decide where rows are held, hence the order.
+            batches = sources.loader(common, [runs[i] for i in everyone], found and found.room)
+            kept = [
+                Kept(learners[i], runs[i].wanted.out, _belongs(runs[i], cache, batches))
+                for i in members
+                if learners[i].head.training_by == "gradient"
+            ]
+            if found is not None:
+                for one in kept:
+                    check_same(one.out, found.states[one.out][1]["belongs"], one.belongs)
+            room = {} if batches is None else batches.room
+            keeper = Keeper(kept, every=save_every, stop=stop, found=found, room=room)
+            parts.append((common, members, batches, keeper))
     # Made only now that nothing is wrong with the requests, but before training: an unwritable place shows at once.
-    with taken([run.wanted.out for run in runs]):
-        for common, members in groups.items():
+    with taken([runs[i].wanted.out for i in learners], resume=resume):
+        for common, members, batches, keeper in parts:
+            if stop is not None and stop.is_set():
+                raise KeyboardInterrupt
             group = [learners[i] for i in members]
-            results = fit_together(group, loaders[common], progress=progress)
+            results = fit_together(group, batches, progress=progress, keeper=keeper)
             for i, learner, result in zip(members, group, results, strict=True):
                 run, out = runs[i], runs[i].wanted.out
                 if isinstance(result, HeadError):
                     done[i] = Failed(out, result)
+                    training_state.clear(out)
                     continue
                 splits = {"train": data.train(run), "val": data.held_out(run)}
                 facts = {
@@ -185,11 +236,40 @@ def train_runs(
                     },
                     **data.filtered(run),
                     "selected_on": data.selected_on(run),
-                    "beside": len(members) - 1,
+                    "beside": len(groups[common]) - 1,
                     "held": sources.places(run),
                 }
                 done[i] = write(out, learner.head, run.train, result, cache, facts)
     return [done[i] for i in range(len(runs))]
+
+
+def _abreast(
+    runs: Sequence[Sound], members: Sequence[int]
+) -> Iterator[tuple[list[int], training_state.Found | None]]:
+    """Of runs that take the same batches, those that stand at the same one, and what they go on from."""
+    begun: set[int] = set()
+    for found in training_state.find([runs[i].wanted.out for i in members]):
+        part = [i for i in members if runs[i].wanted.out in found.states]
+        begun.update(part)
+        yield part, found
+    if new := [i for i in members if i not in begun]:
+        yield new, None
+
+
+def _belongs(run: Sound, cache: FeatureCache, batches: Loader | None = None) -> dict[str, Any]:
+    """What must be the same when a run goes on; `batches`, while it is trained."""
+    facts = {
+        "method": run.wanted.method,
+        "task": run.task,
+        "learned": run.learned,
+        "asked": run.wanted.settings,
+        "head": run.head_config.model_dump(mode="json"),
+        "train": run.train.model_dump(mode="json"),
+        "device": str(run.train.torch_device()),
+        "cache": {"fingerprint": cache.fingerprint, "digest": cache.digest()},
+        **({} if batches is None else {"order": batches.order}),
+    }
+    return json.loads(json.dumps(facts))
 
 
 class _Data:
@@ -236,21 +316,29 @@ class _Sources:
         self.data, self.runs = data, runs
         self.sources: dict[tuple[str, str, str], Source] = {}
 
-    def _source(self, data: TaskData, device: str) -> Source:
-        """Rows of a split on a device, with the streams of all runs there that use it."""
+    def _source(self, data: TaskData, device: str, room: Mapping[str, int] | None = None) -> Source:
+        """Rows of a split on a device, with the streams of all runs there that use it; held under limits, if given."""
         key = (data.kind, data.split, device)
         if key not in self.sources:
             runs = [run for run in self.runs if run.batches.device == device]
             uses = [_read(run, data) for run in runs if any(mine is data for mine in self._of(run))]
             images, texts = rows_of(data)
-            self.sources[key] = Source(data.cache, reduce(or_, uses), images, texts, device=device)
+            limits = {
+                "ram_limit": None if room is None else room["memory"],
+                "device_limit": None if room is None else room["device"],
+            }
+            self.sources[key] = Source(
+                data.cache, reduce(or_, uses), images, texts, device=device, **limits
+            )
         return self.sources[key]
 
     def _of(self, run: Sound) -> tuple[TaskData | None, ...]:
         return self.data.train(run), self.data.held_out(run)
 
-    def loader(self, common: Batches, runs: Sequence[Sound]) -> Loader | None:
-        """Batches for a group of runs; None where nothing is trained."""
+    def loader(
+        self, common: Batches, runs: Sequence[Sound], room: Mapping[str, int] | None = None
+    ) -> Loader | None:
+        """Batches for a group of runs; None where nothing is trained. With `room`, under limits that once were."""
         learning = [run for run in runs if run.learns]
         data = self.data.train(learning[0]) if learning else None
         if data is None:
@@ -262,8 +350,9 @@ class _Sources:
             batch_size=common.batch_size,
             seed=common.order_seed,
             negatives=common.negatives,
+            ram_limit=None if room is None else room["pools"],
             device=common.device,
-            source=self._source(data, common.device).only(needs),
+            source=self._source(data, common.device, room).only(needs),
         )
 
     def places(self, run: Sound) -> dict[str, list[str]]:

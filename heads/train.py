@@ -8,6 +8,8 @@ source.
     batches ──▶ batch ──▶ head 1: loss, step     each with its own optimiser and random numbers (learner.py):
                     ├──▶ head 2: loss, step      the same bits as alone
                     └──▶ …                       read, gathered, widened and moved to the device once
+
+Between two steps the state of all may be written, to go on from it in the same bits (keeper.py).
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from heads.base import Head
 from heads.errors import ConfigError, HeadError
+from heads.keeper import Keeper
 from heads.learner import FitResult, Learner, Validate
 from heads.loader import Loader
 from heads.train_config import TrainConfig
@@ -53,7 +56,11 @@ def fit(
 
 
 def fit_together(
-    learners: Sequence[Learner], batches: Loader | None, *, progress: bool = True
+    learners: Sequence[Learner],
+    batches: Loader | None,
+    *,
+    progress: bool = True,
+    keeper: Keeper | None = None,
 ) -> list[FitResult | HeadError]:
     """Train several heads in one pass over the batches; each ends in the same bits as alone on the same batches.
 
@@ -61,6 +68,7 @@ def fit_together(
         learners: one a head, on one device; a head sees of a batch the streams it declares.
         batches: the training data, with the streams of all of them; None for heads without training.
         progress: show one bar for all.
+        keeper: of those that are trained by gradient; None starts at the beginning, and writes nothing.
 
     Returns:
         What each did, in order; a learner that failed, as by a loss that is not finite, is its error, and does not
@@ -68,36 +76,44 @@ def fit_together(
 
     Raises:
         ConfigError: there are no batches for a head that learns from data.
+        KeyboardInterrupt: the keeper was asked to stop, and has written the state.
     """
     for learner in learners:
         if batches is None and learner.head.training_by != "none":
             how = "trained by gradient" if learner.head.training_by == "gradient" else "solved"
             raise ConfigError(f"{type(learner.head).__module__} is {how}, but got no batches")
     if batches is not None:
-        _descend([x for x in learners if x.head.training_by == "gradient"], batches, progress)
+        by_gradient = [x for x in learners if x.head.training_by == "gradient"]
+        _descend(by_gradient, batches, progress, keeper or Keeper())
     _solve([x for x in learners if x.head.training_by != "gradient"], batches)
     return [learner.failure or learner.result() for learner in learners]
 
 
-def _descend(learners: Sequence[Learner], batches: Loader, progress: bool) -> None:
+def _descend(learners: Sequence[Learner], batches: Loader, progress: bool, keeper: Keeper) -> None:
     for learner in learners:
         learner.begin(batches)
+    epoch, used = keeper.resume()
     total = max((learner.total for learner in learners), default=0)
-    with tqdm(total=total, desc="fit", unit="step", disable=not progress or not total) as bar:
-        epoch, waited = 0, batches.waited
-        while running := [learner for learner in learners if learner.runs]:
-            for batch in batches.epoch(epoch):
+    done = max((learner.step for learner in learners), default=0)
+    shown = progress and total > 0
+    with tqdm(total=total, initial=done, desc="fit", unit="step", disable=not shown) as bar:
+        waited = batches.waited
+        while running := [learner for learner in learners if learner.runs or learner.in_epoch]:
+            keeper.keep(epoch, used)
+            for batch in batches.epoch(epoch, used):
                 wait, waited = batches.waited - waited, batches.waited
+                used += 1
                 for learner in running:
                     if learner.runs:
-                        learner.take(batch, epoch, wait)
-                bar.update()
+                        learner.take(batch, epoch, wait, last=used == len(batches))
+                bar.update(max(learner.step for learner in learners) - bar.n)
                 bar.set_postfix_str(_standing(running), refresh=False)
                 if not any(learner.runs for learner in running):
                     break
+                keeper.keep(epoch, used)
             for learner in running:
                 learner.end_epoch(epoch)
-            epoch += 1
+            epoch, used = epoch + 1, 0
 
 
 def _solve(learners: Sequence[Learner], batches: Loader | None) -> None:

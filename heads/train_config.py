@@ -26,6 +26,13 @@ class TrainConfig(BaseModel):
         ge=1,
         description="rows (images) of a batch; the last of an epoch may be smaller (our choice)",
     )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="batches whose gradients are averaged over all their rows before an optimiser step; those left at "
+        "the end of an epoch make a step of their own. For a loss that is a mean over rows as one large batch; other "
+        "examples of a batch that a loss compares with are still those of the small one (our choice)",
+    )
     negatives: Literal["auto", "none", "text", "image_text"] = Field(
         default="auto",
         description="hard negatives in a batch; auto: image_text for two_by_two, text for matching, else none (our "
@@ -70,7 +77,9 @@ class TrainConfig(BaseModel):
         description="linear warm-up, before `schedule`; at most a tenth of all steps is used (our choice)",
     )
     clip: float = Field(
-        default=1.0, gt=0, description="largest gradient norm; larger ones are scaled (our choice)"
+        default=1.0,
+        gt=0,
+        description="largest norm of a step's gradient; larger ones are scaled (our choice)",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

@@ -246,9 +246,7 @@ def test_dropout_inside_a_part_is_the_same_when_it_is_run_again(
 ) -> None:
     """Numerical derivative along the gradient, the random numbers being those of the forward pass."""
     context = contexts["clip"]
-    head = moved(
-        head_of(context, adapter_dropout=0.3, dropout=0.3, image_chunk=2, chunk=2)
-    ).double()
+    head = moved(head_of(context, adapter_dropout=0.3, dropout=0.3, image_chunk=2, chunk=2))
     batch = batch_of(context, **{"image/pixels": pixels(context)})
 
     def loss() -> Tensor:

@@ -1,0 +1,97 @@
+"""When the state of a training is written, and how it goes on: for learners that stand at the same batch.
+
+step ── step ── step ── step ── step         looked at between steps: is the time up? did somebody ask to stop?
+             ▲ written          ▲ written
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from heads import training_state
+from heads.learner import Learner
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A learner whose state is kept.
+
+    Attributes:
+        learner: one that is trained by gradient.
+        out: the directory of its run.
+        belongs: what must be the same when it goes on.
+
+    """
+
+    learner: Learner
+    out: Path
+    belongs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Keeper:
+    """Keeps what learners need to go on after an interruption.
+
+    Args:
+        kept: the learners that are trained side by side.
+        every: minutes between two writings; 0 writes only when `stop` is set.
+        stop: once set, the step in hand is finished, the state written and `KeyboardInterrupt` raised.
+        found: what to go on from; None is the beginning.
+        room: limits of memory of their batches.
+    """
+
+    def __init__(
+        self,
+        kept: Sequence[Kept] = (),
+        *,
+        every: float = 0.0,
+        stop: Event | None = None,
+        found: training_state.Found | None = None,
+        room: Mapping[str, int] | None = None,
+    ) -> None:
+        self.kept, self.every, self.stop, self.found = kept, every, stop, found
+        self.room = dict(room or {})
+        self.number = max((n for n, _ in found.states.values()), default=0) if found else 0
+        self.written = time.monotonic()
+
+    def resume(self) -> tuple[int, int]:
+        """Put the learners, who have begun, where they stood: the epoch, and how many of its batches are used up.
+
+        Raises:
+            CheckpointMismatch: a file is damaged.
+        """
+        found = self.found
+        for one in self.kept:
+            # Of two states, the newer one is of a writing that not all came to.
+            training_state.clear(one.out, found and found.states[one.out][0])
+            if found:
+                training_state.restore(one.learner, one.out, found)
+        self.written = time.monotonic()
+        return (found.epoch, found.used) if found else (0, 0)
+
+    def keep(self, epoch: int, used: int) -> None:
+        """Write the state if it is time, or if somebody asked to stop; never within a step.
+
+        Raises:
+            KeyboardInterrupt: somebody asked to stop, and the state is written.
+        """
+        if any(one.learner.in_step for one in self.kept):
+            return
+        stops = self.stop is not None and self.stop.is_set()
+        due = self.every > 0 and time.monotonic() - self.written >= 60 * self.every
+        if stops or due:
+            self._write(epoch, used)
+        if stops:
+            raise KeyboardInterrupt
+
+    def _write(self, epoch: int, used: int) -> None:
+        self.number += 1
+        for one in self.kept:
+            training_state.save(
+                one.out, self.number, one.learner, (epoch, used), one.belongs, self.room
+            )
+        for one in self.kept:
+            training_state.clear(one.out, self.number)
+        self.written = time.monotonic()
