@@ -87,7 +87,7 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 def _train(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
-    from heads import load_method
+    from heads import load_method, ranks
     from heads.config import parse
     from heads.errors import ConfigError, HeadError
     from heads.run_files import Failed, Trained
@@ -117,11 +117,20 @@ def _train(args: argparse.Namespace) -> None:
         Wanted(point.method, place, point.settings, backbone=args.backbone)
         for point, place in zip(asked, places, strict=True)
     ]
-    finished = _say_standing(places) if args.resume else 0
-    with _until_ctrl_c(places) as stop:
+    finished = _say_standing(places) if args.resume and ranks.is_first() else 0
+    device = parse(TrainConfig, asked[0].settings["train"], "train").device
+    with _until_ctrl_c(places) as stop, ranks.joined(device):
         found = train_runs(
-            cache, wanted, task=task, save_every=args.save_every, resume=args.resume, stop=stop
+            cache,
+            wanted,
+            task=task,
+            progress=ranks.is_first(),
+            save_every=args.save_every,
+            resume=args.resume,
+            stop=stop,
         )
+    if not ranks.is_first():
+        return
     done = [run for run in found if isinstance(run, Trained)]
     for split in ("train", "val"):
         if n := max((run.record["dropped"][split] for run in done), default=0):

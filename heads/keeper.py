@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from heads import training_state
+from heads import ranks, training_state
 from heads.learner import Learner
 
 
@@ -64,8 +64,9 @@ class Keeper:
         """
         found = self.found
         for one in self.kept:
-            # Of two states, the newer one is of a writing that not all came to.
-            training_state.clear(one.out, found and found.states[one.out][0])
+            if ranks.is_first():
+                # Of two states, the newer one is of a writing that not all came to.
+                training_state.clear(one.out, found and found.states[one.out][0])
             if found:
                 training_state.restore(one.learner, one.out, found)
         self.written = time.monotonic()
@@ -79,9 +80,9 @@ class Keeper:
         """
         if any(one.learner.in_step for one in self.kept):
             return
-        stops = self.stop is not None and self.stop.is_set()
+        stops = ranks.anywhere(self.stop is not None and self.stop.is_set())
         due = self.every > 0 and time.monotonic() - self.written >= 60 * self.every
-        if stops or due:
+        if (stops or due) and ranks.is_first():
             self._write(epoch, used)
         if stops:
             raise KeyboardInterrupt

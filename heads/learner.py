@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.errors import ScoreTableError
+from heads import ranks
 from heads.base import Head
 from heads.errors import ConfigError, HeadError, TrainingDiverged
 from heads.features import Batch
@@ -103,7 +104,8 @@ class Learner:
                 )
             self.optimizer = optimizer_of(head, config)
             self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-            self.loss = torch.compile(head.loss) if config.compile else head.loss
+            loss = torch.compile(head.loss) if config.compile else head.loss
+            self.loss = ranks.averaged(head, loss)
         seed_everything(config.seed)
         self.random = _random_state(self.device)
 

@@ -9,7 +9,8 @@ processes find each other, and gradients meet, through Accelerate. A head needs 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from heads.errors import ConfigError
 Run = Callable[..., tuple[Tensor, ...]]
 
 
-def wanted() -> bool:
-    """Was this process started as one of several?"""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def is_first() -> bool:
+    """Is this the process that writes and speaks? It is, where there is but one."""
+    return not _started_as_one_of_several() or os.environ.get("RANK", "0") == "0"
 
 
 def n_ranks() -> int:
@@ -31,30 +32,61 @@ def n_ranks() -> int:
     return torch.distributed.get_world_size() if joined else 1
 
 
-def is_first() -> bool:
-    """Is this the process that writes and speaks?"""
-    return int(os.environ.get("RANK", "0")) == 0
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Be one of several processes, if this one was started so, for as long as the block lasts.
 
-
-def averaging(head: nn.Module, device: torch.device) -> Callable[[Any], Any]:
-    """`head.loss`, whose gradients are averaged over all ranks in the backward pass.
-
-    Every rank starts from the first one's parameters.
+    Args:
+        device: as `train.device` has it; of several CUDA devices each process gets its own.
 
     Raises:
         ConfigError: Accelerate is not installed.
     """
+    if not _started_as_one_of_several():
+        yield
+        return
     try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate import PartialState
     except ImportError as error:
         raise ConfigError(
             "training on several processes needs Accelerate: pip install 'headstart[ranks]'"
         ) from error
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        state.destroy_process_group()
+
+
+def anywhere(flag: bool) -> bool:
+    """Is a flag set in any of the processes? All of them ask at the same place."""
+    if n_ranks() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=_device())
+    torch.distributed.all_reduce(found)
+    return bool(found)
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if n_ranks() > 1:
+        torch.distributed.barrier()
+
+
+def averaged(head: nn.Module, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`loss`, but gradients of the head are averaged over all processes in its backward pass.
+
+    Every process starts from the first one's parameters.
+    """
+    if n_ranks() == 1:
+        return loss
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
     # A head may leave a parameter out of a step, and its buffers are the same everywhere.
     how = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[how])
-    return accelerator.prepare_model(_Loss(head))
+    accelerator = Accelerator(cpu=_device().type == "cpu", kwargs_handlers=[how])
+    return accelerator.prepare_model(_Loss(head, loss))
 
 
 def shared(run: Run, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -82,12 +114,12 @@ def shared(run: Run, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
 class _Loss(nn.Module):
     """A head's loss as the forward pass that DDP watches."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, loss: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.head: Any = head
+        self.head, self.of = head, loss
 
     def forward(self, batch: Any) -> Any:
-        return self.head.loss(batch)
+        return self.of(batch)
 
 
 class _Gathered(torch.autograd.Function):
@@ -105,3 +137,12 @@ class _Gathered(torch.autograd.Function):
         total = grads[0].clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
         return total.split(ctx.n)[torch.distributed.get_rank()]
+
+
+def _started_as_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+def _device() -> torch.device:
+    """Where this process's collectives take their tensors."""
+    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")

@@ -14,6 +14,7 @@ by side, under the limits of memory that they began under.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
@@ -22,7 +23,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from cache_builder import FeatureCache
-from heads import checkpoint, load_method, training_state
+from heads import checkpoint, load_method, ranks, training_state
 from heads.base import Context, Head, Needs
 from heads.config import parse
 from heads.errors import ConfigError, HeadError
@@ -176,7 +177,8 @@ def train_runs(
             before all requests are known to be sound, and a run's files only when its training has ended.
     """
     finished = {w.out for w in wanted if resume and (w.out / RECORD).exists()}
-    check_places([w.out for w in wanted if w.out not in finished], resume=resume)
+    if ranks.is_first():
+        check_places([w.out for w in wanted if w.out not in finished], resume=resume)
     among = frozenset(KINDS).intersection(*(load_method(w.method).Head.tasks for w in wanted))
     task = task_of(cache, task, among)
     data = _Data(cache, task)
@@ -212,7 +214,9 @@ def train_runs(
             keeper = Keeper(kept, every=save_every, stop=stop, found=found, room=room)
             parts.append((common, members, batches, keeper))
     # Made only now that nothing is wrong with the requests, but before training: an unwritable place shows at once.
-    with taken([runs[i].wanted.out for i in learners], resume=resume):
+    places = [runs[i].wanted.out for i in learners]
+    ranks.wait()  # one process changes what all of them have read
+    with taken(places, resume=resume) if ranks.is_first() else nullcontext():
         for common, members, batches, keeper in parts:
             if stop is not None and stop.is_set():
                 raise KeyboardInterrupt
@@ -222,7 +226,11 @@ def train_runs(
                 run, out = runs[i], runs[i].wanted.out
                 if isinstance(result, HeadError):
                     done[i] = Failed(out, result)
-                    training_state.clear(out)
+                    if ranks.is_first():
+                        training_state.clear(out)
+                    continue
+                if not ranks.is_first():
+                    done[i] = Trained(out, learner.head, result)
                     continue
                 splits = {"train": data.train(run), "val": data.held_out(run)}
                 facts = {
@@ -237,6 +245,7 @@ def train_runs(
                     **data.filtered(run),
                     "selected_on": data.selected_on(run),
                     "beside": len(groups[common]) - 1,
+                    "processes": ranks.n_ranks(),
                     "held": sources.places(run),
                 }
                 done[i] = write(out, learner.head, run.train, result, cache, facts)

@@ -82,12 +82,14 @@ def test_what_they_add_is_added_to_the_residual_stream(
     given, last = entered(model, side), len(model.blocks(side)) - 1
     block, branches = model.blocks(side)[last], model.branches(side)[last]
     seen: dict[str, Tensor] = {}
+
+    def told(_module: nn.Module, _args: Any, out: Any) -> None:
+        seen["out"] = out[0] if isinstance(out, tuple) else out
+
     hooks = [
         branches.attention.norm.register_forward_pre_hook(lambda _m, a: seen.update(h=a[0])),
         branches.feed_forward.norm.register_forward_pre_hook(lambda _m, a: seen.update(x=a[0])),
-        block.register_forward_hook(
-            lambda _m, _a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)
-        ),
+        block.register_forward_hook(told),
     ]
     encoded(model, side, given)
     plain = dict(seen)

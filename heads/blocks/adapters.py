@@ -60,7 +60,9 @@ class Beside(nn.Module):
         reads: Input = "residual",
     ) -> None:
         super().__init__()
-        self.side, self.part, self.reads = side, part, reads
+        self.side: str = side
+        self.part: Part = part
+        self.reads: Input = reads
         self.adapters = nn.ModuleDict({str(k): adapter for k, adapter in adapters.items()})
         self._watchers: list[Callable[[Passed], None]] = []
 

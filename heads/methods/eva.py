@@ -187,10 +187,16 @@ class Head(SetHead):
         super().__init__(config, context)
         self.readout = Readout(context.readout)
         backbone = LiveBackbone(context, "eva").on("cpu")
-        self.experts = nn.ModuleDict()
-        wanted = {"image": config.cut or config.image_blocks, "text": config.text_blocks}
-        if config.image_blocks != "all":
-            wanted["image"] = config.image_blocks
+        depth = len(backbone.blocks("image"))
+        if config.cut and config.cut > depth:
+            raise ConfigError(
+                f"head.cut is {config.cut}, but the image tower of {context.backbone_name} has {depth} blocks"
+            )
+        self.block = depth - config.cut if config.cut else 0
+        self.experts: Any = nn.ModuleDict()
+        run = config.cut or "all"
+        image: Blocks = run if config.image_blocks == "all" else config.image_blocks
+        wanted: dict[str, Blocks] = {"image": image, "text": config.text_blocks}
         for side, blocks in wanted.items():
             depth, width = len(backbone.blocks(side)), backbone.spec.dims[f"{side}_width"]
             if blocks != "all" and blocks > depth:
@@ -201,12 +207,6 @@ class Head(SetHead):
                 self.experts[side] = self._beside(side, last_blocks(depth, blocks), width)
         of = {side: (experts,) for side, experts in self.experts.items()}
         self.images = LiveBackbone(context, "eva", of.get("image", ()))
-        depth = len(backbone.blocks("image"))
-        if config.cut and config.cut > depth:
-            raise ConfigError(
-                f"head.cut is {config.cut}, but the image tower of {context.backbone_name} has {depth} blocks"
-            )
-        self.block = depth - config.cut if config.cut else 0
         self.prompts = SoftPrompts(
             LiveBackbone(context, "eva", of.get("text", ())),
             context.attrs,
@@ -250,7 +250,7 @@ class Head(SetHead):
     ) -> Iterator[Float[Tensor, "q n"]]:
         """Probabilities over the first n, from logits that are the same for all n."""
         logits = self._logits(self._images(queries)[0], gathered.text)
-        fusion = self._fusion() if self.config.text_to_image else {"beta": 0.0}
+        fusion: dict[str, Any] = self._fusion() if self.config.text_to_image else {"beta": 0.0}
         yield from nested_fused(
             logits, gathered.attr, gathered.obj, *self._sizes(), sizes, **fusion
         )

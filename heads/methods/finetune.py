@@ -113,7 +113,7 @@ class Head(EmbeddingHead):
         super().__init__(config, context)
         self.readout = Readout(context.readout)
         backbone = LiveBackbone(context, "finetune").on("cpu")
-        self.trained = nn.ModuleDict(
+        self.trained: Any = nn.ModuleDict(
             {side: self._trained(backbone, side) for side in config.towers}
         )
         self.images = self._live("image")
@@ -204,8 +204,8 @@ class Head(EmbeddingHead):
         if side not in self.trained:
             return LiveBackbone(self.context, "finetune")
         found = self.trained[side]
-        adapters = [*found] if isinstance(found, nn.ModuleList) else [found]
-        return LiveBackbone(self.context, "finetune", adapters)
+        adapters: Any = found if isinstance(found, nn.ModuleList) else [found]
+        return LiveBackbone(self.context, "finetune", [*adapters])
 
     def _trained(self, backbone: OpenBackbone, side: Side) -> nn.Module:
         """What is trained of a tower."""
