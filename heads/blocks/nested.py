@@ -36,25 +36,34 @@ def nested_mixture(
     if not sizes:
         return
     out = torch.empty((len(pair), max(sizes)), dtype=pair.dtype, device=pair.device)
-    pairs, words = _Pairs(pair, sizes), _Words(attr_logits, obj_logits, attr, obj)
+    pairs, words = Pairs(pair, sizes), _Words(attr_logits, obj_logits, attr, obj)
     for n in sizes:
         torch.mul(*pairs.first(n), out=out[:, :n])
         yield out[:, :n].addcmul_(*words.first(n))
 
 
-class _Pairs:
-    """The softmax of each candidate's own logit, as exponentials and what they are to be multiplied with."""
+class Pairs:
+    """The softmax of each candidate's own logit, as exponentials and what they are to be multiplied with.
+
+    Args:
+        z: float32 logits.
+        sizes: that will be asked for, descending, each at least 1.
+
+    Attributes:
+        reference: r of the exponentials that were given last, (B,).
+
+    """
 
     def __init__(self, z: Float[Tensor, "b c"], sizes: Sequence[int]) -> None:
         self.z, self.edges = z, [0, *sorted(sizes)]
         self.top = torch.stack([z[:, i:j].amax(1) for i, j in pairwise(self.edges)]).cummax(0)[0]
-        self.reference: Tensor | None = None
+        self.reference = torch.full_like(self.top[0], torch.inf)
 
     def first(self, n: int) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b 1"]]:
         """Of the first n: (B, n) and (B, 1)."""
         at = self.edges.index(n) - 1
         top = self.top[at]
-        if self.reference is None or float((self.reference - top).max()) > FAR:
+        if not float((self.reference - top).max()) <= FAR:  # or there is none yet, or none is left
             self.reference = top
             self.exp = (self.z[:, :n] - top[:, None]).exp_()
             parts = [
