@@ -88,25 +88,11 @@ def load(
             not where it is said to be.
         ConfigError: `backbone` is given for a head that runs none.
     """
-    directory = Path(directory)
-    for name in FILES:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"no trained head in {directory}: {name} is missing; a run directory is made by `headstart train`"
-            )
+    directory, description = Path(directory), describe(directory)
     try:
-        description = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "model.safetensors")
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointMismatch(
-            f"{directory} holds no readable head ({type(error).__name__}: {error}); train it again"
-        ) from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else None
-        raise CheckpointMismatch(
-            f"{directory}/config.json is of checkpoint format {found!r}, and this version reads {FORMAT}; train the "
-            "head again, or use the headstart that saved it"
-        )
+    except SafetensorError as error:
+        raise _damaged(directory, error) from error
     if backbone is not None:
         refuse_unused(description["context"].get("backbone") is not None, description["method"])
         description["context"]["backbone_name"] = backbone
@@ -115,6 +101,32 @@ def load(
     _check_state(head, state, directory)
     head.load_state_dict(state)
     return head.to(device).eval()
+
+
+def describe(directory: str | Path) -> dict[str, Any]:
+    """What `config.json` of a saved head says: its method, configuration and context; no tensor is read.
+
+    Raises:
+        FileNotFoundError: no saved head there.
+        CheckpointMismatch: damaged, or of a newer format.
+    """
+    directory = Path(directory)
+    for name in FILES:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"no trained head in {directory}: {name} is missing; a run directory is made by `headstart train`"
+            )
+    try:
+        description = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(directory, error) from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else None
+        raise CheckpointMismatch(
+            f"{directory}/config.json is of checkpoint format {found!r}, and this version reads {FORMAT}; train the "
+            "head again, or use the headstart that saved it"
+        )
+    return description
 
 
 class Pretrained(ModelHubMixin):
@@ -184,6 +196,12 @@ def refuse_unused(runs_one: bool, method: str) -> None:
         raise ConfigError(
             f"{method} reads its cache alone and runs no backbone; leave --backbone out"
         )
+
+
+def _damaged(directory: Path, error: Exception) -> CheckpointMismatch:
+    return CheckpointMismatch(
+        f"{directory} holds no readable head ({type(error).__name__}: {error}); train it again"
+    )
 
 
 def _backbone_of(head: Head) -> dict[str, Any]:

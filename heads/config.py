@@ -4,6 +4,8 @@
 layers = 2
 [train]                     fields of TrainConfig
 lr = 3e-4                   --set train.lr=3e-4 overrides it
+[head.settings]             a field that is itself a table, as a method on top of another one has
+dropout = 0.1               --set head.settings.dropout=0.1
 
 An unknown key is an error that names the nearest known one.
 """
@@ -20,7 +22,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from cache_builder import FeatureCache
-from heads.errors import ConfigError
+from cache_builder.errors import CacheError
+from heads.errors import ConfigError, HeadError
 
 SECTIONS = ("head", "train")
 RECORDED = ("headstart", "torch", "numpy", "zarr", "safetensors", "scikit-learn", "pydantic")
@@ -39,7 +42,8 @@ def read_settings(
         values: the same, as values: "train.lr" → 3e-4.
 
     Raises:
-        ConfigError: unreadable TOML, an unknown table, or an override without "=" or without its table.
+        ConfigError: unreadable TOML, an unknown table, or an override without "=", without its table, or into what is
+            no table.
         FileNotFoundError: there is no such file.
     """
     settings: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
@@ -63,7 +67,13 @@ def read_settings(
         if not (dot and name):
             raise ConfigError(f"{said} is not of the form head.NAME=VALUE or train.NAME=VALUE")
         _check_section(section, said)
-        settings[section][name] = value
+        *tables, last = name.split(".")
+        place = settings[section]
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{said} wants a table at {section}.{table}, which is {place!r}")
+        place[last] = value
     return settings
 
 
@@ -73,10 +83,11 @@ def parse(model: type[Model], values: Mapping[str, Any], section: str) -> Model:
     Args:
         model: a method's `Config`, or `TrainConfig`.
         values: field name → value.
-        section: "head" or "train", for messages.
+        section: "head" or "train", for messages; "head.settings" of a table in it.
 
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a value of the wrong type or range.
+        HeadError, CacheError: as the model itself raised it, e.g. of a table in it.
     """
     for name in values:
         if name not in model.model_fields:
@@ -87,6 +98,9 @@ def parse(model: type[Model], values: Mapping[str, Any], section: str) -> Model:
         return model.model_validate(dict(values))
     except ValidationError as error:
         first, *rest = error.errors()
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, HeadError | CacheError):  # a sentence of its own
+            raise cause from error
         key = ".".join([section, *(str(part) for part in first["loc"])])
         more = f"; and {len(rest)} more" if rest else ""
         message = first["msg"][:1].lower() + first["msg"][1:]

@@ -33,6 +33,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"target": "pair"},
         {"target": "pair", "unseen": "none"},
     ],
+    "eva_head": [
+        {},
+        {"train_tau": True, "tau": 2.0},
+        {"base": "linear_probe", "settings": {"target": "pair", "C": 1.0}},
+        {"base": "csp", "train_tau": True},
+        {"base": "branch_blocks", "primitive_score": "probability", "tau": 30.0},
+        {"base": "tf_local", "settings": SMALL, "train_tau": True},
+        {"base": "trident", "settings": {"n_local": 1}, "beta": 0.1},
+    ],
     "trident": [
         {},
         {"train_gates": False, "gate": "relu", "mask": "softplus", "n_local": 1},

@@ -43,6 +43,25 @@ def test_a_wrong_setting_is_one_sentence_with_its_name(key: str, words: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_within_a_table_is_set_by_its_dots(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('[head]\nbase = "csp"\n[head.settings]\ndropout = 0.2\nviews = 2\n')
+    settings = read_settings(file, ["head.settings.dropout=0.1", "head.settings.chunk=7"])
+    assert settings["head"] == {
+        "base": "csp",
+        "settings": {"dropout": 0.1, "views": 2, "chunk": 7},
+    }
+    assert read_settings(None, ["head.a.b.c=1"])["head"] == {"a": {"b": {"c": 1}}}
+    with pytest.raises(ConfigError, match=r"wants a table at head\.base, which is 'csp'"):
+        read_settings(file, ["head.base.dropout=0.1"])
+    config = load_method("eva_head").Config
+    with pytest.raises(ConfigError) as caught:
+        parse(config, read_settings(file, ["head.settings.dropot=0.1"])["head"], "head")
+    assert str(caught.value).startswith("no key head.settings.dropot; did you mean 'dropout'?")
+    with pytest.raises(ConfigError, match=r"^head\.settings\.views is 3: input should be 1 or 2$"):
+        parse(config, read_settings(file, ["head.settings.views=3"])["head"], "head")
+
+
 def test_a_method_s_unknown_key_names_the_nearest() -> None:
     config = load_method("tf_local").Config
     with pytest.raises(ConfigError, match=r"head\.layer; did you mean 'layers'\?"):

@@ -28,6 +28,7 @@ from heads.cli import main
 from heads.errors import MissingStream
 from heads.runs import score_run, train_run
 from heads.source import Source, context_of
+from heads.sweep_grid import trained_by
 from heads.tasks import load_task
 
 BACKBONES = ("clip", "siglip2", "siglip2-naflex", "pe", "llava")
@@ -46,6 +47,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "`csp`": ("csp", {}),
     "`simfp`": ("simfp", {}),
     "`branch_blocks`": ("branch_blocks", {}),
+    "`eva_head`": ("eva_head", {}),
+    "`eva_head`, `base=csp`": ("eva_head", {"base": "csp"}),
     "`trident`": ("trident", SLOTS),
     "`trident`, `words=clip_text`": ("trident", CLIP_WORDS),
     "… and `global_stream=pooled`": ("trident", {**CLIP_WORDS, "global_stream": "pooled"}),
@@ -62,6 +65,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "`csp`": POOLED,
     "`simfp`": POOLED,
     "`branch_blocks`": POOLED,
+    "`eva_head`": POOLED,
+    "`eva_head`, `base=csp`": POOLED,
     "`trident`": ("no word/states", *("no image/prefix",) * 3, "yes"),
     "`trident`, `words=clip_text`": (*("adds words", *("no image/prefix",) * 3, "no text/pooled"),),
     "… and `global_stream=pooled`": (*("adds words",) * 4, "no image/pooled"),
@@ -118,8 +123,9 @@ def made(photos: dict[str, Path], fast_folder: Path) -> Made:
 def attempt(cache: FeatureCache, method: str, config: dict[str, Any], out: Path) -> None:
     """Train a step and score the test split; every score must be finite."""
     task = "retrieval" if method == "sgi" else "czsl"
-    gradient = load_method(method).Head.training_kind == "gradient"
-    settings = {"head": config, "train": {"steps": 1} if gradient else {}}
+    settings = {"head": config, "train": {"steps": 1}}
+    if trained_by(method, config) != "gradient":
+        settings["train"] = {}
     train_run(cache, method, out, task=task, settings=settings, progress=False)
     for path in score_run(out, split="test", cache=cache):
         table = score_io.load(path)
@@ -186,6 +192,7 @@ def test_a_cache_with_too_few_streams_is_told_the_command_that_adds_them(
         attempt(commands[command], name, config, tmp_path / method)
         refused.add(method)
     with_pooled = {"`zero_shot`", "`linear_probe`", "`csp`", "`tf_local`, `variant=global`"}
+    with_pooled |= {"`eva_head`", "`eva_head`, `base=csp`"}
     with_tokens = {"`tf_local`", "`tf_local`, `variant=late_maxsim`"}
     yes = {m for m in METHODS if EXPECTED[m][BACKBONES.index(kind)] == "yes"}
     assert refused == yes - (with_pooled if bare == "pooled" else with_tokens)

@@ -45,6 +45,11 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "simfp fuse_pairs": ("clip", "simfp", {"fuse_pairs": 3}),
     "simfp soft": ("clip", "simfp", {"prompts": ("soft", "soft", "hard"), "fusion": "none"}),
     "branch_blocks": ("clip", "branch_blocks", {}),
+    "eva_head": ("clip", "eva_head", {"tau": 2.0}),
+    "eva_head csp": ("clip", "eva_head", {"base": "csp", "primitive_score": "probability"}),
+    "eva_head linear_probe": ("clip", "eva_head", {"base": "linear_probe"}),
+    "eva_head branch_blocks": ("clip", "eva_head", {"base": "branch_blocks"}),
+    "eva_head tf_local": ("clip", "eva_head", {"base": "tf_local", "settings": SMALL}),
 }
 STREAMS = {
     "clip": ["image/pooled", "image/prefix", "image/patches", "text/pooled", "text/tokens"],
@@ -81,7 +86,7 @@ def head_of(cache: FeatureCache, method: str, config: dict[str, Any], seed: int 
     module = load_method(method)
     chosen = module.Config(**config)
     head: Head = module.Head(chosen, module.Head.prepare(chosen, context_of(cache), cache))
-    if method == "linear_probe":
+    if head.training_by == "closed_form":
         train = load_task(cache, "czsl", "train")
         head.solve(Loader(train, head.needs(chosen), batch_size=4, seed=0).all(), 0)
     with torch.no_grad():
@@ -142,7 +147,7 @@ def test_every_method_scores_an_open_world_as_if_what_is_pruned_did_not_exist(
     monkeypatch.setattr(heads.grid, "SET_CELLS", 11 * len(data.pairs))  # blocks of 11 images
     monkeypatch.setattr(heads.grid, "CELLS", 11 * len(data.pairs))
     relative = isinstance(head, SetHead) and head.relative
-    assert relative == name.startswith("simfp")
+    assert relative == name.startswith(("simfp", "eva_head"))
     reduced = score_open(head, data, block=100, feasibility=feasibility, keep=3)
     rho = feasibility.of(data.pairs)
     dense = score(head, data)
@@ -162,7 +167,9 @@ def test_every_method_scores_an_open_world_as_if_what_is_pruned_did_not_exist(
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", ["simfp", "simfp fuse_pairs", "simfp soft"])
+@pytest.mark.parametrize(
+    "name", ["simfp", "simfp fuse_pairs", "simfp soft", "eva_head", "eva_head csp"]
+)
 def test_probabilities_are_made_anew_at_every_threshold_of_the_grid(
     live: FeatureCache, name: str, seed: int
 ) -> None:

@@ -52,7 +52,7 @@ def primitive_logits(
     tau: float | Tensor = 1.0,
     of: Of = "logit",
 ) -> Float[Tensor, "b n"]:
-    """Z of n words; -inf for one that no candidate has.
+    """The z of n words; -inf for one that no candidate has.
 
     Args:
         logits: of candidates.
