@@ -286,4 +286,6 @@ def _said(values: Mapping[str, Any], name: str) -> str:
 
 
 def _damaged(file: Path) -> str:
-    return f"{file} is damaged: it does not hold what was written; remove {file.parent} to start anew"
+    return (
+        f"{file} is damaged: it does not hold what was written; remove {file.parent} to start anew"
+    )
