@@ -219,11 +219,14 @@ class Anchored(EmbeddingHead):
         (d,) = context.shapes["image/pooled"]
         self.matrix, self.dropout = nn.Linear(d, d), nn.Dropout(0.4)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.fails = fails
+        self.fails, self.sizes = fails, set[str]()
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
         return Needs(frozenset({"image/pooled"}), frozenset({"text/pooled"}))
+
+    def noticed(self) -> set[str]:
+        return self.sizes
 
     def before_training(self, examples: Iterable[Features]) -> Mapping[str, Tensor]:
         return {"own/start": torch.cat([self.embed_queries(part) for part in examples])}
@@ -236,6 +239,7 @@ class Anchored(EmbeddingHead):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen += 1
+        self.sizes.add(f"{int(self.seen)}: {len(batch.queries)} rows")
         moved = self.embed_queries(batch.queries) - batch.queries["own/start"]
         fit = nn.functional.cross_entropy(self(batch.queries, batch.candidates), batch.target)
         loss = fit + moved.square().mean()
@@ -264,7 +268,7 @@ def anchored(
             continue
         weights = {k: v.numpy().tobytes() for k, v in learner.head.state_dict().items()}
         lines = [{k: v for k, v in line.items() if k not in TIMES} for line in done.history]
-        ends.append((weights, lines, done.steps))
+        ends.append((weights, lines, done.steps, sorted(learner.head.noticed())))
     return ends
 
 
@@ -478,6 +482,15 @@ def test_other_settings_are_refused_by_name(
         assert train(cache, run, "--resume") == 0
         before = files(run)
         capsys.readouterr()
+
+
+def test_a_method_that_is_solved_does_not_take_the_place_of_one_in_training(
+    cache: FeatureCache, fast_path: Path
+) -> None:
+    assert stopped(cache, [wanted(fast_path / "run", "tf_local", SMALL)], "czsl", 4)
+    probe = wanted(fast_path / "run", "linear_probe", {})
+    with pytest.raises(RunExists, match="method was 'tf_local' and is 'linear_probe'"):
+        trained(cache, [probe], "czsl", resume=True)
 
 
 def test_another_cache_is_refused(
