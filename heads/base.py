@@ -163,6 +163,10 @@ class Head(nn.Module, ABC):
         """
         return {}
 
+    def noticed(self) -> set[str]:
+        """What training adds to and `remarks` count, besides weights: an interrupted training goes on with it."""
+        return set()
+
     def lr_shares(self) -> Mapping[str, float]:
         """Trained parameters, by their full name, that learn at this share of `train.lr`; all others at 1."""
         return {}

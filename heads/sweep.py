@@ -202,14 +202,16 @@ def train_runs(
         for members, found in _abreast(runs, [i for i in everyone if i in learners]):
             # Its rows are those of all runs, also of finished ones: they decide where rows are held, hence the order.
             batches = sources.loader(common, [runs[i] for i in everyone], found and found.room)
+            belongs = {i: _belongs(runs[i], cache, batches) for i in members}
+            if found is not None:
+                for i in members:
+                    out = runs[i].wanted.out
+                    check_same(out, found.states[out][1]["belongs"], belongs[i])
             kept = [
-                Kept(learners[i], runs[i].wanted.out, _belongs(runs[i], cache, batches))
+                Kept(learners[i], runs[i].wanted.out, belongs[i])
                 for i in members
                 if learners[i].head.training_by == "gradient"
             ]
-            if found is not None:
-                for one in kept:
-                    check_same(one.out, found.states[one.out][1]["belongs"], one.belongs)
             room = {} if batches is None else batches.room
             keeper = Keeper(kept, every=save_every, stop=stop, found=found, room=room)
             parts.append((common, members, batches, keeper))

@@ -220,6 +220,7 @@ def _of(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "best": {"metric": best.metric, "stale": best.stale, "record": best.record},
         "failure": failure and [type(failure).__name__, str(failure)],
         "random": python,
+        "noticed": sorted(learner.head.noticed()),
         "history": learner.history,
     }
     return {name: value.contiguous() for name, value in tensors.items()}, facts
@@ -228,6 +229,7 @@ def _of(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _give(learner: Learner, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """The reverse of `_of`."""
     learner.head.load_state_dict(_below(tensors, "head/"))
+    learner.head.noticed().update(state["noticed"])
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in _below(tensors, "optimizer/").items():
         i, _, name = key.partition("/")

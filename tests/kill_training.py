@@ -94,7 +94,8 @@ def trials(folder: Path, seed: int, points: int, moments: int) -> None:
         code = ending(in_child(lambda o=out: train(cache, o, "--resume")))
         equal = code == 0 and result(out) == expected
         trial = {"at": at, "killed": killed, "again": again, "finish": code, "equal": equal}
-        sys.__stdout__.write(f"TRIAL {json.dumps({**trial, 'steps': steps, 'of': total})}\n")  # pyright: ignore
+        sys.stdout.write(f"\nTRIAL {json.dumps({**trial, 'steps': steps, 'of': total})}\n")
+        sys.stdout.flush()  # a fork would write it once more
         shutil.rmtree(out, ignore_errors=True)
 
 

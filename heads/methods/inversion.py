@@ -157,6 +157,10 @@ class Head(EmbeddingHead):
                     return (1 - (text * image[batch.target]).sum(-1)).mean(), {}
                 return contrastive(self.readout.scale() * products(text, image), batch)
 
+    def noticed(self) -> set[str]:
+        """Texts that did not fit."""
+        return self.texts.cut
+
     def remarks(self) -> Mapping[str, Any]:
         """Texts that did not fit."""
         return {"texts cut": len(self.texts.cut)}

@@ -240,6 +240,10 @@ class Head(EmbeddingHead):
             return loss + self.config.balance * spread, {**parts, "balance": spread.detach()}
         return loss, parts
 
+    def noticed(self) -> set[str]:
+        """Texts that did not fit."""
+        return self.texts.cut
+
     def remarks(self) -> Mapping[str, Any]:
         """Texts that did not fit, and the share of the dual encoder that was trained."""
         return {
