@@ -89,7 +89,7 @@ def fused(
     out = pair_probability(scores)
     for labels, n, tau in ((attr, n_attrs, tau_attr), (obj, n_objs, tau_obj)):
         p = primitive_logits(scores, labels, n, tau=tau, of=of).softmax(-1)
-        out = out + beta * p[:, labels]
+        out = out + beta * p.index_select(1, labels)
     return out.masked_fill(scores.isneginf(), -torch.inf)
 
 
@@ -119,6 +119,7 @@ def nested_fused(
         return
     scores = scores.detach().float()
     out = torch.empty((len(scores), max(sizes)), device=scores.device)
+    beside = torch.empty_like(out).flatten()
     none = scores.isneginf()
     some_are_none = bool(none.any())
     pairs = Pairs(scores, sizes)
@@ -135,7 +136,8 @@ def nested_fused(
                 p = (best - pairs.reference[:, None]).exp_().mul_(share)
                 best = p.masked_fill_(best.isneginf(), -torch.inf)
             p = _times(best, tau).softmax(-1).mul_(beta)
-            out[:, :n].add_(p.index_select(1, labels[:n]))
+            looked_up = beside[: len(p) * n].view(len(p), n)
+            out[:, :n].add_(torch.index_select(p, 1, labels[:n], out=looked_up))
         yield out[:, :n].masked_fill_(none[:, :n], -torch.inf) if some_are_none else out[:, :n]
 
 
