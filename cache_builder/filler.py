@@ -244,9 +244,11 @@ class Filler:
         planned = None if bounds is None else np.diff(bounds[rows.start : rows.stop + 1])
         expected = (len(rows) if planned is None else int(planned.sum()), *layout.shape[1:])
         mode = mode_of(self.cache.spec.storage, this.kind)
-        nothing = 0 if this.kind == "pixels" else torch.nan  # a level cannot be NaN
+        # A level cannot be NaN.
+        nothing, dtype = (0, torch.uint8) if this.kind == "pixels" else (torch.nan, torch.float32)
         if outputs is None:
-            values, good = torch.full(expected, nothing), np.zeros(expected[0], bool)
+            values = torch.full(expected, nothing, dtype=dtype)
+            good = np.zeros(expected[0], bool)
         else:
             values, good = self._values(layout, batch, outputs, planned)
             if self.cache.spec.storage == "pool2x2" and this.kind == "patches":

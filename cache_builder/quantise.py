@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cache_builder.storage import Mode
@@ -14,7 +14,7 @@ E4M3_MOST = 448.0
 
 
 def quantised(
-    values: Float[Tensor, "*rows w"],
+    values: Float[Tensor, "*rows w"] | UInt8[Tensor, "*rows w"],
     mode: Mode,
     mean: Float[Tensor, " w"] | None = None,
     std: Float[Tensor, " w"] | None = None,
@@ -22,7 +22,7 @@ def quantised(
     """What is stored of values: `""` and, where the mode has one, `"_scale"` (…) of every token.
 
     Args:
-        values: finite, of any float dtype; NaN in all of a row marks it as holding nothing.
+        values: finite, of any float dtype; NaN in all of a row marks it as holding nothing. Or levels of pictures.
         mode: how.
         mean, std: of every channel, where the mode asks for them.
     """
