@@ -81,12 +81,8 @@ def averaged(head: nn.Module, loss: Callable[[Any], Any]) -> Callable[[Any], Any
     if n_ranks() == 1:
         return loss
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
-    # A head may leave a parameter out of a step, and its buffers are the same everywhere.
-    how = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    accelerator = Accelerator(cpu=_device().type == "cpu", kwargs_handlers=[how])
-    return accelerator.prepare_model(_Loss(head, loss))
+    return Accelerator(cpu=_device().type == "cpu").prepare_model(_Loss(head, loss))
 
 
 def shared(run: Run, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -103,11 +99,14 @@ def shared(run: Run, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # Shares are of equal size, so that random numbers go on alike: the last rows are run more than once.
     mine = (torch.arange(share) + rank * share).clamp(max=n - 1)
     own = [r[mine.to(r.device)] for r in rows]
-    draw = int(torch.randint(2**62, ()))
-    devices = [own[0].device] if own[0].is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(draw + rank)  # no two shares under the same dropout
+    device = own[0].device
+    with torch.random.fork_rng(devices=[device] if own[0].is_cuda else []):
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)  # no two shares under one dropout
+        before = _random_state(device)
         found = run(*own)
+        drew = not torch.equal(before, _random_state(device))
+    if drew:
+        torch.randint(2**62, ())  # the next time under another one
     return tuple(_Gathered.apply(values)[:n] for values in found)
 
 
@@ -141,6 +140,10 @@ class _Gathered(torch.autograd.Function):
 
 def _started_as_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _device() -> torch.device:
