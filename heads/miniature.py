@@ -106,7 +106,7 @@ def small_batch(head: Head) -> Batch:
     candidates = small_features(M, 2, needs.candidates, head.context)
     constant = head.before_training([queries])
     queries = replace(queries, streams={**queries.streams, **constant})
-    if head.tasks != frozenset({"czsl"}):
+    if head.tasks != frozenset({"czsl"}) and needs.candidates:
         candidates = replace(candidates, labels={})
     target = torch.arange(B)
     ignore = torch.zeros(B, M, dtype=torch.bool)
