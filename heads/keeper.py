@@ -80,7 +80,7 @@ class Keeper:
         """
         if any(one.learner.in_step for one in self.kept):
             return
-        stops = ranks.anywhere(self.stop is not None and self.stop.is_set())
+        stops = ranks.anywhere(flag=self.stop is not None and self.stop.is_set())
         due = self.every > 0 and time.monotonic() - self.written >= 60 * self.every
         if (stops or due) and ranks.is_first():
             self._write(epoch, used)

@@ -58,7 +58,7 @@ def joined(device: str) -> Iterator[None]:
         state.destroy_process_group()
 
 
-def anywhere(flag: bool) -> bool:
+def anywhere(*, flag: bool) -> bool:
     """Is a flag set in any of the processes? All of them ask at the same place."""
     if n_ranks() == 1:
         return flag
