@@ -1,4 +1,4 @@
-"""Composed queries of a run with their best images, the experts that edits use, and what a modulation moves.
+"""Composed queries of a run with their best images, the experts that are used by what, and what a modulation moves.
 
 reference │ edit │ 1 │ 2 ✓ │ 3 │ 4 │ 5       right images have a frame and a tick: colour alone is not enough
 """
@@ -30,6 +30,12 @@ NEEDS = {
         *("n_images", "n_texts", "n_pairs", "text_of", "split"),
     ),
 }
+
+ROUTED = {"by": "kind of edit", "of": "queries", "tower": "text", "drawn": "mean"}
+"""What routing.npz may say of itself, and what is meant where it does not."""
+
+MOST_KINDS = 41
+"""Rows of a map of experts, all together included."""
 
 STATES = ("before", "after")
 BLIND = (
@@ -138,20 +144,29 @@ def _routing(path: Path, found: Found, name: str) -> str:
         )
     _, depth, experts = shares.shape
     named = [str(kind) for kind in kinds]
-    lines: list[Sequence[object]] = [("kind", "queries", "block", "expert", "share")]
+    lines: list[Sequence[object]] = [("kind", "n", "block", "expert", "share")]
     for kind, n, blocks in zip(named, counts.tolist(), shares, strict=True):
         for b, row in enumerate([blocks.mean(0), *blocks]):
             where = b or "mean"
             lines += [(kind, n, where, e, float(share)) for e, share in enumerate(row, 1)]
     split, reads = str(found["split"]), str(found["reads"])
+    by, of, tower, drawn = (str(found.get(key, usual)) for key, usual in ROUTED.items())
+    where = f"over the {depth} routed block{'s' * (depth != 1)}"
+    where = where if drawn == "mean" else f"in the last of {depth} routed blocks"
+    left = ""
+    if len(named) > MOST_KINDS:
+        first = [*np.argsort(-counts[:-1], kind="stable")[: MOST_KINDS - 1], len(named) - 1]
+        left = f" The {MOST_KINDS - 1} of most {of} are drawn, of {len(named) - 1}."
+        named, counts, shares = [named[i] for i in first], counts[first], shares[first]
     caption = (
-        f"<b>Experts by kind of edit</b>, split {text(split)}, {counts[-1]:,} queries: mean share of each expert over "
-        f"the {depth} routed block{'s' * (depth != 1)} of the text tower. Beside a kind stands its number of queries. "
+        f"<b>Experts by {text(by)}</b>, split {text(split)}, {counts[-1]:,} {text(of)}: mean share of each expert "
+        f"{where} of the {text(tower)} tower. Beside a name stands its number of {text(of)}.{left} "
         f"If all were used alike, each had {100 / experts:.1f} %.{BLIND if reads == 'pseudo_word' else ''} "
         f"{data_link('experts', csv_table(lines))}, block by block too"
     )
-    what = f"Share of {experts} experts by kind of edit, {name}, {split}"
-    return figure(usage_map(named, counts, shares.mean(1), what), caption)
+    what = f"Share of {experts} experts by {by}, {name}, {split}"
+    shown = shares.mean(1) if drawn == "mean" else shares[:, -1]
+    return figure(usage_map(named, counts, shown, what), caption)
 
 
 def _modality(path: Path, found: Found, name: str) -> str:

@@ -18,7 +18,7 @@ from cache_builder.errors import CacheError
 from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
-from heads import cli_compare, cli_feasibility, cli_train, cli_words
+from heads import cli_compare, cli_feasibility, cli_merge, cli_train, cli_words
 from heads.errors import HeadError
 
 SHELVES = {
@@ -92,14 +92,15 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=int,
         default=0,
         metavar="N",
-        help="also draw for N examples where the head looks, if its method has maps, or of composed queries what it "
-        "answers; reads the data set's images again",
+        help="also draw for N examples where the head looks, if its method has maps, and which experts serve which "
+        "attribute, if it has some; or of composed queries what it answers; reads the data set's images again",
     )
     score.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=cli_train.MOVED)
     score.set_defaults(func=_score)
 
     cli_words.add_verbs(verbs)
     cli_compare.add_verb(verbs)
+    cli_merge.add_verb(verbs)
 
     shelf = verbs.add_parser(
         "list",
@@ -151,13 +152,14 @@ def _parser() -> argparse.ArgumentParser:
 def _score(args: argparse.Namespace) -> None:
     from cache_builder import FeatureCache
     from eval import score_io
-    from heads.pictures import check_has_maps
+    from heads.pictures import check_has_pictures
     from heads.run_files import read_run
     from heads.runs import score_run
 
     record = read_run(args.run)
-    if args.pictures and (args.task or record["task"]) != "composed":
-        check_has_maps(record["method"])
+    task = args.task or record["task"]
+    if args.pictures and task != "composed":
+        check_has_pictures(record["method"], task)
     paths = score_run(
         args.run,
         split=args.split,

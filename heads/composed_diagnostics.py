@@ -1,6 +1,5 @@
-"""Numbers that say what the parts of a composed head do: which experts edits use, and what a modulation moves.
+"""Numbers that say what a modulation of images moves.
 
-    expert usage     shares (Q, K, E) of queries at K blocks  →  mean share of each expert, a row for each kind of edit
     modality gap     images (I, D), texts (T, D)              →  |μ_i - μ_t| / mean |t|,  |C_i - C_t|_F / |C_t|_F,
                                                                  cosines of images with the texts' mean direction, and
                                                                  of random pairs, counted in bins
@@ -9,7 +8,6 @@ Both gaps are divided by numbers of the texts alone, which no modulation of imag
 between before and after is then the images' doing.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,22 +20,6 @@ EDGES = np.linspace(-1, 1, BINS + 1)
 
 PAIRS = 10_000
 """Random pairs whose cosine is counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Mean shares of experts.
-
-    Attributes:
-        kinds: (G,) of edit, the last being all queries together.
-        shares: (G, K, E) means at each block; a row sums to 1.
-        counts: (G,) queries; one of several kinds counts in each.
-
-    """
-
-    kinds: tuple[str, ...]
-    shares: Float[np.ndarray, "g k e"]
-    counts: Int[np.ndarray, " g"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +38,6 @@ class Gap:
     covariance: float
     to_mean: Int[np.ndarray, " bins"]
     pairs: Int[np.ndarray, " bins"]
-
-
-ALL = "all queries"
-NO_KIND = "no category"
-
-
-def usage(
-    shares: Float[np.ndarray, "q k e"], kinds: Sequence[str], categories: Sequence[Sequence[str]]
-) -> Usage:
-    """Mean shares of the queries of each kind, of those of none if there are other ones, and of all.
-
-    Args:
-        shares: of experts, by query and block.
-        kinds: those present, in the order of the rows.
-        categories: (Q,) kinds of each query.
-    """
-    rows = {kind: [i for i, named in enumerate(categories) if kind in named] for kind in kinds}
-    without = [i for i, named in enumerate(categories) if not named]
-    if kinds and without:
-        rows[NO_KIND] = without
-    rows[ALL] = list(range(len(shares)))
-    means = np.stack([shares[some].mean(0, dtype=np.float64) for some in rows.values()])
-    return Usage(tuple(rows), means, np.array([len(some) for some in rows.values()]))
 
 
 def random_pairs(n_images: int, n_texts: int, seed: int = 0) -> Int[np.ndarray, "p 2"]:

@@ -23,11 +23,11 @@ from cache_builder.datasets.base import Dataset
 from eval.composed_table import ComposedScores
 from heads import checkpoint, load_method
 from heads.base import Head
-from heads.composed_diagnostics import EDGES, PAIRS, Gap, gap, random_pairs, usage
+from heads.composed_diagnostics import EDGES, PAIRS, Gap, gap, random_pairs
 from heads.composed_tasks import ComposedData
-from heads.features import Features
 from heads.grid import blocks
 from heads.pictures import plain_name, replace_files, square
+from heads.routing import Routed, usage
 from heads.run_files import read_run
 from heads.score import scoring, source_of
 from heads.tasks import load_task
@@ -43,15 +43,6 @@ MOST = 20_000
 
 WHOLE = '"resize_mode": "longest"'
 """Said of pictures that keep their shape: all of them is shown."""
-
-
-@runtime_checkable
-class Routed(Protocol):
-    """A head with routers."""
-
-    def routing(self, queries: Features) -> Float[Tensor, "b k e"] | None:
-        """Shares of the experts for each query, by block; None where there is no router."""
-        ...
 
 
 @runtime_checkable

@@ -212,7 +212,7 @@ class Learner:
             loss, parts = self.loss(self._seen(batch))
         if not torch.isfinite(loss):
             raise TrainingDiverged(_diverged("loss", loss, parts, self.step, lr))
-        weight = self.gathered.add(len(batch.queries), {LOSS: loss, **parts})
+        weight = self.gathered.add(len(batch.target), {LOSS: loss, **parts})
         if self.gathered.batches == 1:
             self.optimizer.zero_grad(set_to_none=True)
         (loss if weight == 1 else weight * loss).backward()

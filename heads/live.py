@@ -24,12 +24,21 @@ from torch import Tensor
 from cache_builder import load_backbone, plugins
 from cache_builder.backbones.base import OpenBackbone, Prompts
 from cache_builder.backbones.branches import Branch
+from cache_builder.backbones.rewrite import rewrite as write_backbone
 from cache_builder.errors import CacheError
 from cache_builder.spec import BackboneSpec
 from heads.base import Context
 from heads.errors import CheckpointMismatch, ConfigError
 
-__all__ = ["Attachment", "Branch", "LiveBackbone", "OpenBackbone", "Prompts", "tiny"]
+__all__ = [
+    "Attachment",
+    "Branch",
+    "LiveBackbone",
+    "OpenBackbone",
+    "Prompts",
+    "tiny",
+    "write_backbone",
+]
 
 SAME = ("family", "weights", "tokenizer", "architecture", "activation")
 """Fields in which the backbone must be the cache's; versions and compute type only move the last digits."""

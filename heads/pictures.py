@@ -1,10 +1,12 @@
 """What a head shows of itself on pictures of a data set: the files `RUN/pictures/*.npz` that the report draws.
 
-Any head with `maps` (heads/maps.py) can be pictured. Items are the first of every category of the split, so nobody
-chooses the pretty ones, and each says whether the head got it right. Of czsl the text shown is the pair predicted.
+Any head with `maps` (heads/maps.py) or, of czsl, with `routing` (heads/routing.py) can be pictured. Items are the first
+of every category of the split, so nobody chooses the pretty ones, and each says whether the head got it right. Of czsl
+the text shown is the pair predicted.
 
     00-red_cup.npz   image, words (names of the maps), weights, caption, score, says, verdict, right
     strip.npz        strip, words, says: what is the same for every picture; only where the head has it
+    routing.npz      kinds, counts, shares (kinds, blocks, experts), …: only where a router mixes experts
 
 All say their `task` and `split` too, and all are of one call: what an earlier one wrote is removed.
 """
@@ -29,6 +31,7 @@ from heads.base import Head
 from heads.errors import ConfigError
 from heads.features import Features
 from heads.maps import Mapped, Maps
+from heads.routing import by_attribute
 from heads.score import score, source_of
 from heads.source import Source
 from heads.tasks import CompositionData, MatchingData, RetrievalData, TaskData, load_task
@@ -69,13 +72,14 @@ class Item:
     right: bool = False
 
 
-def check_has_maps(method: str) -> None:
+def check_has_pictures(method: str, task: str) -> None:
     """Refuse a method that has nothing to draw.
 
     Raises:
         ConfigError: names those that have.
     """
-    if not hasattr(load_method(method).Head, "maps"):
+    head = load_method(method).Head
+    if not hasattr(head, "maps") and not (task == "czsl" and hasattr(head, "routing")):
         raise ConfigError(
             f"{method} has no maps to draw (no method `maps`, see heads/maps.py); these have: {', '.join(_with_maps())}"
         )
@@ -110,10 +114,18 @@ def save_pictures(
             "square grids of patches only"
         )
     head = checkpoint.load(run, backbone=backbone)
-    check_has_maps(checkpoint.method_name(head))
-    assert isinstance(head, Mapped)
+    check_has_pictures(checkpoint.method_name(head), task)
     data = load_task(cache, task, split, allow_missing=True)
-    source = source_of(head, data)
+    files = _mapped(head, data, dataset, n) if isinstance(head, Mapped) else {}
+    shares = by_attribute(head, data) if isinstance(data, CompositionData) else None
+    files |= {"routing.npz": shares} if shares else {}
+    return replace_files(run, files, {"task": task, "split": split})
+
+
+def _mapped(head: Mapped, data: TaskData, dataset: Dataset, n: int) -> dict[str, dict[str, Any]]:
+    """A file for each picture with its maps, and one for what is the same for all of them."""
+    assert isinstance(head, Head)
+    cache, source = data.cache, source_of(head, data)
     pixels = {record.id: record for record in dataset.images}
     files: dict[str, dict[str, Any]] = {}
     strip: dict[str, Any] = {}
@@ -128,7 +140,7 @@ def save_pictures(
                 "image": square(picture, cache.spec.backbone.preprocessing),
                 "caption": np.array(cache.texts[item.text]),
                 "score": np.array(item.score),
-                "says": np.array(f"{maps.says}. Pictures are of {task}, split {split}"),
+                "says": np.array(f"{maps.says}. Pictures are of {data.kind}, split {data.split}"),
                 "verdict": np.array(item.verdict),
                 "right": np.array(item.right),
                 **_named(maps, cache, item.text),
@@ -141,7 +153,7 @@ def save_pictures(
                 }
     if strip:
         files["strip.npz"] = strip
-    return replace_files(run, files, {"task": task, "split": split})
+    return files
 
 
 def replace_files(

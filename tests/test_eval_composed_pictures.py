@@ -189,7 +189,7 @@ def test_experts_are_shown_as_means_over_blocks_with_uniform_use_beside(tmp_path
     assert "split val, 9 queries: mean share of each expert over the 2 routed blocks" in html
     assert "each had 50.0 %" in html
     rows = table(html, "experts")
-    assert rows[0] == ["kind", "queries", "block", "expert", "share"]
+    assert rows[0] == ["kind", "n", "block", "expert", "share"]
     assert ["add", "4", "mean", "1", "0.7"] in rows
     assert ["add", "4", "2", "1", "0.5"] in rows
     assert len(rows) == 1 + 3 * 3 * 2

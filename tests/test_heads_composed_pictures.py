@@ -22,7 +22,7 @@ from eval.composed_table import ComposedQueries, ComposedScores
 from eval.report import report
 from heads import checkpoint, load_method
 from heads.cli import main
-from heads.composed_diagnostics import ALL, EDGES, NO_KIND, gap, random_pairs, usage
+from heads.composed_diagnostics import EDGES, gap, random_pairs
 from heads.composed_pictures import (
     BEST,
     _texts,
@@ -33,6 +33,7 @@ from heads.composed_pictures import (
     save_composed_pictures,
 )
 from heads.pictures import square
+from heads.routing import ALL, NO_KIND, usage
 from heads.runs import score_run, train_run
 from heads.score import score, source_of
 from heads.source import context_of

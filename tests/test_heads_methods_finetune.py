@@ -1,5 +1,6 @@
 """finetune: zero_shot or csp at its start, merged equal to attached, peft's LoRA where that fits, Troika's mode."""
 
+from pathlib import Path
 from typing import Any
 
 import kinds
@@ -11,12 +12,16 @@ from drawn import LIVE_FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cache_builder import load_backbone
+from cache_builder.backbones.checkpoints import CheckpointError
 from heads import load_method, losses, testing
 from heads.base import Context
 from heads.blocks.lora import LINEAR, QUERY_VALUE, LoRA, under
+from heads.checkpoint import save
+from heads.cli import main
 from heads.errors import ConfigError
 from heads.features import Batch, Features
-from heads.live import LiveBackbone
+from heads.live import LiveBackbone, write_backbone
 from heads.methods import csp, finetune
 from heads.miniature import small_features
 from heads.strings import STREAM, pack
@@ -262,3 +267,46 @@ def test_q_and_v_alone_are_updated_where_they_are_fused_with_k() -> None:
         before, third = model.model.get_parameter(name), len(value) // 3
         changed = [bool((value != before)[i : i + third].any()) for i in (0, third, 2 * third)]
         assert changed == [True, False, True], name
+
+
+@families
+@pytest.mark.parametrize("config", KINDS[:3])
+def test_a_merged_run_is_a_backbone(
+    context: Context, config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line: what is written loads as any checkpoint, and pools as the adapted towers do."""
+    head = moved(head_of(context, **config)).eval()
+    save(head, tmp_path / "run")
+    out = tmp_path / "merged"
+    assert main(["merge", str(tmp_path / "run"), "--out", str(out)]) == 0
+    family = context.backbone_name.partition(":")[0]
+    assert f"--backbone {family}:{out}" in capsys.readouterr().out
+    merged: Any = load_backbone(f"{family}:{out}")
+    levels = pixels(context)
+    with torch.no_grad():
+        want = head.images.images(levels), head.texts.texts(merged.tokenize(SAID), levels.device)
+        scale = head._scale().log()
+    got = (
+        merged.encode_images(merged.normalised(levels))["pooled"],
+        merged.encode_texts(merged.tokenize(SAID))["pooled"],
+    )
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+    assert torch.allclose(merged.readout()["logit_scale"], scale, atol=1e-6)
+    assert main(["merge", str(tmp_path / "run"), "--out", str(out)]) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_what_cannot_be_merged_says_why(
+    contexts: dict[str, Context], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(head_of(contexts["clip"], kind="bottleneck"), tmp_path / "run")
+    out = ["--out", str(tmp_path / "merged")]
+    assert main(["merge", str(tmp_path / "run"), *out]) == 1
+    assert "cannot be merged into weights" in capsys.readouterr().err
+    save(csp.Head(csp.Config(), contexts["clip"]), tmp_path / "csp")
+    assert main(["merge", str(tmp_path / "csp"), *out]) == 1
+    assert "csp trains no weights of a backbone" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="is no directory"):
+        write_backbone("clip:ViT-B-32/openai", {}, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

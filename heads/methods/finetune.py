@@ -175,6 +175,23 @@ class Head(EmbeddingHead):
         """The share of the dual encoder that was trained."""
         return {"of the dual encoder": self.images.share(self.n_trained())}
 
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """Parameters of the backbone's module as they are now, by name.
+
+        Raises:
+            ConfigError: bottlenecks depend on what passes them, and cannot become part of a weight.
+        """
+        if self.config.kind == "bottleneck":
+            raise ConfigError(
+                "bottleneck adapters are not linear in what passes them, so they cannot be merged into weights; the run "
+                "keeps them beside the backbone (head.kind=lora and full can be merged)"
+            )
+        model = self.images.on("cpu").model
+        found = {n: v for one in self.trained.values() for n, v in one.weights(model).items()}
+        scale = {"logit_scale": self.log_scale} if self.config.kind == "full" else {}
+        return {name: value.detach().cpu() for name, value in (found | scale).items()}
+
     def train(self, mode: bool = True) -> "Head":
         """Training mode; under `parity_train_mode` it is left for good by the first evaluation behind it."""
         if self.config.parity_train_mode:
