@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cache_builder import load_backbone, plugins
@@ -128,10 +128,12 @@ class LiveBackbone:
             states, mask = backbone.embed_pixels(backbone.normalised(levels))
             return backbone.resume_from("image", 0, states, mask=mask)["pooled"]
 
-    def resume(self, block: int, states: Float[Tensor, "b n w"]) -> Float[Tensor, "b d"]:
-        """Pooled images of the states that enter image block `block`."""
+    def resume(
+        self, block: int, states: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Pooled images of the states that enter image block `block`; `mask` is True where a row is real."""
         with self.adapted(states.device) as backbone:
-            return backbone.resume_from("image", block, states)["pooled"]
+            return backbone.resume_from("image", block, states, mask=mask)["pooled"]
 
     @contextmanager
     def adapted(self, device: torch.device | str) -> Iterator[OpenBackbone]:

@@ -310,23 +310,25 @@ class Head(SetHead):
         self, queries: Features, *, variants: bool = False
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b e d"] | None]:
         """Unit embeddings of images, and of what each expert of the last block alone would make of them."""
-        (rows,) = (queries[stream] for stream in self.needs(self.config).queries)
+        (stream,) = self.needs(self.config).queries
+        given = [queries[stream]]
+        if self.config.cut and "image/mask" in queries.streams:
+            given.append(queries["image/mask"])
 
-        def some(rows: Tensor) -> tuple[Tensor, ...]:
+        def some(rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
             passed: list[Passed] = []
             with self.experts["image"].watched(passed.append) if variants else nullcontext():
-                pooled = (
-                    self.images.resume(self.block, rows)
-                    if self.config.cut
-                    else self.images.images(rows)
-                )
+                if self.config.cut:
+                    pooled = self.images.resume(self.block, rows, mask)
+                else:
+                    pooled = self.images.images(rows)
             unit = F.normalize(pooled.float(), dim=-1)
-            return (unit, self._variants(passed[-1])) if variants else (unit,)
+            return (unit, self._variants(passed[-1], mask)) if variants else (unit,)
 
-        found = in_parts(some, [rows], self.config.image_chunk)
+        found = in_parts(some, given, self.config.image_chunk)
         return found[0], found[1] if variants else None
 
-    def _variants(self, last: Passed) -> Float[Tensor, "b e d"]:
+    def _variants(self, last: Passed, mask: Tensor | None) -> Float[Tensor, "b e d"]:
         """Unit embeddings of the last block's output with one expert at a time, and all of its share."""
         pools_all = self.readout.pools_all_rows()
         rows = slice(None) if pools_all else slice(1)
@@ -334,7 +336,11 @@ class Head(SetHead):
         each = self.experts["image"][last.block].each(last.given[:, rows])  # (B, N, E, W)
         made = (frozen[:, :, None] + each).transpose(1, 2)
         flat = made.flatten(0, 1)
-        view = self.readout.view(flat) if pools_all else flat[:, 0]
+        if pools_all:
+            every = None if mask is None else mask.repeat_interleave(made.shape[1], dim=0)
+            view = self.readout.view(flat, every)
+        else:
+            view = flat[:, 0]
         return F.normalize(self.readout.image(view).float(), dim=-1).unflatten(0, made.shape[:2])
 
     def _variant_logits(

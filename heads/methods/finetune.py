@@ -184,8 +184,8 @@ class Head(EmbeddingHead):
         """
         if self.config.kind == "bottleneck":
             raise ConfigError(
-                "bottleneck adapters are not linear in what passes them, so they cannot be merged into weights; the run "
-                "keeps them beside the backbone (head.kind=lora and full can be merged)"
+                "bottleneck adapters are not linear in what passes them, so they cannot be merged into weights; the "
+                "run keeps them beside the backbone (head.kind=lora and full can be merged)"
             )
         model = self.images.on("cpu").model
         found = {n: v for one in self.trained.values() for n, v in one.weights(model).items()}
