@@ -132,7 +132,7 @@ def rows(name: str, n: int, chunks: Sequence[int], largest: int, **how: Any) -> 
         name: the backbone.
         n: prompts.
         chunks: parts to compare with all at once.
-        largest: prompts that may be run in parts; more are extrapolated from two passes.
+        largest: prompts that may be run; more are extrapolated from two passes.
         how: device, bf16, threads.
     """
     few = [measured(name, size, size, **how) for size in ALL_AT_ONCE]
@@ -144,10 +144,12 @@ def rows(name: str, n: int, chunks: Sequence[int], largest: int, **how: Any) -> 
     yield [f"{title}: all at once, {how_known}", f"{whole / 1e9:,.2f}", "GB", "1.0", "–"]
     seconds = [f"all at once {few[-1].seconds / few[-1].n:.4f}"]
     for chunk in chunks:
-        sizes = [n] if n <= largest else [2 * chunk, largest]
+        sizes = [n] if n <= largest else [2 * chunk, max(3 * chunk, largest)]
         found = [measured(name, size, chunk, **how) for size in sizes]
         needed = found[0].bytes if n <= largest else line(found, n)
-        how_known = f"extrapolated from {sizes[0]:,} and {largest:,}" if n > largest else "measured"
+        how_known = (
+            f"extrapolated from {sizes[0]:,} and {sizes[-1]:,}" if n > largest else "measured"
+        )
         yield [
             f"{title}: {chunk} at once, recomputed, {how_known}",
             f"{needed / 1e9:,.2f}",
