@@ -85,19 +85,25 @@ def backbone(
 
     `random:llava` is LLaVA-1.5's vision tower and projector without its language model.
     """
+    with placed(name) as where:
+        yield load_backbone(where, dtype=dtype, device=device, compiled=compiled)
+
+
+@contextmanager
+def placed(name: str) -> Iterator[str]:
+    """The name under which a backbone loads: of `random:ARCH`, a folder for as long as the block lasts."""
     family, _, arch = name.partition(":")
-    choice = {"dtype": dtype, "device": device, "compiled": compiled}
     if family != "random":
-        yield load_backbone(name, **choice)
+        yield name
         return
     with tempfile.TemporaryDirectory() as folder:
         if arch == "llava":
             write_random_llava(Path(folder))
-            yield load_backbone(f"llava:{folder}@vision", **choice)
+            yield f"llava:{folder}@vision"
             return
         write_random(arch, Path(folder))
         family = "siglip2" if "SigLIP" in arch else "pe" if arch.startswith("PE-") else "clip"
-        yield load_backbone(f"{family}:{folder}", **choice)
+        yield f"{family}:{folder}"
 
 
 def write_random(arch: str, folder: Path) -> None:
