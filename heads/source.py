@@ -71,6 +71,17 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
         named = {array: s for s, array in sorted(arrays.items()) if array != DERIVED.get(s, s)}
         reads = ", ".join(f"{m} (its {named[m]})" if m in named else m for m in missing)
         held = f"{who} reads {reads}, but {cache.place} holds {', '.join(cache.streams)}"
+        if "joint" not in backbone.dims and needs.live:
+            raise MissingStream(
+                f"{held}, and runs towers that lead into a joint space, which family {backbone.family} has not; choose "
+                "another backbone, or what reads a cache alone"
+            )
+        if any(s.endswith("/pixels") for s in missing) and "image_size" not in backbone.dims:
+            raise MissingStream(
+                f"{held}; under {backbone.family}:{backbone.checkpoint} pictures keep their shape, and pixels are "
+                "stored of pictures of one size: choose what reads the states of a block (eva: head.cut), or another "
+                "backbone"
+            )
         if "joint" not in backbone.dims and any(s.endswith("/pooled") for s in missing):
             raise MissingStream(
                 f"{held}; family {backbone.family} has no joint space, so no pooled embeddings: choose what reads "

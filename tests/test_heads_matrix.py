@@ -34,6 +34,7 @@ from heads.tasks import load_task
 BACKBONES = ("clip", "siglip2", "siglip2-naflex", "pe", "llava")
 SMALL: dict[str, Any] = {"layers": 2, "dim": 16, "heads": 2, "ffn": 16}
 SLOTS: dict[str, Any] = {"n_local": 2, "n_global": 1}
+EXPERTS: dict[str, Any] = {"rank": 2, "n_experts": 3}
 CLIP_WORDS = {**SLOTS, "words": "clip_text"}
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,11 +50,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "`branch_blocks`": ("branch_blocks", {}),
     "`eva_head`": ("eva_head", {}),
     "`eva_head`, `base=csp`": ("eva_head", {"base": "csp"}),
+    "`eva`": ("eva", EXPERTS),
+    "`eva`, `cut=1`": ("eva", {**EXPERTS, "cut": 1}),
+    "`finetune`": ("finetune", {}),
     "`trident`": ("trident", SLOTS),
     "`trident`, `words=clip_text`": ("trident", CLIP_WORDS),
     "… and `global_stream=pooled`": ("trident", {**CLIP_WORDS, "global_stream": "pooled"}),
 }
 POOLED = ("yes", "yes", "yes", "yes", "no image/pooled")
+ADDS = "adds image/pixels"
+PIXELS = (ADDS, ADDS, "no image/pixels", ADDS, "no image/pixels")
 EXPECTED: dict[str, tuple[str, ...]] = {
     "`zero_shot`": POOLED,
     "`linear_probe`": POOLED,
@@ -67,6 +73,9 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "`branch_blocks`": POOLED,
     "`eva_head`": POOLED,
     "`eva_head`, `base=csp`": POOLED,
+    "`eva`": PIXELS,
+    "`eva`, `cut=1`": (*("adds image/block_1",) * 4, "no image/block"),
+    "`finetune`": PIXELS,
     "`trident`": ("no word/states", *("no image/prefix",) * 3, "yes"),
     "`trident`, `words=clip_text`": (*("adds words", *("no image/prefix",) * 3, "no text/pooled"),),
     "… and `global_stream=pooled`": (*("adds words",) * 4, "no image/pooled"),

@@ -56,11 +56,11 @@ class Router(nn.Module):
             read = [r.float() for r in states]
             if self.normed:
                 read = [F.layer_norm(r, r.shape[-1:]) for r in read]
-            share = (torch.cat(read, dim=-1) @ self.weight.T / self.temperature).softmax(-1)
+            logits = torch.cat(read, dim=-1) @ self.weight.T / self.temperature
             if self.top_k is None:
-                return share
-            kept = torch.zeros_like(share).scatter(-1, share.topk(self.top_k, dim=-1).indices, 1.0)
-            return share * kept / (share * kept).sum(-1, keepdim=True)
+                return logits.softmax(-1)
+            kept = logits.topk(self.top_k, dim=-1)
+            return torch.zeros_like(logits).scatter(-1, kept.indices, kept.values.softmax(-1))
 
 
 def balance(share: Float[Tensor, "b e"]) -> Tensor:
@@ -134,8 +134,8 @@ class ExpertPrompts(nn.Module):
 class MoELoRA(nn.Module):
     """Low-rank experts that every token chooses among, and shared ones that it does not choose.
 
-    All of them are two matrix products of inner width (S + E)·R, in which the shares scale the middle: at these ranks
-    that is as fast as one low-rank map of rank (S + E)·R, and sorting tokens by expert would cost more than it saves.
+    All of them are two matrix products of inner width (S + E)·R, in which the shares scale the middle. At such ranks
+    sorting tokens by expert costs more than it saves (tests/benchmarks/encoder.py).
 
     Args:
         width: W of a token.

@@ -318,15 +318,18 @@ class Head(SetHead):
         def some(rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
             passed: list[Passed] = []
             with self.experts["image"].watched(passed.append) if variants else nullcontext():
-                if self.config.cut:
-                    pooled = self.images.resume(self.block, rows, mask)
-                else:
-                    pooled = self.images.images(rows)
+                pooled = self._pooled(rows, mask)
             unit = F.normalize(pooled.float(), dim=-1)
             return (unit, self._variants(passed[-1], mask)) if variants else (unit,)
 
         found = in_parts(some, given, self.config.image_chunk)
         return found[0], found[1] if variants else None
+
+    def _pooled(self, rows: Tensor, mask: Tensor | None) -> Float[Tensor, "b d"]:
+        """Images of pixels, or of the states that enter the first block that is run."""
+        if not self.config.cut:
+            return self.images.images(rows)
+        return self.images.resume(self.block, rows, mask)
 
     def _variants(self, last: Passed, mask: Tensor | None) -> Float[Tensor, "b e d"]:
         """Unit embeddings of the last block's output with one expert at a time, and all of its share."""
