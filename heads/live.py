@@ -135,6 +135,31 @@ class LiveBackbone:
         with self.adapted(states.device) as backbone:
             return backbone.resume_from("image", block, states, mask=mask)["pooled"]
 
+    def entering_texts(
+        self, block: int, embedded: Float[Tensor, "c l v"]
+    ) -> Float[Tensor, "c l v"]:
+        """The states that enter text block `block`; at the depth of the tower, its raw rows."""
+        kept: list[Tensor] = []
+        with self.adapted(embedded.device) as backbone:
+            end = torch.zeros(len(embedded), dtype=torch.int64, device=embedded.device)
+            blocks = backbone.blocks("text")
+            if block == len(blocks):
+                return backbone.encode_embedded(embedded, end)["tokens"]
+            hook = blocks[block].register_forward_pre_hook(lambda _m, given: kept.append(given[0]))
+            try:
+                backbone.encode_embedded(embedded, end)
+            finally:
+                hook.remove()
+        return kept[0]
+
+    def resume_texts(
+        self, block: int, states: Float[Tensor, "c l v"], end: Int[Tensor, " c"]
+    ) -> tuple[Float[Tensor, "c l v"], Float[Tensor, "c d"]]:
+        """What `states` returns, of the states that enter text block `block`."""
+        with self.adapted(states.device) as backbone:
+            found = backbone.resume_from("text", block, states, end=end)
+        return found["tokens"], found["pooled"]
+
     @contextmanager
     def adapted(self, device: torch.device | str) -> Iterator[OpenBackbone]:
         """The backbone with its adapters, for as long as the block lasts, computing in the type of the autocast around.

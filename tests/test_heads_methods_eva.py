@@ -370,3 +370,36 @@ def test_a_saved_head_is_its_own_weights_alone(contexts: dict[str, Context]) -> 
     """Experts, routers, prompts and temperatures: nothing of the towers."""
     names = {name.split(".")[0] for name in head_of(contexts["clip"]).state_dict()}
     assert names == {"experts", "prompts", "log_tau"}
+
+
+@families
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_text_blocks_that_hold_nothing_trained_are_run_once(context: Context, blocks: int) -> None:
+    """Words fixed, experts in the last blocks alone: the same losses and weights, step after step, as from block 0."""
+    batch = batch_of(context, **{"image/block_-1": entering(context, 1)})
+    fixed = {"learn_primitives": False, "learn_context": False}
+    heads = [
+        head_of(context, cut=1, text_blocks=blocks, chunk=chunk, **fixed) for chunk in (512, 4)
+    ]
+    assert heads[0].prompts.fixed_blocks == heads[0].prompts.live.on("cpu").depth["text"] - blocks
+    heads.append(head_of(context, cut=1, text_blocks=blocks, **fixed))
+    heads[-1].prompts.fixed_blocks = 0
+    found = []
+    for head in heads:
+        head.train()
+        step, losses = torch.optim.AdamW(head.parameters(), lr=1e-2), []
+        for _ in range(3):
+            step.zero_grad()
+            loss, _ = head.loss(batch)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            step.step()
+        head.eval()
+        with torch.no_grad():
+            found.append(
+                (losses, head(batch.queries, pairs(context).take(torch.tensor([0, 3, 1]))))
+            )
+    for losses, scores in found[:2]:
+        assert losses == pytest.approx(found[2][0], abs=1e-5)
+        assert torch.allclose(scores, found[2][1], atol=1e-5)
+    assert 0 < len(heads[0].prompts._entering) <= 4

@@ -35,6 +35,9 @@ PRESETS: Mapping[str, Callable[[str], str]] = {
 }
 """How a name of the vocabulary is spelt before it becomes tokens: rule of the CSP release, or short UT-Zappos names."""
 
+KEPT = 8
+"""Sets of prompts whose states behind fixed blocks are kept: three templates, in training and in validation."""
+
 LENGTH = 8
 """Rows of a prompt in a causal tower, unless it needs more (release of CSP)."""
 
@@ -70,6 +73,8 @@ class SoftPrompts(nn.Module):
         length: rows of a prompt; None is 8, or what the longest template needs, or all rows in a tower without mask.
         chunk: prompts in the tower at once. While training, more are computed again in the backward pass, so that
             memory does not grow with their number.
+        fixed_blocks: so many of the first blocks hold nothing that is trained. Where no word is learned either, the
+            states behind them are computed once for a set of prompts, and the tower begins there.
 
     Raises:
         ConfigError: no vocabulary, a name the preset does not know, or a length the tower or the template refuses.
@@ -88,6 +93,7 @@ class SoftPrompts(nn.Module):
         dropout: float = 0.3,
         length: int | None = None,
         chunk: int = 256,
+        fixed_blocks: int = 0,
     ) -> None:
         super().__init__()
         if not (attrs and objs):
@@ -96,6 +102,8 @@ class SoftPrompts(nn.Module):
                 "method"
             )
         self.live, self.chunk, self.n_attrs = live, chunk, len(attrs)
+        self.fixed_blocks = 0 if learn_primitives or learn_context else fixed_blocks
+        self._entering: dict[tuple[str, bytes], Tensor] = {}
         backbone = live.on("cpu")
         spelt = spell(attrs, objs, preset)
         self.layouts = {
@@ -147,19 +155,47 @@ class SoftPrompts(nn.Module):
 
         Rows behind it are left out: a causal tower pools without them, and they would hang on the prompt's length.
         """
-        layout, frozen = self.layouts[template], self.get_buffer(f"rows_{template}")
-        context = self.contexts[template] if template in self.contexts else frozen[layout.context]
+        layout = self.layouts[template]
 
-        def some(rows: Int[Tensor, "c k"]) -> tuple[Tensor, Tensor]:
-            embedded = frozen.repeat(len(rows), 1, 1)
-            embedded[:, layout.context] = context
-            embedded[:, list(layout.slots)] = words[rows]
-            end = torch.full((len(rows),), layout.end, device=rows.device)
-            states, pooled = self.live.states(embedded, end)
+        def some(given: Tensor) -> tuple[Tensor, Tensor]:
+            end = torch.full((len(given),), layout.end, device=given.device)
+            if self.fixed_blocks:
+                states, pooled = self.live.resume_texts(self.fixed_blocks, given, end)
+            else:
+                states, pooled = self.live.states(self._embedded(template, words, given), end)
             return states[:, : layout.end + 1], pooled
 
-        states, pooled = in_parts(some, [rows], self.chunk)
+        given = self._fixed(template, words, rows) if self.fixed_blocks else rows
+        states, pooled = in_parts(some, [given], self.chunk)
         return states, pooled
+
+    def _embedded(
+        self, template: str, words: Float[Tensor, "w v"], rows: Int[Tensor, "c k"]
+    ) -> Float[Tensor, "c l v"]:
+        """Prompts as they enter the tower."""
+        layout, frozen = self.layouts[template], self.get_buffer(f"rows_{template}")
+        embedded = frozen.repeat(len(rows), 1, 1)
+        learned = template in self.contexts
+        embedded[:, layout.context] = self.contexts[template] if learned else frozen[layout.context]
+        embedded[:, list(layout.slots)] = words[rows]
+        return embedded
+
+    @torch.no_grad()
+    def _fixed(
+        self, template: str, words: Float[Tensor, "w v"], rows: Int[Tensor, "c k"]
+    ) -> Float[Tensor, "c l v"]:
+        """States behind the fixed blocks: of the last few sets of prompts they are kept."""
+        key = (template, rows.cpu().numpy().tobytes())
+        if key not in self._entering:
+            if len(self._entering) >= KEPT:
+                self._entering.clear()
+
+            def some(rows: Int[Tensor, "c k"]) -> tuple[Tensor]:
+                embedded = self._embedded(template, words, rows)
+                return (self.live.entering_texts(self.fixed_blocks, embedded),)
+
+            self._entering[key] = in_parts(some, [rows], self.chunk)[0]
+        return self._entering[key].to(rows.device)
 
 
 def spell(attrs: Sequence[str], objs: Sequence[str], preset: str) -> list[str]:

@@ -205,6 +205,8 @@ class Head(SetHead):
                 )
             if blocks:
                 self.experts[side] = self._beside(side, last_blocks(depth, blocks), width)
+        texts = len(backbone.blocks("text"))
+        trained = texts if config.text_blocks == "all" else config.text_blocks
         of = {side: (experts,) for side, experts in self.experts.items()}
         self.images = LiveBackbone(context, "eva", of.get("image", ()))
         self.prompts = SoftPrompts(
@@ -218,6 +220,7 @@ class Head(SetHead):
             dropout=config.dropout,
             length=config.context_length,
             chunk=config.chunk,
+            fixed_blocks=texts - trained,
         )
         if config.text_to_image:
             self.log_tau = nn.Parameter(self.readout.scale().log().repeat(2))
