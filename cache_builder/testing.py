@@ -59,6 +59,7 @@ def check_backbone(backbone: Any) -> dict[str, float]:
             found |= _check_words(backbone)
         if hasattr(backbone, "resume_from"):
             found |= _check_entering(backbone)
+            found |= _check_branches(backbone)
     _check_frozen(backbone)
     return found
 
@@ -375,6 +376,56 @@ def _check_entering(backbone: Any) -> dict[str, float]:
             backbone, "text", cut, lambda given, p: backbone.encode_embedded(given, last, prompts=p)
         )
     return found
+
+
+def _check_branches(backbone: Any) -> dict[str, float]:
+    """What is added behind the end of a block's last branch is added to what the block returns: adapters fit there."""
+    import torch
+
+    found: dict[str, float] = {}
+    for side, depth in backbone.depth.items():
+        width = backbone.spec.dims[f"{side}_width"]
+        branches = backbone.branches(side)
+        _must(len(branches) == depth, f"branches: {len(branches)} of {depth} {side} blocks")
+        moved = torch.linspace(-1, 1, width, device=backbone.device)
+        seen: dict[str, Any] = {}
+        last, branch = backbone.blocks(side)[-1], branches[-1].feed_forward
+
+        def told(_module: Any, _args: Any, out: Any, seen: dict[str, Any] = seen) -> None:
+            seen["out"] = out[0] if isinstance(out, tuple) else out
+
+        def entered(_module: Any, args: Any, seen: dict[str, Any] = seen) -> None:
+            seen["stream"] = args[0]
+
+        hooks = [
+            last.register_forward_hook(told),
+            branch.norm.register_forward_pre_hook(entered),
+        ]
+        _run_side(backbone, side)
+        plain = dict(seen)
+        hooks.append(branch.end.register_forward_hook(_adds(moved)))
+        _run_side(backbone, side)
+        for hook in hooks:
+            hook.remove()
+        name = f"{side} block under an addition to its last branch"
+        found |= _near(name, seen["out"], plain["out"] + moved, BATCH_TOLERANCE)
+        found |= _near(f"{side} stream into that branch", seen["stream"], plain["stream"], EXACT)
+    return found
+
+
+def _run_side(backbone: Any, side: str) -> None:
+    if side == "image":
+        backbone.encode_images(_sample_pixels(backbone))
+    else:
+        backbone.encode_texts(backbone.tokenize(CAPTIONS))
+
+
+def _adds(moved: Any) -> Callable[..., Any]:
+    def hook(_module: Any, _args: Any, out: Any) -> Any:
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        return (first + moved, *rest) if rest else first + moved
+
+    return hook
 
 
 def _check_prompts(
