@@ -79,8 +79,8 @@ def small(fast_folder: Path) -> Callable[[str], FeatureCache]:
 
 RIGHT = {"trident": ("llava", "clip")}
 """Backbones whose caches an ablation is for; clip where nothing is said."""
-ELSEWHERE = {"mota"}
-"""Needs triplets and a trained network: test_heads_methods_composed.py."""
+ELSEWHERE = {"mota", "eva"}
+"""Needs triplets and a trained network (test_heads_methods_composed.py); four blocks (test_heads_encoder.py)."""
 CASES = [
     (name, family)
     for name in names()
@@ -89,8 +89,10 @@ CASES = [
 ]
 
 
-def test_six_methods_have_an_ablation_and_the_czsl_task_a_table() -> None:
-    assert names() == ["branch_blocks", "csp", "czsl", "mota", "simfp", "tf_local", "trident"]
+def test_seven_methods_have_an_ablation_and_the_czsl_task_a_table() -> None:
+    assert names() == [
+        *("branch_blocks", "csp", "czsl", "eva", "mota", "simfp", "tf_local", "trident"),
+    ]
 
 
 @pytest.mark.parametrize("name", names())

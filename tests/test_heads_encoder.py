@@ -10,8 +10,11 @@ from drawn import N_IMAGES, PAIRS, drawn, make_live
 
 from cache_builder import FeatureCache, build, load_backbone
 from eval.report import report
+from heads.ablation import plan, read
 from heads.cli import main
+from heads.run_files import Trained
 from heads.runs import score_run, train_run
+from heads.sweep import Wanted, train_runs
 
 SMALL = {"rank": 2, "n_experts": 3}
 TRAIN = {"steps": 2, "batch_size": 8}
@@ -99,6 +102,29 @@ def test_from_training_to_the_map_of_experts(
     text = page.read_text()
     assert "Experts by attribute" in text
     assert f"in the last of {cut or 2} routed blocks of the image tower" in text
+
+
+def test_every_row_of_the_ablation_trains_a_step(fast_folder: Path) -> None:
+    backbone = load_backbone("clip:demo")
+    streams = [
+        "image/pooled",
+        "image/pixels",
+        "text/pooled",
+        *(f"image/block_{k}" for k in (0, 2, 3)),
+    ]
+    path = fast_folder / "encoder-demo.zarr"
+    named = {"backbone_name": "clip:demo", "progress": False}
+    cache = build(drawn(), backbone, path, streams=streams, **named)
+    ablation = read("eva")
+    made = plan(ablation, {"it": cache}, settings={"train": {"steps": 1}})
+    assert made.left_out == []
+    assert [entry.label for entry in made.entries["it"]] == ablation.labels
+    wanted = [
+        Wanted(e.method, path.parent / f"encoder-{e.label}", {"head": e.head, "train": e.train})
+        for e in made.entries["it"]
+    ]
+    runs = train_runs(cache, wanted, task="czsl", progress=False)
+    assert all(isinstance(run, Trained) for run in runs)
 
 
 def test_a_head_without_maps_and_experts_has_no_pictures(
