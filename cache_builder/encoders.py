@@ -50,11 +50,13 @@ class PictureEncoder:
         out: dict[str, Tensor] = {}
         for home, pixels in inputs.items():
             streams: dict[str, Tensor] = {}
+            if (
+                home in self._levels
+            ):  # first: its check waits for the device, which then has nothing else to do
+                streams["pixels"] = self._levels_of(pixels)
             if home in self._encoded:
                 asked = {"blocks": self._blocks[home]} if self._blocks[home] else {}
                 streams |= self.backbone.encode_images(pixels, **asked)
-            if home in self._levels:
-                streams["pixels"] = self._levels_of(pixels)
             out |= {f"{home}/{k}" if home else k: v for k, v in streams.items()}
         return out
 

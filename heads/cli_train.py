@@ -117,19 +117,22 @@ def _train(args: argparse.Namespace) -> None:
         Wanted(point.method, place, point.settings, backbone=args.backbone)
         for point, place in zip(asked, places, strict=True)
     ]
-    finished = _say_standing(places) if args.resume and ranks.is_first() else 0
     device = parse(TrainConfig, asked[0].settings["train"], "train").device
+    finished = 0
     with _until_ctrl_c(places) as stop, ranks.joined(device):
+        first = ranks.is_first()
+        if args.resume and first:
+            finished = _say_standing(places)
         found = train_runs(
             cache,
             wanted,
             task=task,
-            progress=ranks.is_first(),
+            progress=first,
             save_every=args.save_every,
             resume=args.resume,
             stop=stop,
         )
-    if not ranks.is_first():
+    if not first:
         return
     done = [run for run in found if isinstance(run, Trained)]
     for split in ("train", "val"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
+from warnings import warn
 
 from heads import ranks, training_state
 from heads.learner import Learner
@@ -83,7 +84,14 @@ class Keeper:
         stops = ranks.anywhere(flag=self.stop is not None and self.stop.is_set())
         due = self.every > 0 and time.monotonic() - self.written >= 60 * self.every
         if (stops or due) and ranks.is_first():
-            self._write(epoch, used)
+            try:
+                self._write(epoch, used)
+            except OSError as error:
+                if stops:
+                    raise
+                # The state before is whole, and the training worth more than this one.
+                self.written = time.monotonic()
+                warn(f"the state of the training could not be written: {error}", stacklevel=2)
         if stops:
             raise KeyboardInterrupt
 

@@ -52,6 +52,10 @@ class _Loaded:
     backbone: OpenBackbone
 
 
+class _Reached(Exception):
+    """What lies behind is not wanted."""
+
+
 @runtime_checkable
 class Attachment(Protocol):
     """What a head trains inside a tower: adapters beside its branches, or other weights in place of its own."""
@@ -138,19 +142,28 @@ class LiveBackbone:
     def entering_texts(
         self, block: int, embedded: Float[Tensor, "c l v"]
     ) -> Float[Tensor, "c l v"]:
-        """The states that enter text block `block`; at the depth of the tower, its raw rows."""
+        """The states that enter text block `block` of the tower as it is; at its depth, its raw rows."""
+        bare = copy(self)
+        bare.adapters = ()
         kept: list[Tensor] = []
-        with self.adapted(embedded.device) as backbone:
+
+        def reached(_module: Any, given: tuple[Tensor, ...]) -> None:
+            kept.append(given[0])
+            raise _Reached
+
+        with bare.adapted(embedded.device) as backbone:
             end = torch.zeros(len(embedded), dtype=torch.int64, device=embedded.device)
             blocks = backbone.blocks("text")
             if block == len(blocks):
                 return backbone.encode_embedded(embedded, end)["tokens"]
-            hook = blocks[block].register_forward_pre_hook(lambda _m, given: kept.append(given[0]))
+            hook = blocks[block].register_forward_pre_hook(reached)
             try:
                 backbone.encode_embedded(embedded, end)
+            except _Reached:
+                return kept[0]
             finally:
                 hook.remove()
-        return kept[0]
+        raise AssertionError("a block was not run")
 
     def resume_texts(
         self, block: int, states: Float[Tensor, "c l v"], end: Int[Tensor, " c"]
@@ -176,7 +189,8 @@ class LiveBackbone:
 
     def share(self, n: int) -> float:
         """`n` parameters as a share of those of the whole dual encoder."""
-        return n / sum(p.numel() for p in self.on("cpu").model.parameters())
+        backbone = self._held.backbone if self._held else self.on("cpu")
+        return n / sum(p.numel() for p in backbone.model.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LiveBackbone":
         """A copied head runs the same backbone, with its own adapters."""
@@ -192,7 +206,7 @@ class LiveBackbone:
                 loaded: Any = load_backbone(self.name, device=device)
         except CacheError as error:
             raise CheckpointMismatch(
-                f"{self.who} runs the text tower of {self.name}, which cannot be loaded: {error}; if the checkpoint "
+                f"{self.who} runs {self.name}, which cannot be loaded: {error}; if the checkpoint "
                 "has moved, say where it is with --backbone FAMILY:CHECKPOINT"
             ) from error
         return loaded

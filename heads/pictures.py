@@ -81,7 +81,8 @@ def check_has_pictures(method: str, task: str) -> None:
     head = load_method(method).Head
     if not hasattr(head, "maps") and not (task == "czsl" and hasattr(head, "routing")):
         raise ConfigError(
-            f"{method} has no maps to draw (no method `maps`, see heads/maps.py); these have: {', '.join(_with_maps())}"
+            f"{method} has no maps to draw (no method `maps`, see heads/maps.py); these have: "
+            f"{', '.join(_with_maps())}; and eva has experts, of czsl"
         )
 
 

@@ -5,7 +5,8 @@
 
 All else is done by every rank alike, from the same seed, so in-batch negatives, prompts and validation are those of one
 process, and so are the steps, but for rounding and for the random numbers inside towers. Started by torchrun; the
-processes find each other, and gradients meet, through Accelerate. A head needs to know nothing of it.
+processes find each other, and gradients meet, through Accelerate. A head needs to know nothing of it, unless its loss
+takes from inside the towers what does not come out by `shared`.
 """
 
 import os
@@ -22,8 +23,8 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 def is_first() -> bool:
-    """Is this the process that writes and speaks? It is, where there is but one."""
-    return not _started_as_one_of_several() or os.environ.get("RANK", "0") == "0"
+    """Is this the process that writes and speaks? It is, where no group was joined."""
+    return n_ranks() == 1 or torch.distributed.get_rank() == 0
 
 
 def n_ranks() -> int:
@@ -99,12 +100,12 @@ def shared(run: Run, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # Shares are of equal size, so that random numbers go on alike: the last rows are run more than once.
     mine = (torch.arange(share) + rank * share).clamp(max=n - 1)
     own = [r[mine.to(r.device)] for r in rows]
-    device = own[0].device
-    with torch.random.fork_rng(devices=[device] if own[0].is_cuda else []):
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
         torch.manual_seed(int(torch.randint(2**62, ())) + rank)  # no two shares under one dropout
-        before = _random_state(device)
+        before = _random_states(cuda=cuda)
         found = run(*own)
-        drew = not torch.equal(before, _random_state(device))
+        drew = any(map(_differ, before, _random_states(cuda=cuda)))
     if drew:
         torch.randint(2**62, ())  # the next time under another one
     return tuple(_Gathered.apply(values)[:n] for values in found)
@@ -127,8 +128,9 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:
         ctx.n = len(own)
+        own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(n_ranks())]
-        torch.distributed.all_gather(parts, own.contiguous())
+        torch.distributed.all_gather(parts, own)
         return torch.cat(parts)
 
     @staticmethod
@@ -142,8 +144,13 @@ def _started_as_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _random_states(*, cuda: bool) -> list[Tensor]:
+    """Of all generators that a tower may draw from, wherever its rows come from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return not torch.equal(a, b)
 
 
 def _device() -> torch.device:

@@ -218,6 +218,8 @@ def read_trained(
     """
     record = read_run(out)
     then = {"learned": record["task"], **record}
+    then["device"] = str(record["device"]).partition(":")[0]
+    then["processes"] = record.get("processes", 1)
     then["cache"] = {name: record["cache"].get(name) for name in now["cache"]}
     method = load_method(now["method"])
     if method.Head.trained_by(parse(method.Config, now["head"], "head")) != "gradient":

@@ -28,7 +28,7 @@ from heads.base import Context, Head, Needs
 from heads.config import parse
 from heads.errors import ConfigError, HeadError
 from heads.keeper import Keeper, Kept
-from heads.learner import Learner, seed_everything
+from heads.learner import FitResult, Learner, seed_everything
 from heads.loader import Loader
 from heads.plans import Negatives, usual_negatives
 from heads.run_files import (
@@ -187,7 +187,10 @@ def train_runs(
     for i, run in enumerate(runs):
         if run.wanted.out in finished:
             device, backbone = run.train.torch_device(), run.wanted.backbone
-            done[i] = read_trained(run.wanted.out, _belongs(run, cache), device, backbone)
+            if ranks.is_first():
+                done[i] = read_trained(run.wanted.out, _belongs(run, cache), device, backbone)
+            else:
+                done[i] = Trained(run.wanted.out, run.build(), FitResult())
     sources = _Sources(runs, data)
     learners = {
         i: Learner(run.build(), run.train, sources.validation(run))
@@ -220,7 +223,7 @@ def train_runs(
     ranks.wait()  # one process changes what all of them have read
     with taken(places, resume=resume) if ranks.is_first() else nullcontext():
         for common, members, batches, keeper in parts:
-            if stop is not None and stop.is_set():
+            if ranks.anywhere(flag=stop is not None and stop.is_set()):
                 raise KeyboardInterrupt
             group = [learners[i] for i in members]
             results = fit_together(group, batches, progress=progress, keeper=keeper)
@@ -276,7 +279,8 @@ def _belongs(run: Sound, cache: FeatureCache, batches: Loader | None = None) -> 
         "asked": run.wanted.settings,
         "head": run.head_config.model_dump(mode="json"),
         "train": run.train.model_dump(mode="json"),
-        "device": str(run.train.torch_device()),
+        "device": run.train.torch_device().type,
+        "processes": ranks.n_ranks(),
         "cache": {"fingerprint": cache.fingerprint, "digest": cache.digest()},
         **({} if batches is None else {"order": batches.order}),
     }

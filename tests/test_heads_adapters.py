@@ -118,7 +118,7 @@ def test_they_read_the_stream_or_its_norm_and_tell_what_passed(
 ) -> None:
     adapter, told = Constant(model.spec.dims[f"{side}_width"]), list[Passed]()
     beside = Beside(side, {0: adapter}, part=part, reads=reads)
-    with beside.attached(model), beside.watched(told.append):
+    with beside.attached(model), beside.watched(0, told.append):
         encoded(model, side, entered(model, side))
     norm = getattr(model.branches(side)[0], part).norm
     (passed,) = told

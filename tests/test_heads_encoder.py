@@ -2,15 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from drawn import N_IMAGES, PAIRS, drawn, make_live
-from safetensors.torch import load_file
 
 from cache_builder import FeatureCache, build, load_backbone
 from eval.report import report
@@ -139,21 +135,3 @@ def test_a_head_without_maps_and_experts_has_no_pictures(
     )
     assert main(["score", str(fast_path / "run"), "--pictures", "3"]) == 1
     assert "csp has no maps to draw" in capsys.readouterr().err
-
-
-def test_a_compiled_step_around_hooks_and_recomputed_parts_is_the_same(
-    cache: FeatureCache, fast_path: Path
-) -> None:
-    """In a process of its own, where no types are checked: the checks would be compiled along."""
-    words = [sys.executable, "-m", "heads.cli", "train", "eva", "--task", "czsl"]
-    sets = ["head.cut=1", "head.text_blocks=0", "head.image_to_text=false", "head.image_chunk=3"]
-    sets += ["head.adapter_dropout=0", "head.top_k=8", "train.steps=2", "train.batch_size=5"]
-    words += ["--cache", str(cache.place), *(word for s in sets for word in ("--set", s))]
-    words += ["--out", str(fast_path / "runs"), "--sweep", "train.compile=false,true"]
-    subprocess.run(words, check=True, capture_output=True)
-    plain, other = (
-        load_file(fast_path / "runs" / f"eva-compile={name}" / "model.safetensors")
-        for name in ("false", "true")
-    )
-    for name in plain:
-        torch.testing.assert_close(other[name], plain[name], rtol=1e-3, atol=1e-4)

@@ -112,7 +112,7 @@ def test_an_interrupted_training_of_two_goes_on(
     assert process.returncode != 0
     assert not (out / "run.json").exists()
     assert any(p.name.startswith("training-") for p in out.iterdir())
-    finished(launched([*arguments, "--out", str(out), "--resume"]))
+    assert "goes on after step" in finished(launched([*arguments, "--out", str(out), "--resume"]))
     mine, theirs = (load_file(fast_path / n / "model.safetensors") for n in ("one", "two"))
     for name, value in mine.items():
         assert torch.allclose(theirs[name].float(), value.float(), rtol=1e-3, atol=1e-3), name

@@ -42,14 +42,16 @@ def rewrite(name: str, weights: Mapping[str, Tensor], out: Path) -> None:
         raise CheckpointError(f"{out} already exists; choose another --out, or remove it")
     model: Any = module.load(str(source)).model
     for parameter, value in weights.items():
-        model.get_parameter(parameter).data.copy_(
-            value.reshape(model.get_parameter(parameter).shape)
-        )
-    out.mkdir(parents=True)
+        own = model.get_parameter(parameter)
+        own.data.copy_(value.reshape(own.shape) if value.numel() == 1 else value)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHTS):
-            shutil.copy2(file, out / file.name)
+            shutil.copy2(file, part / file.name)
     if is_hub_directory(source):
-        save_model(model, out)
+        save_model(model, part)
     else:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / OPEN_CLIP)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part / OPEN_CLIP)
+    part.rename(out)

@@ -64,7 +64,7 @@ class Beside(nn.Module):
         self.part: Part = part
         self.reads: Input = reads
         self.adapters = nn.ModuleDict({str(k): adapter for k, adapter in adapters.items()})
-        self._watchers: list[Callable[[Passed], None]] = []
+        self._watchers: list[tuple[int, Callable[[Passed], None]]] = []
 
     def __getitem__(self, block: int) -> Any:
         """The adapter of a block."""
@@ -86,13 +86,13 @@ class Beside(nn.Module):
             yield
 
     @contextmanager
-    def watched(self, tell: Callable[[Passed], None]) -> Iterator[None]:
-        """Tell what passes each adapter, in the order of the blocks; gradients pass through it."""
-        self._watchers.append(tell)
+    def watched(self, block: int, tell: Callable[[Passed], None]) -> Iterator[None]:
+        """Tell what passes the adapter of a block, whenever something does; gradients pass through it."""
+        self._watchers.append((block, tell))
         try:
             yield
         finally:
-            self._watchers.remove(tell)
+            self._watchers.remove((block, tell))
 
     def _hooked(self, k: int, branch: Branch) -> list[Any]:
         """Hooks that add one adapter to a branch."""
@@ -107,7 +107,7 @@ class Beside(nn.Module):
         def ends(module: nn.Module, args: Any, out: Any) -> Any:
             added, *rest = out if isinstance(out, tuple) else (out,)
             given = held[self.reads]
-            for tell in self._watchers:
+            for tell in [tell for block, tell in self._watchers if block == k]:
                 tell(Passed(k, self.part, held["residual"], added, given))
             held.clear()
             total = added + adapter(given).to(added.dtype)

@@ -35,8 +35,8 @@ PRESETS: Mapping[str, Callable[[str], str]] = {
 }
 """How a name of the vocabulary is spelt before it becomes tokens: rule of the CSP release, or short UT-Zappos names."""
 
-KEPT = 8
-"""Sets of prompts whose states behind fixed blocks are kept: three templates, in training and in validation."""
+KEPT = 3
+"""Sets of prompts whose states behind fixed blocks are kept: one for each template."""
 
 LENGTH = 8
 """Rows of a prompt in a causal tower, unless it needs more (release of CSP)."""
@@ -103,7 +103,7 @@ class SoftPrompts(nn.Module):
             )
         self.live, self.chunk, self.n_attrs = live, chunk, len(attrs)
         self.fixed_blocks = 0 if learn_primitives or learn_context else fixed_blocks
-        self._entering: dict[tuple[str, bytes], Tensor] = {}
+        self._entering: dict[tuple[str, str, bytes], Tensor] = {}
         backbone = live.on("cpu")
         spelt = spell(attrs, objs, preset)
         self.layouts = {
@@ -146,7 +146,7 @@ class SoftPrompts(nn.Module):
             words: what `words()` returned.
             rows: what `rows()` returned.
         """
-        return self.states(template, words, rows)[1]
+        return self._run(template, words, rows, pooled_alone=True)[0]
 
     def states(
         self, template: str, words: Float[Tensor, "w v"], rows: Int[Tensor, "c k"]
@@ -155,19 +155,30 @@ class SoftPrompts(nn.Module):
 
         Rows behind it are left out: a causal tower pools without them, and they would hang on the prompt's length.
         """
+        pooled, states = self._run(template, words, rows, pooled_alone=False)
+        return states, pooled
+
+    def _run(
+        self,
+        template: str,
+        words: Float[Tensor, "w v"],
+        rows: Int[Tensor, "c k"],
+        *,
+        pooled_alone: bool,
+    ) -> tuple[Tensor, ...]:
+        """Pooled texts, and the states that lead to them unless these are left out."""
         layout = self.layouts[template]
 
-        def some(given: Tensor) -> tuple[Tensor, Tensor]:
+        def some(given: Tensor) -> tuple[Tensor, ...]:
             end = torch.full((len(given),), layout.end, device=given.device)
             if self.fixed_blocks:
                 states, pooled = self.live.resume_texts(self.fixed_blocks, given, end)
             else:
                 states, pooled = self.live.states(self._embedded(template, words, given), end)
-            return states[:, : layout.end + 1], pooled
+            return (pooled,) if pooled_alone else (pooled, states[:, : layout.end + 1])
 
         given = self._fixed(template, words, rows) if self.fixed_blocks else rows
-        states, pooled = in_parts(some, [given], self.chunk)
-        return states, pooled
+        return in_parts(some, [given], self.chunk)
 
     def _embedded(
         self, template: str, words: Float[Tensor, "w v"], rows: Int[Tensor, "c k"]
@@ -180,22 +191,28 @@ class SoftPrompts(nn.Module):
         embedded[:, list(layout.slots)] = words[rows]
         return embedded
 
-    @torch.no_grad()
     def _fixed(
         self, template: str, words: Float[Tensor, "w v"], rows: Int[Tensor, "c k"]
     ) -> Float[Tensor, "c l v"]:
-        """States behind the fixed blocks: of the last few sets of prompts they are kept."""
-        key = (template, rows.cpu().numpy().tobytes())
-        if key not in self._entering:
+        """States behind the fixed blocks; while training, those of a few sets of prompts are kept."""
+        kind = rows.device.type
+        half = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+        key = (template, half, rows.cpu().numpy().tobytes())
+        if key in self._entering:
+            return self._entering[key].to(rows.device)
+
+        def some(rows: Int[Tensor, "c k"]) -> tuple[Tensor]:
+            embedded = self._embedded(template, words, rows)
+            return (self.live.entering_texts(self.fixed_blocks, embedded),)
+
+        training = torch.is_grad_enabled()
+        with torch.no_grad():
+            found = in_parts(some, [rows], self.chunk)[0]
+        if training:
             if len(self._entering) >= KEPT:
                 self._entering.clear()
-
-            def some(rows: Int[Tensor, "c k"]) -> tuple[Tensor]:
-                embedded = self._embedded(template, words, rows)
-                return (self.live.entering_texts(self.fixed_blocks, embedded),)
-
-            self._entering[key] = in_parts(some, [rows], self.chunk)[0]
-        return self._entering[key].to(rows.device)
+            self._entering[key] = found
+        return found
 
 
 def spell(attrs: Sequence[str], objs: Sequence[str], preset: str) -> list[str]:

@@ -15,6 +15,20 @@ from cache_builder.readout import (
 )
 from heads.errors import ConfigError
 
+CAP = 100.0
+"""Largest temperature that is learned (METHODS' rule, as CLIP's own training has it)."""
+
+
+def temperature(log: Float[Tensor, "*b"], start: float) -> Float[Tensor, "*b"]:
+    """exp(log), at most `CAP`, or what it started from if that was more; its gradient passes also at the cap.
+
+    Args:
+        log: what is trained.
+        start: exp of what it began as.
+    """
+    value, cap = log.exp(), max(CAP, start)
+    return value - (value - cap).clamp(min=0).detach()
+
 
 class Readout(nn.Module):
     """Frozen tensors of `readout/`, as buffers that move with the head but are not saved with it.

@@ -16,7 +16,7 @@ Mode, cost: both towers live, from stored pixels (`cut`: from stored states, the
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,16 +29,17 @@ from heads.blocks.adapters import Beside, Passed, last_blocks
 from heads.blocks.moe import MoELoRA, balance, isolation
 from heads.blocks.primitives import fused, nested_fused, primitive_logits
 from heads.blocks.prompts import TEMPLATES, SoftPrompts
-from heads.blocks.readout import Readout
+from heads.blocks.readout import Readout, temperature
 from heads.blocks.recompute import in_parts
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
 from heads.losses import products
+from heads.ranks import n_ranks
 
 PRIMITIVES = ("attr", "obj")
 
-Blocks = Literal["all"] | int
+Blocks = Literal["all"] | Annotated[int, Field(ge=0)]
 
 
 class Config(HeadConfig):
@@ -190,7 +191,8 @@ class Head(SetHead):
         depth = len(backbone.blocks("image"))
         if config.cut and config.cut > depth:
             raise ConfigError(
-                f"head.cut is {config.cut}, but the image tower of {context.backbone_name} has {depth} blocks"
+                f"head.cut is {config.cut}, but the image tower of {context.backbone_name} has {depth} blocks; cut at "
+                f"most {depth}"
             )
         self.block = depth - config.cut if config.cut else 0
         self.experts: Any = nn.ModuleDict()
@@ -201,7 +203,8 @@ class Head(SetHead):
             depth, width = len(backbone.blocks(side)), backbone.spec.dims[f"{side}_width"]
             if blocks != "all" and blocks > depth:
                 raise ConfigError(
-                    f"eva wants experts in the last {blocks} {side} blocks, but {context.backbone_name} has {depth}"
+                    f"eva wants experts in the last {blocks} {side} blocks, but {context.backbone_name} has {depth}; "
+                    f"lower head.{side}_blocks, or say all"
                 )
             if blocks:
                 self.experts[side] = self._beside(side, last_blocks(depth, blocks), width)
@@ -261,6 +264,11 @@ class Head(SetHead):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """L_pair + λ1 (L_attr + L_obj) + λ2 (Lv_attr + Lv_obj), and the regularisers that are asked for."""
         config, labels = self.config, batch.candidates.labels
+        if config.balance and n_ranks() > 1:
+            raise ConfigError(
+                "head.balance is over all tokens of a batch, of which each of several processes runs a share; train "
+                "with one process, or with head.balance=0"
+            )
         words = self.prompts.words()
         shares: dict[str, list[Tensor]] = {}
         with ExitStack() as held:
@@ -292,18 +300,20 @@ class Head(SetHead):
         parts = {f"{name}_loss": value.detach() for name, value in found.items()}
         return total, {**parts, "batch_accuracy": hit}
 
-    def routing(self, queries: Features) -> Float[Tensor, "b k e"]:
-        """Mean share of every expert over the rows of an image, by block.
-
-        Raises:
-            ConfigError: the image tower has no experts.
-        """
+    def routing(self, queries: Features) -> Float[Tensor, "b k e"] | None:
+        """Mean share of every expert over the real rows of an image, by block; None where the image tower has none."""
         if "image" not in self.experts:
-            raise ConfigError("this eva has no experts in the image tower; image_blocks is 0")
-        with shared_out(self.experts["image"]) as shares:
+            return None
+        experts = self.experts["image"]
+        with shared_out(experts) as shares:
             self._images(queries)
-        by_block = zip(*[iter(shares)] * len(self.experts["image"].blocks), strict=True)
-        return torch.cat([torch.stack([s.mean(1) for s in some], 1) for some in by_block])
+        by_block = zip(*[iter(shares)] * len(experts.blocks), strict=True)
+        found = torch.stack([torch.cat(some) for some in zip(*by_block, strict=True)], 1)
+        mask = queries.streams.get("image/mask")
+        if mask is None:
+            return found.mean(2)
+        real = mask[:, None, :, None].to(found.dtype)
+        return (found * real).sum(2) / real.sum(2)
 
     def remarks(self) -> dict[str, Any]:
         """The share of the dual encoder that was trained."""
@@ -320,10 +330,14 @@ class Head(SetHead):
 
         def some(rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
             passed: list[Passed] = []
-            with self.experts["image"].watched(passed.append) if variants else nullcontext():
+            last = self.experts["image"].blocks[-1] if variants else 0
+            watch = (
+                self.experts["image"].watched(last, passed.append) if variants else nullcontext()
+            )
+            with watch:
                 pooled = self._pooled(rows, mask)
             unit = F.normalize(pooled.float(), dim=-1)
-            return (unit, self._variants(passed[-1], mask)) if variants else (unit,)
+            return (unit, self._variants(passed[0], mask)) if variants else (unit,)
 
         found = in_parts(some, given, self.config.image_chunk)
         return found[0], found[1] if variants else None
@@ -388,7 +402,7 @@ class Head(SetHead):
         """What the largest of the logits, which are s·cos, or of the probabilities, are multiplied with."""
         if not self.config.text_to_image:
             return 1.0, 1.0
-        tau = self.log_tau.exp().clamp(max=100.0)
+        tau = temperature(self.log_tau, float(self.readout.scale()))
         tau = tau if self.config.primitive_score == "probability" else tau / self.readout.scale()
         return tau[0], tau[1]
 

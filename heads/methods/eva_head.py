@@ -29,13 +29,10 @@ from heads import base as contract
 from heads import checkpoint, load_method
 from heads.base import Context, EmbeddingHead, HeadConfig, Needs, SetHead, Training
 from heads.blocks.primitives import Of, fused, nested_fused, primitive_logits
-from heads.blocks.readout import Readout
+from heads.blocks.readout import CAP, Readout, temperature
 from heads.config import parse
 from heads.errors import CheckpointMismatch, ConfigError
 from heads.features import Batch, Features
-
-CAP = 100.0
-"""Largest τ."""
 
 WEIGHTS = "weights/"
 """Tables of the context that hold what a finished run came to."""
@@ -287,7 +284,7 @@ class Head(SetHead):
 
     def tau(self) -> Float[Tensor, "2"]:
         """τ of attrs and of objs."""
-        return self.log_tau.exp().clamp(max=CAP)
+        return temperature(self.log_tau, self.config.tau)
 
     def gather(self, parts: Iterable[Features]) -> Gathered:
         """Labels of a candidate set, and what the base makes of it."""

@@ -25,7 +25,7 @@ from heads.base import Context, EmbeddingHead, HeadConfig, Needs
 from heads.blocks.adapters import Beside, Bottleneck, Part, last_blocks
 from heads.blocks.lora import LINEAR, QUERY_VALUE, Copy, LoRA, used_by
 from heads.blocks.prompts import TEMPLATES, SoftPrompts
-from heads.blocks.readout import Readout
+from heads.blocks.readout import Readout, temperature
 from heads.blocks.recompute import in_parts
 from heads.errors import ConfigError
 from heads.features import Batch, Features
@@ -132,8 +132,9 @@ class Head(EmbeddingHead):
                 length=config.context_length,
                 chunk=config.chunk,
             )
-        self.register_buffer("trained_before", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("stays_off", torch.zeros((), dtype=torch.bool))
+        if config.parity_train_mode:
+            self.register_buffer("trained_before", torch.zeros((), dtype=torch.bool))
+            self.register_buffer("stays_off", torch.zeros((), dtype=torch.bool))
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
@@ -189,7 +190,7 @@ class Head(EmbeddingHead):
             )
         model = self.images.on("cpu").model
         found = {n: v for one in self.trained.values() for n, v in one.weights(model).items()}
-        scale = {"logit_scale": self.log_scale} if self.config.kind == "full" else {}
+        scale = {"logit_scale": self._scale().log()} if self.config.kind == "full" else {}
         return {name: value.detach().cpu() for name, value in (found | scale).items()}
 
     def train(self, mode: bool = True) -> "Head":
@@ -214,7 +215,7 @@ class Head(EmbeddingHead):
 
     def _scale(self) -> Tensor:
         if self.config.kind == "full":
-            return self.log_scale.exp().clamp(max=100.0)
+            return temperature(self.log_scale, float(self.readout.scale()))
         return self.readout.scale()
 
     def _live(self, side: Side) -> LiveBackbone:
@@ -231,7 +232,8 @@ class Head(EmbeddingHead):
             depth, width = len(backbone.blocks(side)), backbone.spec.dims[f"{side}_width"]
             if config.blocks != "all" and not 1 <= config.blocks <= depth:
                 raise ConfigError(
-                    f"head.blocks is {config.blocks}, but the {side} tower of {self.context.backbone_name} has {depth}"
+                    f"head.blocks is {config.blocks}, but the {side} tower of {self.context.backbone_name} has "
+                    f"{depth}; say fewer, or all"
                 )
             sizes = {"scale": config.scale, "dropout": config.adapter_dropout}
             return nn.ModuleList(
