@@ -98,7 +98,8 @@ class TrainConfig(BaseModel):
     )
     compile: bool = Field(
         default=False,
-        description="torch.compile the loss: the first steps wait for the compiler, and rounding differs (our choice)",
+        description="torch.compile the loss: the first steps wait for the compiler; rounding and dropout differ (our "
+        "choice)",
     )
     device: str = Field(
         default="auto",

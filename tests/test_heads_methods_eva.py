@@ -1,5 +1,7 @@
 """eva: csp's towers at its start, its equations afterwards, and the cut that changes nothing but the cost."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,9 +156,28 @@ def by_hand(head: eva.Head, batch: Batch) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize("start", [math.log(100), 4.6052, 4.7655])
+def test_temperatures_learn_at_their_cap(contexts: dict[str, Context], start: float) -> None:
+    """CLIP's scale is 100 and a bit in float32, SigLIP2's above it: both begin as the backbone has it, and move."""
+    context = contexts["clip"]
+    context = replace(context, readout={**context.readout, "logit_scale": torch.tensor(start)})
+    head = moved(head_of(context))
+    with torch.no_grad():
+        head.log_tau.fill_(start)
+        assert [float(tau) for tau in head._taus()] == pytest.approx([1.0, 1.0], rel=1e-5)
+    batch = batch_of(context, **{"image/pixels": pixels(context)})
+    head.loss(batch)[0].backward()
+    assert head.log_tau.grad is not None
+    assert bool((head.log_tau.grad != 0).all())
+    with torch.no_grad():
+        head.log_tau.add_(1.0)
+        s = float(head.readout.scale())
+        assert float(head._taus()[0]) * s == pytest.approx(max(100.0, s), rel=1e-5)
+
+
 @families
 def test_the_loss_is_its_definition(context: Context) -> None:
-    head = moved(head_of(context, weight_primitive=0.7, weight_variant=0.3, affinity_weight=0.5))
+    head = moved(head_of(context, weight_primitive=0.7, weight_variant=0.3, affinity_weight=20.0))
     batch = batch_of(context, **{"image/pixels": pixels(context)})
     loss, parts = head.loss(batch)
     want = by_hand(head, batch)
@@ -230,7 +251,7 @@ def test_without_alignment_the_score_is_the_softmax(context: Context) -> None:
 def test_images_and_prompts_in_parts_are_the_same_step(context: Context) -> None:
     batch, found = batch_of(context, **{"image/pixels": pixels(context)}), []
     for chunks in ({}, {"chunk": 2, "image_chunk": 2}):
-        head = moved(head_of(context, **chunks))
+        head = moved(head_of(context, balance=0.5, **chunks))
         loss, _ = head.loss(batch)
         loss.backward()
         found.append((loss.detach(), [p.grad for p in head.parameters()]))
@@ -322,9 +343,11 @@ def test_routing_is_the_mean_share_over_the_rows_of_an_image(context: Context) -
     head = moved(head_of(context, image_chunk=2)).eval()
     queries = Features({"image/pixels": pixels(context)})
     found = head.routing(queries)
+    assert found is not None
     assert found.shape == (B, 2, 8)
     assert torch.allclose(found.sum(-1), torch.ones(B, 2))
     one = head.routing(queries.take(torch.tensor([3])))
+    assert one is not None
     assert torch.allclose(found[3], one[0], atol=1e-5)
 
 

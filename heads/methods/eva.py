@@ -290,7 +290,13 @@ class Head(SetHead):
                 found[f"{name}_variant"] = F.cross_entropy(z, true)
                 weights[f"{name}_variant"] = config.weight_variant
         if config.balance:
-            spread = [balance(share.flatten(0, -2)) for some in shares.values() for share in some]
+            spread = [
+                balance(
+                    torch.cat([share.flatten(0, -2) for share in some[k :: len(experts.blocks)]])
+                )
+                for experts, some in ((self.experts[side], some) for side, some in shares.items())
+                for k in range(len(experts.blocks))
+            ]  # of a block, the shares of all parts together
             found["balance"], weights["balance"] = torch.stack(spread).mean(), config.balance
         if config.isolation:
             alike = [isolation(one.down) for one in self._adapters()]
