@@ -68,6 +68,15 @@ def anywhere(*, flag: bool) -> bool:
     return bool(found)
 
 
+def least(number: int) -> int:
+    """The least of a number that each process has found. All of them ask at the same place."""
+    if n_ranks() == 1:
+        return number
+    found = torch.tensor(number, device=_device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return int(found)
+
+
 def wait() -> None:
     """Until all processes are here."""
     if n_ranks() > 1:

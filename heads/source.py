@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cache_builder import FeatureCache
-from heads import segments, strings
+from heads import ranks, segments, strings
 from heads.base import Context, Needs
 from heads.block_names import array_of, counted_from_end
 from heads.coded import Coded, read_stored
@@ -42,13 +42,18 @@ Side = Literal["image", "text"]
 
 
 def quarter_of_free_memory() -> int:
-    """A quarter of the memory the system calls available, in bytes; 1 GiB where it does not say."""
+    """A quarter of the memory the system calls available, in bytes; 1 GiB where it does not say.
+
+    Of several processes that train together each has its part, and all have the same: where rows are held decides
+    their order.
+    """
     try:
         with open("/proc/meminfo") as lines:
             sizes = dict(line.split(":") for line in lines)
-        return int(sizes["MemAvailable"].split()[0]) * 1024 // 4
+        found = int(sizes["MemAvailable"].split()[0]) * 1024 // 4
     except (OSError, KeyError, ValueError):
-        return 1 << 30
+        found = 1 << 30
+    return ranks.least(found // ranks.n_ranks())
 
 
 def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
@@ -150,8 +155,8 @@ def context_of(cache: FeatureCache, backbone: str | None = None) -> Context:
 
 
 def half_of_free_device_memory(device: torch.device) -> int:
-    """Half of what a CUDA device has free, in bytes; 0 for the CPU, whose memory is counted already."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+    """Half of what a CUDA device has free, in bytes, the least of several; 0 for the CPU, whose memory is counted."""
+    return ranks.least(torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else 0
 
 
 class Stream:

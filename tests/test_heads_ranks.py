@@ -169,6 +169,7 @@ def test_one_process_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.n_ranks() == 1
     assert ranks.anywhere(flag=True)
     assert not ranks.anywhere(flag=False)
+    assert ranks.least(7) == 7
     ranks.wait()
     with ranks.joined("cpu"):
         assert ranks.n_ranks() == 1
