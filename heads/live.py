@@ -9,7 +9,7 @@ cache's spec says. Nothing of it is a parameter of the head, so it is never trai
 behind it are imported when the first head asks for one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from torch import Tensor
 from cache_builder import load_backbone, plugins
 from cache_builder.backbones.base import OpenBackbone, Prompts
 from cache_builder.backbones.branches import Branch
-from cache_builder.backbones.rewrite import rewrite as write_backbone
 from cache_builder.errors import CacheError
 from cache_builder.spec import BackboneSpec
 from heads.base import Context
@@ -220,6 +219,13 @@ class LiveBackbone:
                     f"but {self.name} has another {field}: {_short(found)} instead of {_short(wanted)}; point to the "
                     "right one with --backbone FAMILY:CHECKPOINT"
                 )
+
+
+def write_backbone(name: str, weights: Mapping[str, Tensor], out: Path) -> None:
+    """Write the checkpoint of a backbone with other weights; see `cache_builder.backbones.rewrite`."""
+    from cache_builder.backbones.rewrite import rewrite  # brings the libraries
+
+    rewrite(name, weights, out)
 
 
 def tiny(family: str, directory: Path) -> OpenBackbone:

@@ -78,8 +78,8 @@ def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:
         held = f"{who} reads {reads}, but {cache.place} holds {', '.join(cache.streams)}"
         if "joint" not in backbone.dims and needs.live:
             raise MissingStream(
-                f"{held}, and runs towers that lead into a joint space, which family {backbone.family} has not; choose "
-                "another backbone, or what reads a cache alone"
+                f"{held}; family {backbone.family} has no joint space, into which the towers lead that {who} runs: "
+                "choose another backbone, or what reads a cache alone"
             )
         if any(s.endswith("/pixels") for s in missing) and "image_size" not in backbone.dims:
             raise MissingStream(

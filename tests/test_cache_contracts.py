@@ -34,7 +34,7 @@ class Bare:
         *("spec", "device", "streams", "depth", "model", "preprocess", "grid", "tokenize", "ends"),
         *("tokenize_words", "vocabulary", "truncated", "lengths", "encode_images", "encode_texts"),
         *("encode_words", "readout", "tower", "blocks", "embed_pixels", "embed_tokens"),
-        *("encode_embedded", "resume_from", "levels", "normalised"),
+        *("encode_embedded", "resume_from", "levels", "normalised", "branches"),
     )
 
     def __init__(self, inner: Any) -> None:

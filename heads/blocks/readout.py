@@ -1,5 +1,6 @@
 """The backbone's own way from raw tokens to the joint space, frozen: final norm, projection, logit scale and bias."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,8 +27,8 @@ def temperature(log: Float[Tensor, "*b"], start: float) -> Float[Tensor, "*b"]:
         log: what is trained.
         start: exp of what it began as.
     """
-    value, cap = log.exp(), max(CAP, start)
-    return value - (value - cap).clamp(min=0).detach()
+    over = log - math.log(max(CAP, start))
+    return (log - over.clamp(min=0).detach()).exp()
 
 
 class Readout(nn.Module):
