@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from heads import load_method, testing
 from heads.base import Context
+from heads.blocks.moe import shared_out
 from heads.errors import ConfigError
 from heads.features import Batch, Features
 from heads.live import LiveBackbone
@@ -325,12 +326,12 @@ def test_regularisers_are_their_definitions(context: Context) -> None:
     )
     extra = 0.5 * float(parts["balance_loss"]) + 0.25 * float(parts["isolation_loss"])
     assert float(loss.detach()) == pytest.approx(plain + extra, rel=1e-4)
-    spread = []
-    with eva.shared_out(head.experts["image"]) as shares:
+    spread, towers = [], head._adapters()
+    with shared_out(towers["image"]) as shares:
         head._images(batch.queries)
-    with eva.shared_out(head.experts["text"]) as more:
+    with shared_out(towers["text"]) as more:
         head.gather([batch.candidates])
-    for share in (*shares, *more):
+    for share in (one for some in (*shares.values(), *more.values()) for one in some):
         flat = share.reshape(-1, share.shape[-1])
         first = torch.stack([(flat.argmax(1) == e).float().mean() for e in range(flat.shape[1])])
         spread.append(float((flat.shape[1] * (first * flat.mean(0)).sum()).detach()))

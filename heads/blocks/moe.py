@@ -8,8 +8,9 @@ P^(l) = Σ_e a_e P_e^(l)       prompts before block l, mixed for each text by th
                               arXiv 2410.23736; the form is our choice)
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -184,6 +185,22 @@ class MoELoRA(nn.Module):
     def _hidden(self, u: Float[Tensor, "*b w"]) -> Float[Tensor, "*b e r"]:
         hidden = F.linear(u, self.down.flatten(0, 1)).unflatten(-1, self.down.shape[:2])
         return F.dropout(hidden, self.dropout, self.training)
+
+
+@contextmanager
+def shared_out(experts: Mapping[int, MoELoRA]) -> Iterator[dict[int, list[Tensor]]]:
+    """Block → shares of its experts at every call, (…, E) with their gradient, while the block of code lasts."""
+    shares: dict[int, list[Tensor]] = {k: [] for k in experts}
+
+    def told(k: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, share: shares[k].append(share)
+
+    hooks = [one.router.register_forward_hook(told(k)) for k, one in experts.items()]
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def isolation(down: Float[Tensor, "e r w"]) -> Tensor:

@@ -14,7 +14,7 @@ Mode, cost: both towers live, from stored pixels (`cut`: from stored states, the
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from heads.base import Context, HeadConfig, Needs, SetHead
 from heads.blocks.adapters import Beside, Passed, last_blocks
-from heads.blocks.moe import MoELoRA, balance, isolation
+from heads.blocks.moe import MoELoRA, balance, isolation, shared_out
 from heads.blocks.primitives import fused, nested_fused, primitive_logits
 from heads.blocks.prompts import TEMPLATES, SoftPrompts
 from heads.blocks.readout import Readout, temperature
@@ -149,21 +149,6 @@ class Config(HeadConfig):
         return self
 
 
-@contextmanager
-def shared_out(experts: Beside) -> Iterator[list[Tensor]]:
-    """Shares of the experts at every call, (…, E) with their gradient, in the order of the calls."""
-    shares: list[Tensor] = []
-    hooks = [
-        experts[k].router.register_forward_hook(lambda _m, _a, out: shares.append(out))
-        for k in experts.blocks
-    ]
-    try:
-        yield shares
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """A candidate set.
@@ -270,11 +255,9 @@ class Head(SetHead):
                 "with one process, or with head.balance=0"
             )
         words = self.prompts.words()
-        shares: dict[str, list[Tensor]] = {}
         with ExitStack() as held:
-            if config.balance:
-                for side, experts in self.experts.items():
-                    shares[side] = held.enter_context(shared_out(experts))
+            watched = self._adapters() if config.balance else {}
+            shares = [held.enter_context(shared_out(tower)) for tower in watched.values()]
             text = self._texts("pair", words, labels["attr"], labels["obj"])
             image, variants = self._images(batch.queries, variants=config.image_to_text)
         logits = self._logits(image, text)
@@ -290,16 +273,13 @@ class Head(SetHead):
                 found[f"{name}_variant"] = F.cross_entropy(z, true)
                 weights[f"{name}_variant"] = config.weight_variant
         if config.balance:
-            spread = [
-                balance(
-                    torch.cat([share.flatten(0, -2) for share in some[k :: len(experts.blocks)]])
-                )
-                for experts, some in ((self.experts[side], some) for side, some in shares.items())
-                for k in range(len(experts.blocks))
-            ]  # of a block, the shares of all parts together
+            of_block = [some for tower in shares for some in tower.values()]
+            # Of a block, the shares of all parts of the batch together.
+            spread = [balance(torch.cat([s.flatten(0, -2) for s in some])) for some in of_block]
             found["balance"], weights["balance"] = torch.stack(spread).mean(), config.balance
         if config.isolation:
-            alike = [isolation(one.down) for one in self._adapters()]
+            towers = self._adapters().values()
+            alike = [isolation(one.down) for tower in towers for one in tower.values()]
             found["isolation"], weights["isolation"] = torch.stack(alike).mean(), config.isolation
         total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
         hit = (logits.detach().argmax(1) == batch.target).float().mean()
@@ -310,11 +290,9 @@ class Head(SetHead):
         """Mean share of every expert over the real rows of an image, by block; None where the image tower has none."""
         if "image" not in self.experts:
             return None
-        experts = self.experts["image"]
-        with shared_out(experts) as shares:
+        with shared_out(self._adapters()["image"]) as shares:
             self._images(queries)
-        by_block = zip(*[iter(shares)] * len(experts.blocks), strict=True)
-        found = torch.stack([torch.cat(some) for some in zip(*by_block, strict=True)], 1)
+        found = torch.stack([torch.cat(some) for some in shares.values()], 1)
         mask = queries.streams.get("image/mask")
         if mask is None:
             return found.mean(2)
@@ -418,8 +396,9 @@ class Head(SetHead):
         of = self.config.primitive_score
         return {"beta": self.config.beta, "tau_attr": attr, "tau_obj": obj, "of": of}
 
-    def _adapters(self) -> list[MoELoRA]:
-        return [experts[k] for experts in self.experts.values() for k in experts.blocks]
+    def _adapters(self) -> dict[str, dict[int, MoELoRA]]:
+        """Side → block → its experts."""
+        return {side: {k: one[k] for k in one.blocks} for side, one in self.experts.items()}
 
     def _beside(self, side: str, blocks: Sequence[int], width: int) -> Beside:
         config = self.config
