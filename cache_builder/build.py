@@ -8,6 +8,7 @@ interrupted, are all this one rule. passes.py has the pipeline.
 
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from cache_builder.append import grown_contents, grown_spec, next_place, same_but_for_samples
 from cache_builder.backbones.base import Backbone
+from cache_builder.build_log import continued, timed
 from cache_builder.cache import Contents, FeatureCache
 from cache_builder.contents import contents
 from cache_builder.datasets.base import Dataset
@@ -145,14 +147,15 @@ class Build:
         self, place: Place, spec: CacheSpec, fresh: Fresh, previous: FeatureCache | None
     ) -> None:
         """Create the cache or take it up where it was left, fill what is missing, and seal it."""
+        begun = time.monotonic()
         cache = taken_up(place, lambda header: check_spec(place, header.spec, spec))
         if cache is None:
             cache = self._created(place, spec, fresh, previous)
-        elif (begun := cache.header.batch_size) != fresh.batch_size:
+        elif (size := cache.header.batch_size) != fresh.batch_size:
             log.warning(
                 "%s was begun in batches of %d and keeps them, not %d",
                 place,
-                begun,
+                size,
                 fresh.batch_size,
             )
         if previous is not None and cache.state == "building":
@@ -177,11 +180,13 @@ class Build:
                 previous,
                 self.stop,
             )
-            if self.engine is None:
-                passes.run_all()
-            else:
-                with self.engine.helping(passes):
-                    share(passes)
+            here = {"device": str(self.backbone.device), "workers": self.workers}
+            with timed(place, begun, **here, helped=self.engine is not None):
+                if self.engine is None:
+                    passes.run_all()
+                else:
+                    with self.engine.helping(passes):
+                        share(passes)
         if cache.state == "sealed":
             log.info("%s is finished and holds exactly this: nothing to do", place)
         else:
@@ -233,7 +238,7 @@ class Build:
         if self.strict and known.bad:
             raise BadInput(unusable(known.bad[0].id, known.bad[0].reason))
         known, report = self._measured(spec, known, previous)
-        return FeatureCache.create(
+        cache = FeatureCache.create(
             place,
             spec,
             known,
@@ -247,6 +252,9 @@ class Build:
             report=report,
             previous=previous,
         )
+        if previous is not None:
+            continued(place, previous.place)
+        return cache
 
     def _measured(
         self, spec: CacheSpec, known: Contents, previous: FeatureCache | None

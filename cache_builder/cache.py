@@ -251,6 +251,11 @@ class FeatureCache(Rows):
         self.header = self.header.model_copy(update=changes)
         write_header(self.place, self.header)
 
+    def stored_bytes(self, stream: str) -> int:
+        """What a stream takes on disk, with its scales and without the padding of its last chunk."""
+        arrays = [name for name in (stream, f"{stream}_scale") if name in self.header.arrays]
+        return sum(map(self.chunks.stored_bytes, arrays))
+
     def digest(self) -> str:
         """sha256 over the fingerprint, the tasks, every chunk's checksum and the quarantined ids.
 

@@ -88,6 +88,13 @@ class Chunks:
             raise UnknownName(f"{self.place} has no array {array!r} (it has: {known})")
         return self.layouts[array]
 
+    def stored_bytes(self, array: str) -> int:
+        """Bytes of an array's rows, or of its files where they are compressed; no padding of a last chunk."""
+        layout = self.layout(array)
+        if layout.compressed or layout.dtype == "string":
+            return sum(e.bytes for (name, _), e in self.manifest.items() if name == array)
+        return layout.row_bytes * (layout.shape[0] if layout.shape else 1)
+
     def name(self, array: str, chunk: int) -> str:
         """Of a chunk's file, inside the cache."""
         return self.layout(array).file(chunk)

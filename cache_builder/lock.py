@@ -35,6 +35,8 @@ OWN = (
     "manifest-*.jsonl",
     "quarantine.jsonl",
     "quarantine-*.jsonl",
+    "builds.jsonl",
+    "builds-*.jsonl",
     "lock",
     "claims/",
     *("image/", "crop/", "text/", "word/", "readout/"),

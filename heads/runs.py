@@ -21,6 +21,7 @@ from eval.czsl_summary import KEEP
 from eval.feasibility import Feasibility
 from heads import checkpoint
 from heads.base import Head
+from heads.commands import score_command
 from heads.config import describe_cache
 from heads.errors import (
     CheckpointMismatch,
@@ -139,6 +140,18 @@ def score_run(
     source = source_of(head, data)
     seen = _seen_before(record, scored, cache, data.kind, split)
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
+    said: dict[str, Any] = dict(facts)
+    if feasibility is None:  # which came from a file that is not known here
+        said["command"] = score_command(
+            run.absolute(),
+            split=split,
+            world=world,
+            task=task if task != record["task"] else None,
+            rerank=rerank,
+            cache=scored["path"] if scored["path"] != record["cache"]["path"] else None,
+            dense=dense,
+            keep=keep if is_open and keep != KEEP else None,
+        )
     shared: dict[str, Any] = {"block": block, "source": source}
     tables: dict[Direction | None, Table]
     if isinstance(data, RetrievalData):
@@ -149,7 +162,7 @@ def score_run(
     else:
         tables = {None: score(head, data, rerank=rerank, **shared)}
     for direction, path in paths.items():
-        table = replace(tables[direction], meta={**tables[direction].meta, **facts})
+        table = replace(tables[direction], meta={**tables[direction].meta, **said})
         score_io.save(table, path, run={"run": run.name, **record, "cache": scored, **facts})
     return list(paths.values())
 

@@ -22,10 +22,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
+import torch
+
 from cache_builder import FeatureCache
 from heads import checkpoint, load_method, ranks, training_state
 from heads.base import Context, Head, Needs
+from heads.commands import train_command
 from heads.config import parse
+from heads.costs import costs
 from heads.errors import ConfigError, HeadError
 from heads.keeper import Keeper, Kept
 from heads.learner import FitResult, Learner, seed_everything
@@ -116,6 +120,19 @@ class Sound:
         order = config.seed if config.order_seed is None else config.order_seed
         device = str(config.torch_device())
         return Batches(self.learned, config.batch_size, config.negatives, order, device)
+
+    def command(self, cache: FeatureCache) -> str:
+        """The command that makes this run by itself."""
+        wanted = self.wanted
+        return train_command(
+            wanted.method,
+            wanted.out.absolute(),
+            cache=cache.place.absolute(),
+            task=self.task,
+            settings=wanted.settings,
+            backbone=wanted.backbone,
+            threads=torch.get_num_threads(),
+        )
 
     def build(self) -> Head:
         """Its head, freshly drawn."""
@@ -243,6 +260,8 @@ def train_runs(
                     "task": task,
                     **({"learned": run.learned} if run.learned != task else {}),
                     "asked": run.wanted.settings,
+                    "command": run.command(cache),
+                    "costs": costs(cache, run.needs | run.training_needs),
                     "examples": {name: _n(split) for name, split in splits.items()},
                     "dropped": {
                         name: _n(split and split.dropped) for name, split in splits.items()

@@ -89,6 +89,7 @@ def test_two_ranks_give_the_content_of_one_process(
     assert cache.verify().ok
     assert len(list(tmp_path.glob("begun-*"))) == 2, "one of them did nothing"
     assert sorted(p.name for p in cache.path.glob("*.jsonl")) == [
+        "builds.jsonl",
         "manifest.jsonl",
         "quarantine.jsonl",
     ]

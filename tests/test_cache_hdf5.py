@@ -65,9 +65,9 @@ KINDS = {
 
 
 def files(cache: FeatureCache) -> dict[str, bytes]:
-    """All files of a cache, but the lock and the order of journals."""
+    """All files of a cache, but the lock, what building took, and the order of journals."""
     found = {p.relative_to(cache.path).as_posix(): p for p in cache.path.rglob("*") if p.is_file()}
-    kept = {n: p.read_bytes() for n, p in found.items() if n != "lock"}
+    kept = {n: p.read_bytes() for n, p in found.items() if n not in ("lock", "builds.jsonl")}
     return {
         n: b"".join(sorted(b.splitlines(True))) if n.endswith("l") else b for n, b in kept.items()
     }

@@ -17,6 +17,7 @@ from stand_in import StandIn, WordStandIn, dataset
 
 from cache_builder import FeatureCache, build, lock
 from cache_builder.bucket import Bucket
+from cache_builder.build_log import build_seconds
 from cache_builder.errors import (
     CacheCorrupt,
     CacheError,
@@ -80,7 +81,12 @@ def test_a_cache_on_a_store_is_the_cache_in_a_folder(url: str, local: FeatureCac
             np.testing.assert_array_equal(cache.read(stream), local.read(stream))
             np.testing.assert_array_equal(cache.read(stream, rows), local.read(stream, rows))
     names = cache.place.names()
-    assert [n for n in names if n.endswith(".jsonl")] == ["manifest.jsonl", "quarantine.jsonl"]
+    journals = [n for n in names if n.endswith(".jsonl")]
+    assert [n for n in journals if not n.startswith("builds")] == [
+        "manifest.jsonl",
+        "quarantine.jsonl",
+    ]
+    assert build_seconds(cache.place) is not None
     assert "lock" not in names
     assert make(url).digest() == local.header.digest  # finished: nothing to do
 

@@ -24,7 +24,7 @@ from heads.sweep import Wanted, train_runs
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12, "dropout": 0.3}
 TRAIN = {"epochs": 2, "batch_size": 6, "lr": 1e-2, "device": "cpu"}
-OWN = ("seconds", "data_wait_seconds", "beside", "commit")
+OWN = ("seconds", "data_wait_seconds", "beside", "commit", "command")
 """What of a record may differ between a run alone and the same run beside others."""
 
 

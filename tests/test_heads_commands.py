@@ -1,0 +1,119 @@
+"""The commands that run.json and score tables carry make the same run and table; costs are those of the cache."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from cache_builder.build_log import build_seconds, sessions
+from eval import score_io
+from heads.cli import main
+from heads.commands import train_command
+from heads.config import read_settings
+from heads.run_files import read_run
+from heads.runs import score_run, train_run
+
+PLAIN = st.one_of(
+    st.booleans(),
+    st.integers(-(10**6), 10**6),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).map(str.strip),
+)
+NAMES = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
+VALUES = st.one_of(PLAIN, st.lists(PLAIN, max_size=3))
+
+
+@given(
+    st.dictionaries(
+        NAMES, st.one_of(VALUES, st.dictionaries(NAMES, VALUES, min_size=1, max_size=2)), max_size=4
+    )
+)
+def test_a_command_s_settings_are_read_as_those_that_it_was_made_of(head: dict[str, Any]) -> None:
+    settings = {"head": head, "train": {"seed": 3}}
+    text = train_command(
+        "csp", Path("/a b/run"), cache="/c.zarr", task="czsl", settings=settings, threads=1
+    )
+    words = shlex.split(text)
+    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert read_settings(None, sets) == settings
+
+
+@pytest.fixture(scope="module")
+def cache(fast_folder: Path) -> FeatureCache:
+    dataset = load_dataset("toy_world", scale=0.01)
+    return build(dataset, load_backbone("clip:demo"), fast_folder / "commands.zarr", progress=False)
+
+
+def run_line(line: str, monkeypatch: pytest.MonkeyPatch, **replaced: str) -> None:
+    words = shlex.split(line)
+    if words[0].startswith("OMP_NUM_THREADS="):
+        words = words[1:]
+    assert words[0] == "headstart"
+    for flag, value in replaced.items():
+        words[words.index(f"--{flag}") + 1] = value
+    assert main(words[1:]) == 0
+
+
+def test_the_commands_of_a_run_make_it_again(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "head": {"layers": 1, "dim": 16, "heads": 2, "ffn": 16},
+        "train": {"steps": 2, "seed": 4},
+    }
+    first = train_run(
+        cache, "tf_local", tmp_path / "a", task="two_by_two", settings=settings, progress=False
+    )
+    (table,) = score_run(first.path, task="matching")
+    run_line(first.record["command"], monkeypatch, out=str(tmp_path / "b"))
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (
+        first.path / "model.safetensors"
+    ).read_bytes()
+    assert read_run(tmp_path / "b")["asked"] == first.record["asked"]
+    line = score_io.load(table).meta["command"]
+    assert score_io.load(table).meta["run"]["command"] == first.record["command"]
+    run_line(line.replace(str(first.path), str(tmp_path / "b")), monkeypatch)
+    again = score_io.load(tmp_path / "b" / table.name)
+    np.testing.assert_array_equal(np.asarray(again.scores), np.asarray(score_io.load(table).scores))
+
+
+def test_costs_are_bytes_of_what_is_read_and_seconds_of_all_building(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    run = train_run(
+        cache, "tf_local", tmp_path / "a", task="two_by_two",
+        settings={"head": {"layers": 1, "dim": 16, "heads": 2, "ffn": 16}, "train": {"steps": 1}}, progress=False,
+    )  # fmt: skip
+    reads = {"image/patches", "image/pooled"}  # pooled: to draw candidates by their cosine
+    one = sum(cache.read(stream)[0].nbytes for stream in reads)
+    assert run.record["costs"]["bytes_per_image"] == one
+    assert run.record["costs"]["build_seconds"] == build_seconds(cache.place) > 0
+    json.dumps(run.record["costs"])
+
+
+def test_every_time_of_building_counts_and_a_torn_line_is_none(fast_path: Path) -> None:
+    dataset = load_dataset("toy_world", scale=0.01)
+    path = fast_path / "c.zarr"
+    cache = build(
+        dataset, load_backbone("clip:demo"), path, streams=["image/pooled"], progress=False
+    )
+    (only,) = sessions(cache.place)
+    build(dataset, load_backbone("clip:demo"), path, streams=["image/pooled"], progress=False)
+    assert sessions(cache.place) == [only], "nothing was built the second time"
+    (path / "image" / "pooled" / "c" / "0" / "0").unlink()
+    build(dataset, load_backbone("clip:demo"), path, streams=["image/pooled"], progress=False)
+    first, second = sessions(cache.place)
+    assert {first.seconds, second.seconds} >= {only.seconds}
+    with (path / "builds.jsonl").open("a") as file:
+        file.write('{"seconds": 1')
+    assert build_seconds(cache.place) == pytest.approx(first.seconds + second.seconds)
+    assert FeatureCache.open(path).verify().ok
+    (path / "builds.jsonl").unlink()
+    assert build_seconds(cache.place) is None
+    assert FeatureCache.open(path).verify().ok
