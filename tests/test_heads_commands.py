@@ -90,9 +90,9 @@ def test_costs_are_bytes_of_what_is_read_and_seconds_of_all_building(
         cache, "tf_local", tmp_path / "a", task="two_by_two",
         settings={"head": {"layers": 1, "dim": 16, "heads": 2, "ffn": 16}, "train": {"steps": 1}}, progress=False,
     )  # fmt: skip
-    reads = {"image/patches", "image/pooled"}  # pooled: to draw candidates by their cosine
-    one = sum(cache.read(stream)[0].nbytes for stream in reads)
-    assert run.record["costs"]["bytes_per_image"] == one
+    read = {stream for stream in run.head.needs(run.head.config).queries}
+    assert read == {"image/patches"}
+    assert run.record["costs"]["bytes_per_image"] == cache.read("image/patches")[0].nbytes
     assert run.record["costs"]["build_seconds"] == build_seconds(cache.place) > 0
     json.dumps(run.record["costs"])
 
