@@ -189,6 +189,10 @@ class FeatureCache(Rows):
             check_spec(place, cache.spec, expected)
         return cache
 
+    def asking(self, tasks: Tasks) -> "FeatureCache":
+        """The same rows, of which only this is asked: e.g. what another cache can be asked too."""
+        return FeatureCache(self.place, self.header, self.chunks.check, asked=tasks)
+
     def check_journals(self) -> None:
         """Are the journals of a sealed cache those that were sealed?
 

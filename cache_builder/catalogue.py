@@ -34,6 +34,7 @@ class Catalogue:
         header: the root group's attributes.
         check: as of `FeatureCache.open`.
         writer: whose journals are written; nobody's name is the lock holder's.
+        asked: what is asked of these rows in place of all that can be; None for all of it.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Catalogue:
         header: Header,
         check: Literal["open", "read"] = "open",
         writer: str = "",
+        asked: Tasks | None = None,
     ) -> None:
-        self.place, self.header = place, header
+        self.place, self.header, self.asked = place, header, asked
         self.chunks = Chunks(
             place,
             header.arrays,
@@ -239,7 +241,7 @@ class Catalogue:
     @cached_property
     def tasks(self) -> Tasks:
         """What can be asked of these rows; examples name rows by id. `CacheCorrupt` if the file was changed."""
-        return Tasks.from_json(read_tasks(self.chunks, self.header))
+        return self.asked or Tasks.from_json(read_tasks(self.chunks, self.header))
 
     @property
     def quarantined(self) -> dict[str, str]:

@@ -1,12 +1,14 @@
-"""A method's ablation as data: rows that differ in a few fields, and the orderings that somebody claims of them.
+"""A comparison as data: rows that differ in method or in a few fields, and the orderings that somebody claims of them.
 
-    method = "simfp"                        a file of heads/methods, or a dotted module
+    method = "simfp"                        a file of heads/methods, or a dotted module, of rows that name none
     task = "czsl"                           what every row is trained on
     asked = [{ task = "czsl" }, { task = "czsl", world = "open" }]     what is scored, once, on test
+    caches = ["caches/a.zarr", …]           where the command line names none; from where the command is given
+    seeds = 5                               likewise
     [head]  [train]                         what all rows share
     [family.llava]                          [head] fields that one family of backbones needs otherwise
     [[row]]                                 label, and `head` and `train` fields that differ; with a `method` of its own
-    label = "no_fusion"                       a row takes nothing from [head] and [family]
+    label = "no_fusion"                       a row takes nothing from [head] and [family], but has `family` itself
     head = { fusion = "none" }
     [[ordering]]                            better, than: labels; metric; world, where it is claimed of one alone;
                                               source: who claims it, and how that is known
@@ -15,8 +17,8 @@
     metric = "best_hm"
     source = "…"
 
-The packaged ones are heads/ablations/<method>.toml, and czsl.toml with all heads of that task; a path names one of your
-own.
+The packaged ones are heads/ablations/<method>.toml, one method's parts, and <task>.toml, all heads of a task; a path
+names one of your own. `of_methods` makes one of a command line.
 """
 
 import tomllib
@@ -33,7 +35,7 @@ from eval.comparison import COLUMNS
 from eval.orderings import Ordering
 from heads.base import Head
 from heads.compare import Entry, Question
-from heads.config import nearest, parse
+from heads.config import nearest, parse, read_settings
 from heads.errors import ConfigError, MissingStream
 from heads.sweep import Wanted, sound
 from heads.tasks import task_of
@@ -59,7 +61,10 @@ class Asked(_Table):
     """What a trained row is asked on the test split."""
 
     task: str
-    world: str = "closed"
+    world: Literal["closed", "open"] = "closed"
+    rerank: int | None = Field(
+        default=None, ge=1, description="retrieval: only so many best by cached cosine are scored"
+    )
 
 
 class Row(_Table):
@@ -69,6 +74,10 @@ class Row(_Table):
     method: str | None = Field(default=None, description="another one than the ablation's")
     head: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    family: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="with a method of its own: head fields that a family needs otherwise",
+    )
 
 
 class Claim(_Table):
@@ -86,9 +95,11 @@ class Claim(_Table):
 class Ablation(_Table):
     """A file, as read; see the module's own text for what its tables mean."""
 
-    method: str
+    method: str = ""
     task: str
     asked: tuple[Asked, ...] = Field(min_length=1)
+    caches: tuple[str, ...] = ()
+    seeds: int | None = Field(default=None, ge=1)
     row: tuple[Row, ...] = Field(min_length=1)
     ordering: tuple[Claim, ...] = ()
     head: dict[str, Any] = {}
@@ -164,6 +175,15 @@ def read(which: str) -> Ablation:
 def _check(ablation: Ablation, place: str) -> None:
     """What the fields cannot say one by one."""
     labels = ablation.labels
+    for row in ablation.row:
+        if not (row.method or ablation.method):
+            raise ConfigError(
+                f"row {row.label} of {place} names no method, and neither does the file"
+            )
+        if row.family and row.method is None:
+            raise ConfigError(
+                f"row {row.label} of {place} has a family of its own but no method; put it into [family]"
+            )
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(f"{place} has two rows called {twice[0]}; labels tell rows apart")
     kinds = {KINDS.get(asked.task, asked.task) for asked in ablation.asked}
@@ -185,6 +205,41 @@ def _check(ablation: Ablation, place: str) -> None:
                 f"{place} orders rows by {claim.metric!r}{nearest(claim.metric, metrics)}; what is asked has "
                 f"{', '.join(metrics)}"
             )
+
+
+def of_methods(
+    methods: Sequence[str],
+    task: str,
+    *,
+    worlds: Sequence[str] = ("closed",),
+    rerank: int | None = None,
+    configs: Mapping[str, Path] | None = None,
+) -> Ablation:
+    """The comparison of whole methods, each with the settings of its file or else with its defaults.
+
+    Args:
+        methods: files of `heads/methods`, or dotted modules; a row each, called as the method is.
+        task: trained for and asked.
+        worlds: of czsl.
+        rerank: of retrieval.
+        configs: method → TOML with the tables [head] and [train], as `headstart train --config` takes it.
+
+    Raises:
+        ConfigError: a method that is named twice, or an unreadable file.
+    """
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        settings = read_settings((configs or {}).get(method))
+        rows.append({"label": method.rpartition(".")[2], "method": method, **settings})
+    named = worlds if task == "czsl" else ("closed",)
+    found = {
+        "task": task,
+        "asked": tuple(Asked(task=task, world=w, rerank=rerank) for w in named),  # pyright: ignore[reportArgumentType]
+        "row": tuple(parse(Row, row, f"row {row['label']}") for row in rows),
+    }
+    ablation = parse(Ablation, found, "--methods")
+    _check(ablation, "--methods")
+    return ablation
 
 
 def plan(
@@ -240,12 +295,12 @@ def _entry(
     ablation: Ablation, row: Row, family: str, settings: Mapping[str, Mapping[str, Any]]
 ) -> Entry:
     """A row's settings on a family: what all share, what the family needs, what differs, what the command line says."""
-    head = dict(row.head)
+    head = {**row.head, **row.family.get(family, {})}
     if row.method is None:
         shared = {**ablation.head, **ablation.family.get(family, {})}
         head = {**shared, **head, **settings.get("head", {})}
     train = {**ablation.train, **row.train, **settings.get("train", {})}
-    asked = tuple(Question(a.task, a.world) for a in ablation.asked)
+    asked = tuple(Question(a.task, a.world, a.rerank) for a in ablation.asked)
     return Entry(row.label, row.method or ablation.method, ablation.task, asked, head, train)
 
 

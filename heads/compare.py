@@ -3,18 +3,17 @@
 Each combination becomes an ordinary run directory, `OUT/<backbone>/<label>-seed<n>`, so `eval` reads a comparison
 exactly as it reads runs made by hand. Heads without randomness run under the first seed only.
 
-    a pass     all rows of one backbone, task and seed: trained side by side (sweep.py), then scored; cut in parts
-               where there are more workers than passes
-    resume     a finished run of the same request is kept, and scored where it was not yet; a pass is written when its
-               training has ended, so one that was killed before is trained again
+    samples    caches that do not hold the same are refused; on_shared (samples.py) makes them ask the same
+    a pass     all rows of one backbone, task and seed: trained side by side (sweep.py), so that what they read is read
+               once, then scored; who does it, compare_engines.py knows
+    resume     a finished run of the same request is kept, and scored where it was not yet; one that was interrupted
+               goes on from where its training stood
 """
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,22 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from cache_builder import FeatureCache
+from cache_builder.datasets.base import Tasks
 from eval.errors import ScoreTableError
 from heads.base import Head
+from heads.compare_engines import STOP, Engine, Processes
 from heads.errors import ConfigError, RunExists
-from heads.run_files import RECORD, Trained, clear_unfinished, read_run
+from heads.run_files import RECORD, Trained, read_run
 from heads.runs import score_paths, score_run
+from heads.samples import refuse_differences
 from heads.sweep import Wanted, sound, train_runs
 from heads.sweep_grid import trained_by
 
 THREADS = 1
 """Of each worker: small heads gain nothing from a second one, and the same count gives the same bits everywhere."""
+
+SAVE_EVERY = 10.0
+"""Minutes between two writings of where a training stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +71,22 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One combination, in words that another process understands."""
+    """One combination, in words that another process understands.
+
+    Attributes:
+        cache: where it lies.
+        entry, seed: what is trained on it.
+        out: the run's directory.
+        asked: what is asked of the cache, as `Tasks.to_json` writes it, where that is only a part.
+        command: the command line of the comparison.
+    """
 
     cache: str
     entry: Entry
     seed: int
     out: Path
+    asked: str | None = None
+    command: str = ""
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -99,22 +114,27 @@ def compare(
     seeds: Sequence[int],
     out: str | Path,
     *,
-    workers: int = 1,
+    engine: Engine | None = None,
+    command: str = "",
 ) -> Compared:
     """Train and score every combination; one that fails in training does not hold up the others.
 
     Args:
-        caches: backbone's name → its cache. All must hold the same samples.
+        caches: backbone's name → its cache. All must hold the same samples, or ask the same (`samples.on_shared`).
         entries: the rows; by backbone's name where not all have the same, as some lack a joint space.
         seeds: for heads that are trained by gradient; others take the first.
         out: parent of the run directories. What an interrupted comparison left there is kept; the rest is made.
-        workers: processes that train side by side and share the CPU's cores; the results do not depend on their number.
+        engine: who trains; one process of this machine by default. The results do not depend on it, where devices are
+            equal.
+        command: the command line of this comparison, for the records of runs that no single one makes.
 
     Raises:
         ConfigError: caches of different samples, or two entries of one label.
         RunExists: a run directory holds something else than was asked for.
     """
-    _check_same_samples(caches)
+    asked = {cache.asked and cache.asked.digest() for cache in caches.values()}
+    if len(asked) > 1 or None in asked:
+        refuse_differences(caches)
     rows = entries if isinstance(entries, Mapping) else dict.fromkeys(caches, entries)
     for labels in ([entry.label for entry in rows[name]] for name in caches):
         if len(set(labels)) < len(labels):
@@ -122,7 +142,13 @@ def compare(
                 f"entries need labels of their own, but these were given: {', '.join(labels)}"
             )
     jobs = [
-        Job(cache.place.absolute(), entry, seed, Path(out, name, f"{entry.label}-seed{seed}"))
+        Job(
+            cache.place.absolute(),
+            entry,
+            seed,
+            Path(out, name, f"{entry.label}-seed{seed}"),
+            *(() if cache.asked is None else (cache.asked.to_json(), command)),
+        )
         for name, cache in caches.items()
         for entry in rows[name]
         for seed in _seeds(entry, seeds)
@@ -133,35 +159,37 @@ def compare(
     passes: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
         passes.setdefault((job.cache, job.entry.task, job.seed), []).append(job)
-    cut = -(-workers // len(passes))
-    parts = [part[i::cut] for part in passes.values() for i in range(min(cut, len(part)))]
     failures: dict[Path, str] = {}
-    # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(_run, part): part for part in parts}
-        with tqdm(total=len(jobs), desc="training and scoring", unit="run") as bar:
-            for done in as_completed(running):
-                failures |= done.result()
-                first = running[done][0]
-                bar.set_postfix_str(f"{first.out.parent.name}, seed {first.seed}")
-                bar.update(len(running[done]))
+    with tqdm(total=len(jobs), desc="training and scoring", unit="run") as bar:
+        for part, failed in (engine or Processes()).run(_run, list(passes.values())):
+            failures |= failed
+            bar.set_postfix_str(f"{part[0].out.parent.name}, seed {part[0].seed}")
+            bar.update(len(part))
     made = [job.out for job in jobs if job.out not in failures]
     return Compared(made, [failures[job.out] for job in jobs if job.out in failures])
 
 
-def _run(jobs: Sequence[Job]) -> dict[Path, str]:
-    """Train and score a pass, or a part of one; returns what failed, and why."""
+def _run(jobs: Sequence[Job], device: str | None = None) -> dict[Path, str]:
+    """Train and score a pass, or a part of one, on a device if one is named; returns what failed, and why."""
     torch.set_num_threads(THREADS)
     # scikit-learn's BLAS too: its idle threads spin and slow the worker beside it
-    threadpool_limits(THREADS)
+    with threadpool_limits(THREADS):
+        return _trained_and_scored(jobs, device)
+
+
+def _trained_and_scored(jobs: Sequence[Job], device: str | None) -> dict[Path, str]:
     cache = FeatureCache.open(jobs[0].cache, check="read")
+    if jobs[0].asked is not None:
+        cache = cache.asking(Tasks.from_json(jobs[0].asked))
     missing = [job for job in jobs if not (job.out / RECORD).exists()]
-    for job in missing:
-        clear_unfinished(job.out)
     wanted = [
-        Wanted(job.entry.method, job.out, job.settings, label=job.entry.label) for job in missing
+        Wanted(
+            job.entry.method, job.out, _on(job.settings, device), job.entry.label, None, job.command
+        )
+        for job in missing
     ]
-    trained = train_runs(cache, wanted, task=jobs[0].entry.task, progress=False)
+    kept: dict[str, Any] = {"save_every": SAVE_EVERY, "resume": True, "stop": STOP}
+    trained = train_runs(cache, wanted, task=jobs[0].entry.task, progress=False, **kept)
     heads: dict[Path, Head] = {}
     failures: dict[Path, str] = {}
     for job, run in zip(missing, trained, strict=True):
@@ -191,6 +219,12 @@ def _score(job: Job, cache: FeatureCache, head: Head | None) -> None:
         score_run(job.out, cache=cache, head=head, **options)
 
 
+def _on(settings: Mapping[str, Any], device: str | None) -> dict[str, Any]:
+    """Settings of a run on a device; as they are where none is named."""
+    there = {} if device is None else {"device": device}
+    return {**settings, "train": {**settings["train"], **there}}
+
+
 def _check_place(job: Job, cache: FeatureCache) -> None:
     """A finished run in a job's place must be what is asked for, down to the defaults in force."""
     if not (job.out / RECORD).exists():
@@ -205,12 +239,17 @@ def _check_place(job: Job, cache: FeatureCache) -> None:
         "head": wanted.head_config.model_dump(mode="json"),
         "train": wanted.train.model_dump(mode="json"),
         "cache": cache.digest(),
+        "samples": cache.asked and cache.asked.digest(),
     }
-    then = {**{name: record.get(name) for name in now}, "cache": record["cache"]["digest"]}
+    then = {name: record.get(name) for name in now}
+    then |= {"cache": record["cache"]["digest"], "samples": record["cache"].get("asked")}
     if wanted.kind.trained_by(wanted.head_config) == "closed_form":
         then["head"] = now["head"]  # validation chose among configurations
     for name in ("negatives", "select"):  # settled by the data
         then["train"] = {**then["train"], name: now["train"][name]}
+    for settings in (now, then):  # where it was trained is no part of what it is
+        settings["asked"] = _on(settings["asked"], "")
+        settings["train"] = {**settings["train"], "device": ""}
     if differ := [name for name in now if now[name] != then[name]]:
         raise RunExists(
             f"{job.out} holds a run that differs from what is asked for now in {', '.join(differ)}; choose another "
@@ -220,14 +259,3 @@ def _check_place(job: Job, cache: FeatureCache) -> None:
 
 def _seeds(entry: Entry, seeds: Sequence[int]) -> Sequence[int]:
     return seeds if trained_by(entry.method, entry.head) == "gradient" else seeds[:1]
-
-
-def _check_same_samples(caches: Mapping[str, FeatureCache]) -> None:
-    digests = {name: cache.spec.dataset.digest for name, cache in caches.items()}
-    first, *others = digests
-    for other in others:
-        if digests[other] != digests[first]:
-            raise ConfigError(
-                f"{caches[first].path} and {caches[other].path} hold different samples (data set digests "
-                f"{digests[first][:8]} and {digests[other][:8]}); build both from the same data set"
-            )

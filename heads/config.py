@@ -108,13 +108,17 @@ def parse(model: type[Model], values: Mapping[str, Any], section: str) -> Model:
 
 
 def describe_cache(cache: FeatureCache) -> dict[str, Any]:
-    """What a run says about the cache it used: enough to find it again and to refuse another one."""
+    """What a run says about the cache it used: enough to find it again and to refuse another one.
+
+    `asked` is the digest of what was asked of it, where that was only a part (`heads/samples.py`).
+    """
     return {
         "path": cache.place.absolute(),
         "fingerprint": cache.fingerprint,
         "digest": cache.digest(),
         "backbone": cache.spec.backbone.model_dump(mode="json"),
         "dataset": cache.spec.dataset.model_dump(mode="json"),
+        **({} if cache.asked is None else {"asked": cache.asked.digest()}),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from cache_builder import build, load_backbone, load_dataset
 from eval.report import report
 from heads.compare import Entry, Question, compare
+from heads.compare_engines import Processes
 from heads.errors import RunExists, TrainingDiverged
 from heads.pictures import save_pictures
 
@@ -101,7 +102,9 @@ def run(
         name: entries(epochs, joint="image/pooled" in cache.streams)
         for name, cache in caches.items()
     }
-    compared = compare(caches, rows, range(seeds), out / "runs", workers=os.cpu_count() or 1)
+    compared = compare(
+        caches, rows, range(seeds), out / "runs", engine=Processes(os.cpu_count() or 1)
+    )
     if compared.failures:
         raise TrainingDiverged("; ".join(compared.failures))
     runs = compared.runs

@@ -94,20 +94,6 @@ def taken(places: Sequence[Path], *, resume: bool = False) -> Iterator[None]:
         yield
 
 
-def clear_unfinished(out: Path) -> None:
-    """Remove the files of a run that was interrupted before its record.
-
-    Raises:
-        RunExists: it is not interrupted: another process is about it.
-    """
-    if not out.is_dir():
-        return
-    with _locked(out):
-        if not (out / RECORD).exists():
-            for file in [p for p in out.iterdir() if _is_unfinished(p.name)]:
-                file.unlink()
-
-
 def _is_unfinished(name: str) -> bool:
     """May an interrupted training leave a file of this name?"""
     return (

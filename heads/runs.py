@@ -141,7 +141,7 @@ def score_run(
     seen = _seen_before(record, scored, cache, data.kind, split)
     facts = {} if seen is None else {"train_overlap": seen.to_json()}
     said: dict[str, Any] = dict(facts)
-    if feasibility is None:  # which came from a file that is not known here
+    if feasibility is None and cache.asked is None:  # which no command line says
         said["command"] = score_command(
             run.absolute(),
             split=split,

@@ -54,13 +54,17 @@ from heads.validation import selection, validator
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A run that is to be made; fields as the arguments of `heads.runs.train_run`."""
+    """A run that is to be made; fields as the arguments of `heads.runs.train_run`.
+
+    `command` is the command line that makes it, where it is not `headstart train` alone.
+    """
 
     method: str
     out: Path
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     label: str | None = None
     backbone: str | None = None
+    command: str = ""
 
 
 class Batches(NamedTuple):
@@ -124,7 +128,7 @@ class Sound:
     def command(self, cache: FeatureCache) -> str:
         """The command that makes this run by itself."""
         wanted = self.wanted
-        return train_command(
+        return wanted.command or train_command(
             wanted.method,
             wanted.out.absolute(),
             cache=cache.place.absolute(),
@@ -300,7 +304,11 @@ def _belongs(run: Sound, cache: FeatureCache, batches: Loader | None = None) -> 
         "train": run.train.model_dump(mode="json"),
         "device": run.train.torch_device().type,
         "processes": ranks.n_ranks(),
-        "cache": {"fingerprint": cache.fingerprint, "digest": cache.digest()},
+        "cache": {
+            "fingerprint": cache.fingerprint,
+            "digest": cache.digest(),
+            **({} if cache.asked is None else {"asked": cache.asked.digest()}),
+        },
         **({} if batches is None else {"order": batches.order}),
     }
     return json.loads(json.dumps(facts))

@@ -90,7 +90,7 @@ def test_costs_are_bytes_of_what_is_read_and_seconds_of_all_building(
         cache, "tf_local", tmp_path / "a", task="two_by_two",
         settings={"head": {"layers": 1, "dim": 16, "heads": 2, "ffn": 16}, "train": {"steps": 1}}, progress=False,
     )  # fmt: skip
-    read = {stream for stream in run.head.needs(run.head.config).queries}
+    read = set(run.head.needs(run.head.config).queries)
     assert read == {"image/patches"}
     assert run.record["costs"]["bytes_per_image"] == cache.read("image/patches")[0].nbytes
     assert run.record["costs"]["build_seconds"] == build_seconds(cache.place) > 0

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from eval.errors import ScoreTableError
 from heads import compare as comparing
 from heads.cli import main
 from heads.compare import Entry, Question, compare
+from heads.compare_engines import Processes
 from heads.errors import ConfigError, RunExists
 from heads.runs import score_run, train_run
 
@@ -38,7 +38,7 @@ def test_a_comparison_does_not_depend_on_the_number_of_workers(
     cache: FeatureCache, tmp_path: Path
 ) -> None:
     one = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "one").runs
-    two = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "two", workers=5).runs
+    two = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "two", engine=Processes(5)).runs
     assert [run.name for run in one] == ["zero_shot-seed3", "local-seed3", "local-seed4"]
     for a, b in zip(one, two, strict=True):
         weights = [(run / "model.safetensors").read_bytes() for run in (a, b)]
@@ -57,7 +57,7 @@ def test_a_comparison_refuses_other_samples_and_equal_labels(
         fast_folder / "other.zarr",
         progress=False,
     )
-    with pytest.raises(ConfigError, match="hold different samples"):
+    with pytest.raises(ConfigError, match="do not hold the same samples"):
         compare({"a": cache, "b": other}, ENTRIES, (0,), tmp_path)
     with pytest.raises(ConfigError, match=r"labels of their own.*local, local"):
         compare({"a": cache}, (ENTRIES[1], ENTRIES[1]), (0,), tmp_path)
@@ -74,7 +74,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     trained = (unscored / "run.json").stat().st_mtime_ns
     shutil.rmtree(unrecorded / "scores-test.zarr")
     (unrecorded / "run.json").unlink()
-    again = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "again", workers=2)
+    again = compare({"clip": cache}, ENTRIES, (3, 4), tmp_path / "again", engine=Processes(2))
     assert (again.runs, again.failures) == (runs, [])
     assert (kept / "run.json").stat().st_mtime_ns == before
     assert (unscored / "run.json").stat().st_mtime_ns == trained
@@ -115,23 +115,13 @@ def test_a_run_whose_test_scores_cannot_be_used_holds_up_no_other(
         return real(run, **options)
 
     class Here:
-        """Runs what is submitted at once and in this process, where a function can be replaced."""
+        """Does passes in this process, where a function can be replaced."""
 
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-
-        def __enter__(self) -> "Here":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def submit(self, function: Any, part: Any) -> Future[Any]:
-            done: Future[Any] = Future()
-            done.set_result(function(part))
-            return done
+        def run(self, work: Any, passes: Any) -> Any:
+            return ((jobs, work(jobs)) for jobs in passes)
 
     monkeypatch.setattr(comparing, "score_run", spoiled)
-    monkeypatch.setattr(comparing, "ProcessPoolExecutor", Here)
-    found = compare({"clip": cache}, ENTRIES, (0,), tmp_path)
+    found = compare({"clip": cache}, ENTRIES, (0,), tmp_path, engine=Here())
     assert [run.name for run in found.runs] == ["zero_shot-seed0"]
     assert "local-seed0: the score of query 3 is nan" in found.failures[0]
 

@@ -29,7 +29,7 @@ from heads.features import Batch, Features
 from heads.keeper import Keeper, Kept
 from heads.learner import Learner, seed_everything
 from heads.loader import Loader
-from heads.run_files import Trained, clear_unfinished
+from heads.run_files import Trained
 from heads.source import context_of
 from heads.sweep import Wanted, train_runs
 from heads.tasks import load_task
@@ -579,10 +579,6 @@ def test_other_files_beside_a_state_stay_and_unfinished_ones_are_cleared(
     assert train(cache, run, "--resume") == 0
     assert "notes.txt" in files(run)
     assert not [name for name in files(run) if name.startswith("training")]
-    ctrl_c(2)
-    assert train(cache, fast_path / "other") == 130
-    clear_unfinished(fast_path / "other")
-    assert not (fast_path / "other").exists()
 
 
 def test_a_comparison_trains_anew_what_was_interrupted(

@@ -233,6 +233,10 @@ class Tasks:
             separators=(",", ":"),
         )
 
+    def digest(self) -> str:
+        """sha256 of the text: equal digests ask the same."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     @classmethod
     def from_json(cls, text: str) -> "Tasks":
         """Inverse of `to_json`.

@@ -1,0 +1,354 @@
+"""`headstart compare` as it is typed: methods or a plan, on shared samples, by any engine, to the same results."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from eval import score_io
+from heads.cli import main
+from heads.compare import Entry, Question, compare
+from heads.compare_engines import Processes, Ray, cut
+from heads.errors import HeadError
+from heads.run_files import read_run
+
+ROOT = Path(__file__).parent.parent
+SMALL = "[head]\nlayers = 1\ndim = 16\nheads = 2\nffn = 16\nn_sampled = 1\n[train]\nsteps = 2\n"
+ENTRIES = (
+    Entry("zero_shot", "zero_shot", "czsl", (Question("czsl"),)),
+    Entry(
+        "coop",
+        "csp",
+        "czsl",
+        (Question("czsl"),),
+        {"learn_primitives": False, "learn_context": True},
+        {"steps": 2},
+    ),
+    Entry("csp", "csp", "czsl", (Question("czsl"),), {}, {"steps": 2}),
+)
+
+
+@pytest.fixture(scope="module")
+def caches(fast_folder: Path) -> dict[str, Path]:
+    """Two backbones on the same samples, and a third cache that lacks some of them."""
+    dataset = load_dataset("toy_world", scale=0.01)
+    found: dict[str, Path] = {}
+    for name in ("clip", "pe"):
+        found[name] = fast_folder / "comparing" / f"{name}.zarr"
+        build(
+            dataset,
+            load_backbone(f"{name}:demo"),
+            found[name],
+            progress=False,
+            backbone_name=f"{name}:demo",
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def ran(*words: object) -> int:
+    return main(["compare", *map(str, words)])
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {
+        p.parent.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("model.safetensors"))
+    }
+
+
+def tables(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        p.relative_to(folder).as_posix(): np.asarray(score_io.load(p).scores)  # pyright: ignore[reportAttributeAccessIssue]
+        for p in sorted(folder.glob("*/*/scores-*.zarr"))
+    }
+
+
+def test_methods_on_two_backbones_in_one_command(
+    caches: dict[str, Path], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--caches", *caches.values(), "--methods", "zero_shot", "tf_local"]
+    words += [
+        "--task",
+        "two_by_two",
+        "--config",
+        f"tf_local={small}",
+        "--seeds",
+        2,
+        "--out",
+        out,
+        "--workers",
+        2,
+    ]
+    assert ran(*words) == 0
+    said = capsys.readouterr().out
+    assert {p.name for p in (out / "pe").iterdir()} == {
+        "zero_shot-seed0",
+        "tf_local-seed0",
+        "tf_local-seed1",
+    }
+    assert "zero_shot" in said
+    assert "report.html" in said
+    page = (out / "report.html").read_text()
+    assert "Made by: headstart compare --caches" in page.replace("&#x27;", "'")
+    record = read_run(out / "clip" / "tf_local-seed1")
+    assert record["head"]["dim"] == 16
+    assert record["costs"]["bytes_per_image"] > 0
+    line = shlex.split(record["command"])
+    assert line[1:4] == ["headstart", "train", "tf_local"]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
+    assert ran(*words) == 0, "a second time nothing is left to do but the report"
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == before
+
+
+def test_a_plan_names_caches_seeds_and_what_a_family_needs_otherwise(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = tmp_path / "both.toml"
+    listed = ", ".join(f'"{path}"' for path in caches.values())
+    plan.write_text(
+        f'task = "czsl"\ncaches = [{listed}]\nseeds = 2\nasked = [{{ task = "czsl" }}]\n'
+        '[[row]]\nlabel = "words"\nmethod = "csp"\ntrain = { steps = 1 }\n'
+        'family.pe = { dropout = 0.5 }\n[[row]]\nlabel = "cosine"\nmethod = "zero_shot"\n'
+    )
+    assert ran("--plan", plan, "--out", tmp_path / "out", "--workers", 1) == 0
+    got = {
+        name: read_run(tmp_path / "out" / name / "words-seed1")["head"]["dropout"]
+        for name in caches
+    }
+    assert got["pe"] == 0.5 != got["clip"]
+
+
+def test_processes_and_devices_change_no_bit(caches: dict[str, Path], tmp_path: Path) -> None:
+    opened = {name: FeatureCache.open(path, check="read") for name, path in caches.items()}
+    compare(opened, ENTRIES, (0, 1), tmp_path / "one")
+    made = compare(
+        opened, ENTRIES, (0, 1), tmp_path / "many", engine=Processes(devices=("cpu", "cpu"))
+    )
+    assert not made.failures
+    assert weights(tmp_path / "one") == weights(tmp_path / "many")
+    one, many = tables(tmp_path / "one"), tables(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(np.array_equal(one[name], many[name]) for name in one)
+    # where it was trained is no part of what it is: both are taken as they are by the other
+    again = compare(opened, ENTRIES, (0, 1), tmp_path / "many")
+    assert again.runs == made.runs
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_what_one_process_gives(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    opened = {name: FeatureCache.open(path, check="read") for name, path in caches.items()}
+    compare(opened, ENTRIES, (0, 1), tmp_path / "one")
+    made = compare(opened, ENTRIES, (0, 1), tmp_path / "ray", engine=Ray())
+    assert not made.failures
+    assert weights(tmp_path / "one") == weights(tmp_path / "ray")
+    one, ray = tables(tmp_path / "one"), tables(tmp_path / "ray")
+    assert all(np.array_equal(one[name], ray[name]) for name in one)
+
+
+def test_a_pass_is_cut_only_where_workers_would_have_nothing_to_do() -> None:
+    assert cut([[1, 2, 3], [4, 5]], 2) == [[1, 2, 3], [4, 5]]
+    assert cut([[1, 2, 3], [4]], 3) == [[1, 3], [2], [4]]
+    assert sorted(job for part in cut([[1, 2, 3], [4, 5]], 99) for job in part) == [1, 2, 3, 4, 5]
+
+
+def test_caches_of_other_samples_are_compared_on_what_they_share_if_asked(
+    caches: dict[str, Path], fast_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = load_dataset("toy_world", scale=0.01)
+    assert lost.tasks.czsl is not None
+    gone = next(e.image for e in lost.tasks.czsl.examples if e.split == "test")
+
+    def broken() -> Any:
+        raise ValueError("cut off")
+
+    from dataclasses import replace
+
+    images = tuple(
+        replace(i, open=broken, measure=None, path=None) if i.id == gone else i for i in lost.images
+    )
+    other = fast_folder / "comparing" / "lossy.zarr"
+    build(replace(lost, images=images), load_backbone("siglip2:demo"), other, progress=False)
+    words = [
+        "--caches",
+        caches["clip"],
+        other,
+        "--methods",
+        "zero_shot",
+        "csp",
+        "--task",
+        "czsl",
+    ]
+    words += ["--seeds", 1, "--workers", 1, "--set", "train.steps=1", "--out", tmp_path / "out"]
+    assert ran(*words) == 1
+    said = capsys.readouterr().err
+    assert "do not hold the same samples" in said
+    assert repr(gone) in said
+    assert "--intersect" in said
+    assert not (tmp_path / "out").exists()
+    assert ran(*words, "--intersect") == 0
+    found = [score_io.load(p) for p in sorted((tmp_path / "out").glob("*/*/scores-test.zarr"))]
+    assert len(found) == 4
+    assert len({tuple(t.ids) for t in found}) == 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert gone not in found[0].ids  # pyright: ignore[reportAttributeAccessIssue]
+    record = read_run(tmp_path / "out" / "clip" / "csp-seed0")
+    assert record["cache"]["asked"]
+    assert "--intersect" in record["command"]
+    assert "compare" in record["command"]
+    capsys.readouterr()
+    # the same place without it is another comparison
+    assert ran(*[w for w in words if w != other], "--intersect") == 1
+    assert "samples" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    slow = tmp_path / "slow.toml"
+    slow.write_text("[train]\nsteps = 100000\n")
+    quick = tmp_path / "quick.toml"
+    quick.write_text("[train]\nsteps = 3\n")
+    out = tmp_path / "out"
+
+    def command(file: Path) -> list[str]:
+        words = [
+            "-m",
+            "heads.cli",
+            "compare",
+            "--caches",
+            str(caches["clip"]),
+            "--methods",
+            "zero_shot",
+            "csp",
+        ]
+        words += [
+            "--task",
+            "czsl",
+            "--seeds",
+            "1",
+            "--workers",
+            "2",
+            "--config",
+            f"csp={file}",
+            "--out",
+            str(out),
+        ]
+        return [sys.executable, *words]
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(
+        command(slow),
+        env=env,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 180
+    done = out / "clip" / "zero_shot-seed0" / "run.json"
+    while (
+        not (done.exists() and (out / "clip" / "csp-seed0").exists())
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.2)
+    time.sleep(3)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130, said
+    assert "Traceback" not in said, said
+    assert done.exists()
+    # where the interrupted training stood is there, so a changed request is refused and the same one goes on
+    again = subprocess.run(
+        command(quick), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 1
+    assert "was begun otherwise" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "csp"], "no cache is named"),
+        (["--caches", "A", "--methods", "csp", "inversion"], "have no task in common"),
+        (["--caches", "A", "--methods", "csp", "--set", "head.dropout=0"], "--config METHOD=FILE"),
+        (["--caches", "A", "--methods", "csp", "--rows", "csp"], "--rows chooses"),
+        (["--caches", "A", "--methods", "csp", "csp"], "two rows called csp"),
+        (["--caches", "A", "A", "--methods", "csp"], "two caches are called clip"),
+        (["--caches", "A", "--methods", "csp", "--seeds", "0"], "numbers from 1"),
+        (["--caches", "A", "--methods", "csp", "--address", "x"], "add --engine ray"),
+        (
+            ["--caches", "A", "--methods", "csp", "--engine", "ray", "--workers", "2"],
+            "of this machine",
+        ),
+        (
+            ["--caches", "A", "--methods", "csp", "--devices", "cpu", "--workers", "2"],
+            "a process each",
+        ),
+        (["--caches", "A", "--methods", "no_such"], "no_such"),
+        (["--caches", "A", "--methods", "csp", "--config", "tf_local=x.toml"], "x.toml"),
+        (["--caches", "A", "--plan", "no_such"], "no ablation 'no_such'"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    caches: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    named = [str(caches["clip"]) if word == "A" else word for word in words]
+    assert ran(*named, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_dies_is_told_in_one_sentence(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(HeadError, match="a process died while it trained"):
+        list(Processes(2).run(_dies, [[1]]))
+    _ = caches, tmp_path
+
+
+def _dies(jobs: Any, device: str | None = None) -> dict[Path, str]:
+    del jobs, device
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_the_records_of_a_comparison_are_those_of_runs_made_alone(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """The command in a record makes the same weights."""
+    opened = {"clip": FeatureCache.open(caches["clip"], check="read")}
+    compare(opened, ENTRIES[2:], (1,), tmp_path / "out")
+    run = tmp_path / "out" / "clip" / "csp-seed1"
+    words = shlex.split(json.loads((run / "run.json").read_text())["command"])
+    threads, *command = words
+    assert threads == "OMP_NUM_THREADS=1"
+    command[command.index("--out") + 1] = str(tmp_path / "alone")
+    assert main(command[1:]) == 0
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == (
+        run / "model.safetensors"
+    ).read_bytes()

@@ -1,0 +1,152 @@
+"""Caches of other samples are refused with what differs, and compared on what they share when that is asked for."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from cache_builder.datasets.base import Dataset
+from heads.errors import ConfigError
+from heads.samples import Shared, on_shared, refuse_differences
+from heads.tasks import load_task
+
+Made = Callable[..., FeatureCache]
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return load_dataset("toy_world", scale=0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Dataset, fast_folder: Path) -> FeatureCache:
+    return made(dataset, fast_folder / "samples-whole.zarr")
+
+
+def made(dataset: Dataset, path: Path, backbone: str = "clip") -> FeatureCache:
+    streams = ["image/pooled", "text/pooled"]
+    return build(dataset, load_backbone(f"{backbone}:demo"), path, streams=streams, progress=False)
+
+
+def without(dataset: Dataset, *images: str) -> Dataset:
+    """The data set as somebody has it who lost some pictures, and all that is asked about them."""
+    gone = set(images)
+    tasks = dataset.tasks
+    assert tasks.czsl is not None
+
+    def kept(examples: Any, ids: Callable[[Any], set[str]]) -> Any:
+        return tuple(e for e in examples if not ids(e) & gone)
+
+    return replace(
+        dataset,
+        images=tuple(i for i in dataset.images if i.id not in gone),
+        tasks=replace(
+            tasks,
+            czsl=replace(tasks.czsl, examples=kept(tasks.czsl.examples, lambda e: {e.image})),
+            two_by_two=kept(tasks.two_by_two, lambda e: set(e.images)),
+            matching=kept(tasks.matching, lambda e: set(e.images)),
+            retrieval=kept(tasks.retrieval, lambda e: {e.image}),
+            composed=kept(tasks.composed, lambda e: {e.reference, *e.targets, *e.subset}),
+            galleries={
+                n: replace(g, images=tuple(i for i in g.images if i not in gone))
+                for n, g in tasks.galleries.items()
+            },
+        ),
+    )
+
+
+def test_the_same_samples_under_two_backbones_are_taken_as_they_are(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    other = made(dataset, fast_path / "pe.zarr", "pe")
+    caches = {"clip": whole, "pe": other}
+    refuse_differences(caches)
+    assert on_shared(caches) == caches
+    assert on_shared(caches)["pe"].asked is None
+
+
+def test_what_differs_is_said_and_what_is_shared_is_offered(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    assert dataset.tasks.czsl is not None
+    test = [e.image for e in dataset.tasks.czsl.examples if e.split == "test"]
+    scene = next(e.images[0] for e in dataset.tasks.two_by_two if e.split == "test")
+    a = made(without(dataset, test[0]), fast_path / "a.zarr")
+    b = made(without(dataset, test[1], scene), fast_path / "b.zarr", "pe")
+    with pytest.raises(ConfigError) as caught:
+        refuse_differences({"a": a, "b": b})
+    said = str(caught.value)
+    assert f"1 images are only in b ({test[0]!r})" in said
+    assert "2 images are only in a (" in said
+    assert "--intersect" in said
+    n = len(dataset.images) - 3
+    assert f"{n:,} images" in said
+
+    shared = on_shared({"a": a, "b": b, "whole": whole})
+    slow = {i.id for i in dataset.images} - {test[0], test[1], scene}
+    ids: list[Any] = []
+    for cache in shared.values():
+        data = load_task(cache, "czsl", "test")
+        ids.append(data.image_ids)  # pyright: ignore[reportAttributeAccessIssue]
+        items = load_task(cache, "two_by_two", "test")
+        expected = [
+            e.id for e in dataset.tasks.two_by_two if e.split == "test" and set(e.images) <= slow
+        ]
+        assert list(items.ids) == expected  # pyright: ignore[reportAttributeAccessIssue]
+    assert ids[0] == ids[1] == ids[2] == tuple(i for i in test if i in slow)
+    assert shared["whole"].asked == shared["a"].asked
+
+
+def test_quarantined_images_are_a_difference(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    assert dataset.tasks.czsl is not None
+    bad = next(e.image for e in dataset.tasks.czsl.examples if e.split == "test")
+
+    def broken() -> Any:
+        raise ValueError("cut off")
+
+    images = tuple(
+        replace(i, open=broken, measure=None, path=None) if i.id == bad else i
+        for i in dataset.images
+    )
+    spoiled = made(replace(dataset, images=images), fast_path / "spoiled.zarr")
+    assert set(spoiled.quarantined) == {bad}
+    with pytest.raises(ConfigError, match="1 images in quarantine are only in spoiled"):
+        refuse_differences({"whole": whole, "spoiled": spoiled})
+    shared = on_shared({"whole": whole, "spoiled": spoiled})
+    for cache in shared.values():
+        data = load_task(cache, "czsl", "test")
+        assert bad not in data.image_ids  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_other_data_under_equal_names_is_never_intersected(
+    whole: FeatureCache, fast_path: Path
+) -> None:
+    other = made(load_dataset("toy_world", scale=0.02, seed=1), fast_path / "other.zarr")
+    with pytest.raises(ConfigError, match="of different data under equal names"):
+        on_shared({"whole": whole, "other": other})
+    with pytest.raises(ConfigError, match=r"do not hold the same samples: .*nothing, because"):
+        refuse_differences({"whole": whole, "other": other})
+
+
+def test_two_data_sets_share_nothing(whole: FeatureCache, fast_path: Path, tmp_path: Path) -> None:
+    from cache_builder.datasets import mit_states
+
+    other = made(mit_states.load(mit_states.miniature(tmp_path)), fast_path / "mit.zarr")
+    with pytest.raises(ConfigError, match="data set toy_world and data set mit_states"):
+        refuse_differences({"whole": whole, "other": other})
+    with pytest.raises(ConfigError, match="caches of different data sets share no sample"):
+        on_shared({"whole": whole, "other": other})
+
+
+def test_shared_texts_must_say_the_same(
+    whole: FeatureCache, dataset: Dataset, fast_path: Path
+) -> None:
+    texts = (replace(dataset.texts[0], text="something else"), *dataset.texts[1:])
+    other = made(replace(dataset, texts=texts), fast_path / "c.zarr")
+    with pytest.raises(ConfigError, match=r"the text .* 'something else' in the other"):
+        _ = Shared({"whole": whole, "other": other}).tasks
