@@ -11,6 +11,7 @@ columns of a grid.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -126,9 +127,7 @@ def _space(name: str, cache: FeatureCache, samples: Samples) -> Space:
     return Space(name, cache, rows, images, of, tuple(lacks))
 
 
-def _means(
-    cache: FeatureCache, rows: Int[np.ndarray, " n"], name: str
-) -> Float[np.ndarray, "n w"]:
+def _means(cache: FeatureCache, rows: Int[np.ndarray, " n"], name: str) -> Float[np.ndarray, "n w"]:
     """Mean patch of every image, a block of pictures at a time."""
     width = cache.layout(PATCHES).shape[-1]
     found = np.empty((len(rows), width), np.float32)
@@ -137,8 +136,7 @@ def _means(
         if cache.is_ragged(PATCHES):
             values, bounds = cache.read_ragged(PATCHES, part)
             tokens = values.astype(np.float32)
-            pairs = zip(bounds[:-1], bounds[1:], strict=True)
-            found[start : start + BLOCK] = [tokens[a:b].mean(0) for a, b in pairs]
+            found[start : start + BLOCK] = [tokens[a:b].mean(0) for a, b in pairwise(bounds)]
         else:
             found[start : start + BLOCK] = cache.read(PATCHES, part).astype(np.float32).mean(1)
     return found

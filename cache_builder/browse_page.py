@@ -42,7 +42,10 @@ from cache_builder.covered import covered
 from cache_builder.errors import CacheError
 
 SHOWN = 24
-"""Samples on a page of the list, and texts that a search shows."""
+"""Samples on a page of the list."""
+
+TEXTS = 12
+"""Texts that a search shows."""
 
 CSS = (Path(__file__).parent / "browse_page.css").read_text(encoding="utf-8")
 
@@ -86,7 +89,7 @@ class Page:
             ui.element("h1").props["textContent"] = "headstart browse"
             ui.label(_counts(browsed)).classes("quiet")
             self._notes()
-        with ui.element("main"):
+        with ui.element("div").classes("halves"):
             with ui.element("nav").props('aria-label="samples"'):
                 self._search("find samples by id, split or label", self._find)
                 self.list = ui.element("div").classes("list")
@@ -154,7 +157,7 @@ class Page:
             ui.label(caption).classes("caption")
             if second:
                 ui.label(said["says"].partition(" · ")[0]).classes("caption quiet")
-                compare = ui.button("compare patches", on_click=lambda: self._compare(image))
+                compare = ui.button("compare", on_click=lambda: self._compare(image))
                 compare.classes("compare").props("flat dense no-caps")
                 compare.props["aria-label"] = f"compare patches with {said['id']}"
 
@@ -194,7 +197,9 @@ class Page:
     def _pixels(self, image: int) -> Image | None:
         return opened(self.browsed.pictures, self.browsed.samples.ids[image])
 
-    def _space(self, space: Space) -> "tuple[ui.interactive_image, ui.label, ui.image | None]":
+    def _space(
+        self, space: Space
+    ) -> "tuple[ui.interactive_image, ui.label, ui.interactive_image | None]":
         """A backbone's column; returns what a click changes."""
         with ui.element("section").classes("space"):
             ui.element("h3").props["textContent"] = space.name
@@ -203,7 +208,7 @@ class Page:
             says = ui.label().classes("caption")
             second = None
             if self.second is not None and space.has_patches:
-                second = ui.image().classes("map").props("no-spinner no-transition fit=contain")
+                second = ui.interactive_image().classes("map still")
             if space.images is not None:
                 ui.label(f"nearest by cosine of {space.of}").classes("quiet")
                 with ui.element("div").classes("thumbs"), self._told():
@@ -223,7 +228,9 @@ class Page:
             if not space.has_patches:
                 says.set_text("this cache holds no patches")
             elif self.point is None:
-                says.set_text("click a point of the picture: where are patches like it?")
+                says.set_text(
+                    "click a point of the picture: bright patches are like it, dark ones are not"
+                )
             else:
                 with self._told():
                     self._map_one(space, shown, says, second, self.point)
@@ -233,7 +240,7 @@ class Page:
         space: Space,
         shown: ui.interactive_image,
         says: ui.label,
-        second: ui.image | None,
+        second: ui.interactive_image | None,
         point: tuple[float, float],
     ) -> None:
         cache, row = space.cache, int(space.rows[self.image])
@@ -270,7 +277,7 @@ class Page:
         self._find_texts("")
 
     def _find_texts(self, words: str) -> None:
-        texts = found_texts(self.browsed.samples, words, SHOWN)
+        texts = found_texts(self.browsed.samples, words, TEXTS)
         self.found.clear()
         with self.found:
             for text_id, text in texts:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from cache_builder import load_dataset
@@ -97,12 +97,8 @@ def mapped(
     """
     pixels = np.asarray(picture, np.float32)
     (height, width), (p, q) = pixels.shape[:2], grid.shape
-    across, down = box.within(
-        (np.arange(width, dtype=np.float64) + 0.5) / width,  # pyright: ignore[reportArgumentType]
-        (np.arange(height, dtype=np.float64) + 0.5) / height,  # pyright: ignore[reportArgumentType]
-    )
-    columns = np.searchsorted(grid.xs, across, side="right") - 1
-    rows = np.searchsorted(grid.ys, down, side="right") - 1
+    columns = _cells(width, box.left, box.right, grid.xs)
+    rows = _cells(height, box.upper, box.lower, grid.ys)
     seen = ((rows >= 0) & (rows < p))[:, None] & ((columns >= 0) & (columns < q))
     colours = _colours(cosines, patch)[rows.clip(0, p - 1)][:, columns.clip(0, q - 1)]
     mixed = np.where(seen[..., None], (1 - MIX) * pixels + MIX * colours, pixels * 0.25)
@@ -110,6 +106,14 @@ def mapped(
     if patch is not None:
         _frame(shown, grid, box, patch)
     return shown
+
+
+def _cells(
+    pixels: int, first: float, last: float, borders: Float[np.ndarray, " p1"]
+) -> Int[np.ndarray, " pixels"]:
+    """In which row or column of the grid each line of pixels lies; -1 before the first."""
+    middles = (np.arange(pixels) + 0.5) / pixels
+    return np.searchsorted(borders, (middles - first) / (last - first), side="right") - 1
 
 
 def span(cosines: Float[np.ndarray, "p q"], patch: int | None = None) -> tuple[float, float]:

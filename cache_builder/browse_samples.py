@@ -95,23 +95,19 @@ def samples_of(caches: Sequence[FeatureCache], split: str | None, most: int) -> 
 
 
 def found_texts(samples: Samples, words: str, most: int) -> list[tuple[str, str]]:
-    """Id and string of the first cached texts that hold all of the words, whole texts that equal them first."""
+    """Id and string of the first cached texts that hold all of the words; one that equals them first, each once."""
     wanted = words.lower().split()
-    hits = (
-        (text_id, text)
-        for text_id, text in samples.texts.items()
-        if all(word in text.lower() for word in wanted)
-    )
-    same = (
-        (text_id, text)
-        for text_id, text in samples.texts.items()
-        if text.lower().split() == wanted and wanted
-    )
-    once: dict[str, str] = {}
-    for text_id, text in (*islice(same, most), *islice(hits, 2 * most)):
-        if text not in once.values():
-            once[text_id] = text
-    return list(once.items())[:most]
+    found: dict[str, str] = {}
+    for text_id, text in samples.texts.items():
+        if text.lower().split() == wanted:
+            found[text] = text_id
+            break
+    for text_id, text in samples.texts.items():
+        if len(found) == most:
+            break
+        if all(word in text.lower() for word in wanted):
+            found.setdefault(text, text_id)
+    return [(text_id, text) for text, text_id in found.items()]
 
 
 def found_images(samples: Samples, words: str) -> list[int]:
@@ -173,9 +169,7 @@ def _images(example: Example) -> tuple[str, ...]:
     return (example.image,)
 
 
-def _labels(
-    tasks: Tasks, texts: Mapping[str, str], wanted: set[str]
-) -> dict[str, tuple[str, ...]]:
+def _labels(tasks: Tasks, texts: Mapping[str, str], wanted: set[str]) -> dict[str, tuple[str, ...]]:
     """Pairs and true captions; false captions are not said of an image."""
     found: dict[str, dict[str, None]] = {}
     for image, said in _said(tasks, texts):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 
 from cache_builder.errors import UnknownName
@@ -40,9 +41,7 @@ def add_browse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def _browse(args: argparse.Namespace) -> None:
     if missing := [name for name in PARTS if importlib.util.find_spec(name) is None]:
-        raise UnknownName(
-            f"browsing needs {', '.join(missing)}: pip install 'headstart[browse]'"
-        )
+        raise UnknownName(f"browsing needs {', '.join(missing)}: pip install 'headstart[browse]'")
     for name, value in (("--most", args.most), ("-k", args.k)):
         if value is not None and value < 1:
             raise UnknownName(f"{name} {value} shows nothing; it must be at least 1")
@@ -62,7 +61,6 @@ def _browse(args: argparse.Namespace) -> None:
             print(pictures.missing)
         host, port = place.getsockname()
         print(f"http://{host}:{port}/  (only on this machine; Ctrl-C ends it)", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             serve(samples, spaces, pictures, args.k, place)
-        except KeyboardInterrupt:
-            print("\nstopped", flush=True)
+        print("\nstopped", flush=True)

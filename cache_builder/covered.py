@@ -1,8 +1,8 @@
 """Which part of a picture a backbone's patches cover, as its preprocessing says.
 
-    shortest   the centre square; what lies beside it is not seen
-    longest    all of it, padded to a square
-    squash     all of it, pressed into the grid; also pictures that keep their shape
+shortest   the centre square; what lies beside it is not seen
+longest    all of it, padded to a square
+squash     all of it, pressed into the grid; also pictures that keep their shape
 """
 
 import re
@@ -42,6 +42,6 @@ def covered(width: int, height: int, preprocessing: str) -> Box:
     sides = {"shortest": min(width, height), "longest": max(width, height)}
     side = sides.get(resize_mode(preprocessing))
     if side is None:
-        return Box(0, 0, 1, 1)
+        return Box(0.0, 0.0, 1.0, 1.0)
     across, down = side / width, side / height
     return Box((1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2)

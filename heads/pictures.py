@@ -264,4 +264,8 @@ def square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3
     """What the patch grid covers: the centre square, all of it padded, or (also by default) all of it squashed."""
     side = min(*picture.size, LARGEST)
     shapes = {"shortest": ImageOps.fit, "longest": ImageOps.pad}
-    return np.asarray(shapes.get(resize_mode(preprocessing), Image.Image.resize)(picture.convert("RGB"), (side, side)))
+    return np.asarray(
+        shapes.get(resize_mode(preprocessing), Image.Image.resize)(
+            picture.convert("RGB"), (side, side)
+        )
+    )
