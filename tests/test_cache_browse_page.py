@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs pip install 'headstart[browse]'",
 )
 
+LOADED = "() => [...document.querySelectorAll('.map img')].every(i => i.naturalWidth)"
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 PATIENCE = 60
@@ -268,8 +270,10 @@ def test_a_click_on_the_picture_moves_the_map_of_every_backbone(
     assert maps.count() == 3
 
     def click(x: float, y: float, column: int) -> list[str]:
-        box = maps.nth(column).locator("img").bounding_box()
-        page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.wait_for_function(LOADED)
+        picture = maps.nth(column).locator("img")
+        box = picture.bounding_box()
+        picture.click(position={"x": x * box["width"], "y": y * box["height"]})
         where = f"row {int(y * 7) + 1}, column {int(x * 7) + 1} of 7 × 7"
         for i in range(3):
             page.locator(".space").nth(i).locator(".caption", has_text=where).wait_for()
