@@ -33,7 +33,7 @@ class Space:
     """The images looked at, as one backbone sees them.
 
     Attributes:
-        name: of the backbone; with the cache's where two caches are of one backbone.
+        name: of the backbone; with the place of the cache where several are of one backbone.
         cache: what it is read from.
         rows: of the images in it.
         images: unit vectors; None where the cache holds nothing to compare images by.
@@ -95,9 +95,7 @@ def spaces_of(caches: Sequence[FeatureCache], samples: Samples) -> list[Space]:
     """The images under each cache's backbone; embeddings are read once, patches as they are asked for."""
     plain = [_name(cache) for cache in caches]
     names = [
-        f"{name} ({str(cache.place).rstrip('/').rpartition('/')[2]})"
-        if plain.count(name) > 1
-        else name
+        f"{name} ({cache.place})" if plain.count(name) > 1 else name
         for name, cache in zip(plain, caches, strict=True)
     ]
     return [_space(name, cache, samples) for name, cache in zip(names, caches, strict=True)]

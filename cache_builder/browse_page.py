@@ -139,7 +139,7 @@ class Page:
             self.first += by
             self._list()
 
-        button = ui.button(sign, on_click=turn).props("flat dense no-caps")
+        button = ui.button(sign, on_click=turn, color=None).props("flat dense no-caps")
         button.props["aria-label"] = says
         button.set_enabled(on)
 
@@ -157,7 +157,7 @@ class Page:
             ui.label(caption).classes("caption")
             if second:
                 ui.label(said["says"].partition(" · ")[0]).classes("caption quiet")
-                compare = ui.button("compare", on_click=lambda: self._compare(image))
+                compare = ui.button("compare", on_click=lambda: self._compare(image), color=None)
                 compare.classes("compare").props("flat dense no-caps")
                 compare.props["aria-label"] = f"compare patches with {said['id']}"
 
@@ -182,7 +182,7 @@ class Page:
                 other = says_of(self.browsed.samples, self.second)
                 with ui.element("div").classes("second"):
                     ui.label(f"second picture: {other['id']} — {other['says']}")
-                    ui.button("leave it", on_click=lambda: self._pick_again()).props(
+                    ui.button("leave it", on_click=self._leave, color=None).props(
                         "flat dense no-caps"
                     )
             self.picture = scaled(self._pixels(self.image), LARGE)
@@ -190,7 +190,7 @@ class Page:
                 self.maps = [self._space(space) for space in self.browsed.spaces]
         self._map()
 
-    def _pick_again(self) -> None:
+    def _leave(self) -> None:
         self.second = None
         self._show()
 
@@ -282,7 +282,9 @@ class Page:
         with self.found:
             for text_id, text in texts:
                 pick = functools.partial(self._pick_text, text_id)
-                ui.button(text, on_click=pick).props("outline dense no-caps").classes("text")
+                ui.button(text, on_click=pick, color=None).props("outline dense no-caps").classes(
+                    "text"
+                )
             if not texts:
                 ui.label("no cached text has all of these words").classes("quiet")
 

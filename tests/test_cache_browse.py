@@ -318,7 +318,7 @@ def test_caches_in_other_row_orders_are_joined_by_id(make_cache: Make) -> None:
     samples = samples_of([one, other], None, 100)
     assert {*samples.bad} == {"i3", "i5"}
     a, b = spaces_of([one, other], samples)
-    assert (a.name, b.name) == ("stand_in:none (a.zarr)", "stand_in:none (b.zarr)")
+    assert (a.name, b.name) == (f"stand_in:none ({one.place})", f"stand_in:none ({other.place})")
     assert [one.image_ids[r] for r in a.rows] == [other.image_ids[r] for r in b.rows]
     assert a.images is not None
     assert b.images is not None

@@ -14,13 +14,15 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_caches
+from stand_in import dataset
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
 from cache_builder.browse import nearest_to_image, nearest_to_text, spaces_of
@@ -186,9 +188,13 @@ class Watched:
         self.asked: set[str] = set()
         page.on("console", lambda m: self.complaints.append(m.text) if m.type != "log" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("requestfailed", lambda request: self.complaints.append(request.url[:200]))
+        page.on("requestfailed", self._failed)
         page.on("request", lambda request: self.asked.add(request.url))
         page.on("websocket", lambda opened: self.asked.add(opened.url))
+
+    def _failed(self, request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # a picture that left the page before it came
+            self.complaints.append(f"{request.url[:200]}: {request.failure}")
 
     def open(self) -> Any:
         self.page.goto(self.url)
@@ -349,3 +355,56 @@ def test_nothing_sticks_out_and_colours_follow_the_system(
     assert (light > 600) == (scheme == "light")
     watched.check()
     page.close()
+
+
+@contextmanager
+def alone(browser: Any, cache: FeatureCache, folder: Path) -> Iterator[Watched]:
+    """The page of one cache."""
+    with served([cache], folder) as (process, url):
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
+        yield Watched(page, url)
+        page.close()
+        assert stop(process) == (0, "\nstopped\n")
+
+
+def test_strings_of_a_data_set_are_shown_as_they_are(
+    browser: Any, make_cache: Callable[..., FeatureCache], tmp_path: Path
+) -> None:
+    """Captions are strangers' words; and here neither pictures nor a grid are at hand."""
+    hostile = ["<img src=x onerror=alert(1)>", "{{ 7 * 7 }}", "</script><b>bold</b>", *"abcdef"]
+    cache = make_cache(dataset=dataset(texts=hostile, bad=(3,)))
+    with alone(browser, cache, tmp_path) as watched:
+        page = watched.open()
+        for text in hostile[:3]:
+            page.locator(".text", has_text=text).click()
+            page.locator(".says", has_text=f"“{text}”").wait_for()
+        assert page.locator("[src=x], b").count() == 0
+        assert page.locator(".note", has_text="the pictures of stand_in cannot be read").count()
+        assert page.locator(".note", has_text="in quarantine, not shown: i3: picture 3").count()
+        page.wait_for_function(LOADED)
+        page.locator(".map img").click()
+        page.get_by_text("5 patches an image, which make no square grid").wait_for()
+        watched.check()
+
+
+def test_pictures_of_any_shape_and_what_was_lost_since_are_told(
+    browser: Any, fast_path: Path, tmp_path: Path
+) -> None:
+    cache = small_caches.ragged(fast_path / "r.zarr")
+    samples = samples_of([cache], None, 100)
+    with alone(browser, cache, tmp_path) as watched:
+        page = watched.open()
+        page.locator(f".strip [alt={samples.ids[1]}]").click()
+        page.locator("h2", has_text=samples.ids[1]).wait_for()
+        page.wait_for_function(LOADED)
+        page.locator(".map img").click()
+        p, q = cache.grid()[cache.rows("image", [samples.ids[1]])[0]]
+        page.get_by_text(f"of {p} × {q}").wait_for()
+        shutil.rmtree(fast_path / "r.zarr" / "image" / "patches" / "c")
+        page.locator(f".strip [alt={samples.ids[2]}]").click()
+        page.locator("h2", has_text=samples.ids[2]).wait_for()
+        page.wait_for_function(LOADED)
+        page.locator(".map img").click()
+        page.locator(".q-notification", has_text="image/patches").wait_for()
+        watched.check()
