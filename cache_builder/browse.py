@@ -108,7 +108,8 @@ def _name(cache: FeatureCache) -> str:
 
 def _space(name: str, cache: FeatureCache, samples: Samples) -> Space:
     rows = cache.rows("image", samples.ids)
-    images, of, lacks = None, "", []
+    images, of = None, ""
+    lacks: list[str] = []
     if POOLED in cache.streams:
         images, of = unit(cache.read(POOLED, rows).astype(np.float32)), "pooled embeddings"
     elif uses_means(cache):
