@@ -1,4 +1,7 @@
-"""Verbs of this room: build · triplets · info · verify · export · import. Nothing heavy is imported until one runs."""
+"""Verbs of this room: build · triplets · info · verify · export · import · browse.
+
+Nothing heavy is imported until one runs.
+"""
 
 import argparse
 import json
@@ -8,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cache_builder.cli_browse import add_browse
 from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
 from cache_builder.cli_triplets import add_triplets
 from cache_builder.errors import CacheError, UnknownName
@@ -76,6 +80,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="an option of the data set, e.g. world=open; may be repeated",
     )
     come.set_defaults(func=_import)
+    add_browse(verbs)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from cache_builder import FeatureCache, plugins
+from cache_builder.covered import resize_mode
 from cache_builder.datasets.base import Dataset
 from eval.composition import CompositionScores
 from heads import checkpoint, load_method
@@ -44,9 +45,6 @@ WRITTEN = re.compile(r"(\d{2,}-\w*|query-\d{2,}(-\w*)?|strip|routing|modality)\.
 
 SPECIAL = re.compile(r"<[^<>]+>")
 """Start, end and padding: tokens that are no words."""
-
-RESIZE_MODE = re.compile(r'"resize_mode": "(\w+)"')
-"""Within a cache's `preprocessing`: open_clip's word for how a picture becomes a square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,15 +262,10 @@ def plain_name(name: str) -> str:
 
 def square(picture: Image.Image, preprocessing: str) -> UInt8[np.ndarray, "s s 3"]:
     """What the patch grid covers: the centre square, all of it padded, or (also by default) all of it squashed."""
-    found = RESIZE_MODE.search(preprocessing)
-    mode = found[1] if found else _mode_of_a_processor(preprocessing)
     side = min(*picture.size, LARGEST)
     shapes = {"shortest": ImageOps.fit, "longest": ImageOps.pad}
-    return np.asarray(shapes.get(mode, Image.Image.resize)(picture.convert("RGB"), (side, side)))
-
-
-def _mode_of_a_processor(preprocessing: str) -> str:
-    """The same word for a transformers image processor."""
-    if '"do_pad": true' in preprocessing:
-        return "longest"
-    return "shortest" if '"do_center_crop": true' in preprocessing else "squash"
+    return np.asarray(
+        shapes.get(resize_mode(preprocessing), Image.Image.resize)(
+            picture.convert("RGB"), (side, side)
+        )
+    )
