@@ -9,24 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
+from cache_builder.cli_ending import run
 from cache_builder.cli_triplets import add_triplets
 from cache_builder.errors import CacheError, UnknownName
-from cache_builder.pipe import quiet_when_unread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; a user's error is one sentence on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m cache_builder.cli", description=__doc__)
+    """`python -m cache_builder`: the verbs of this room alone; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cache_builder", description=__doc__)
     add_verbs(parser.add_subparsers(dest="verb", required=True))
-    with quiet_when_unread():
-        args = parser.parse_args(argv)
-    try:
-        with quiet_when_unread():
-            args.func(args)
-    except (CacheError, FileNotFoundError) as error:
-        print(f"{args.verb}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(parser, argv, (CacheError,))
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,4 +1,4 @@
-"""What is handed out: wheel and sdist hold everything, install and run outside the repository, and declare what they import.
+"""What is handed out: wheel and sdist hold everything, run outside the repository, and declare what they import.
 
 The environments of these tests are fresh but for their libraries: torch alone takes minutes to install, so a path file
 lends them those of the environment that runs the tests. It does not lend them this project, which is checked.
@@ -129,7 +129,10 @@ def test_a_wheel_and_an_sdist_hold_all_that_belongs_to_them(built: Built) -> Non
     kinds = {Path(name).suffix for name in rooms}
     assert kinds >= {".toml", ".html", ".safetensors", ".json", ".typed", ".py"}
     assert {f"{room}/py.typed" for room in ROOMS} <= rooms
-    assert not {name.partition("/")[0] for name in held} - {*ROOMS, f"headstart-{declared()['version']}.dist-info"}
+    assert not {name.partition("/")[0] for name in held} - {
+        *ROOMS,
+        f"headstart-{declared()['version']}.dist-info",
+    }
     assert any(name.endswith("licenses/LICENSE") for name in held)
     with tarfile.open(built.sdist) as sdist:
         names = {member.name.partition("/")[2] for member in sdist.getmembers()}
