@@ -17,7 +17,15 @@ from cache_builder.cli_ending import run
 from cache_builder.errors import CacheError
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
-from heads import cli_compare, cli_completion, cli_feasibility, cli_merge, cli_train, cli_words
+from heads import (
+    cli_compare,
+    cli_completion,
+    cli_feasibility,
+    cli_merge,
+    cli_push,
+    cli_train,
+    cli_words,
+)
 from heads.errors import HeadError
 
 SHELVES = {
@@ -84,6 +92,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     cli_words.add_verbs(verbs)
     cli_compare.add_verb(verbs)
     cli_merge.add_verb(verbs)
+    cli_push.add_verb(verbs)
 
     shelf = verbs.add_parser(
         "list",
