@@ -5,7 +5,6 @@ command, without score tables no figure. A licence is for whoever publishes to s
 """
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,8 +144,7 @@ def _training(record: Mapping[str, Any]) -> str:
         metric = record["train"]["select"]
         lines += [f"The weights are those of the best {metric} on val, {best[metric]:.4f}."]
     if command := record.get("command"):
-        text = command if isinstance(command, str) else shlex.join(map(str, command))
-        lines += ["", "```bash", text, "```"]
+        lines += ["", "```bash", command, "```"]
     lines += ["", "`run.json` has every setting, the versions and the cache's digest."]
     return "\n".join(lines)
 
