@@ -11,7 +11,7 @@ float32, which every reader of parquet knows and which holds all that is stored;
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -34,7 +34,7 @@ class Table:
     """One file: columns of strings, and of rows of streams."""
 
     file: str
-    strings: dict[str, Sequence[str]]
+    strings: Mapping[str, Sequence[str]]
     streams: Sequence[str]
 
 
@@ -94,12 +94,15 @@ def _write(given: Given, table: Table, folder: Path) -> Iterator[int]:
     fields += [_field(given, stream) for stream in table.streams]
     sizes = reduce(add, (given.sizes(s) for s in table.streams), np.full(n, 64))
     digest = {"headstart": json.dumps({"cache": given.cache.header.digest})}
+    packing: dict[str, Any] = {
+        "use_dictionary": [name for name in table.strings if name not in ("id", "string")],
+        "write_statistics": list(table.strings),
+    }
     with pq.ParquetWriter(
         folder / f"{table.file}.parquet",
         pa.schema(fields, metadata=digest),
         compression="zstd",
-        use_dictionary=[name for name in table.strings if name not in ("id", "string")],
-        write_statistics=list(table.strings),
+        **packing,
     ) as writer:
         for part in parts(sizes):
             cells = [pa.array(values[part], pa.string()) for values in table.strings.values()]

@@ -47,7 +47,8 @@ def model_card(
     values = {stem: comparison.evaluate(table) for stem, table in tables.items()}
     if record is not None:
         backbone = BackboneSpec.model_validate(record["cache"]["backbone"])
-    method, task = description["method"], record and record["task"]
+    method: str = description["method"]
+    task: str | None = None if record is None else record["task"]
     name = f"{method}-{task}" if task else method
     dataset = record and record["cache"]["dataset"]["name"]
     results = [

@@ -41,7 +41,7 @@ def hub() -> Iterator[Hub]:
     found = Hub()
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             """Nothing is logged."""
 
         def answer(self, code: int, body: object = None, **headers: str) -> None:

@@ -118,8 +118,8 @@ def test_a_killed_training_goes_on_in_the_same_curves(
     def work() -> None:
         tell, seen = Events.tell, [0]
 
-        def dying(self: Events, lines: Any) -> None:
-            tell(self, lines)
+        def dying(self: Events, history: Any) -> None:
+            tell(self, history)
             if self.told >= at:
                 self.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -154,8 +154,8 @@ def test_an_interruption_without_a_state_leaves_nothing(
 ) -> None:
     tell = Events.tell
 
-    def interrupted(self: Events, lines: Any) -> None:
-        tell(self, lines)
+    def interrupted(self: Events, history: Any) -> None:
+        tell(self, history)
         if self.told:
             raise KeyboardInterrupt
 
