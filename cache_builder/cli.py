@@ -13,24 +13,19 @@ from pathlib import Path
 
 from cache_builder.cli_browse import add_browse
 from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
+from cache_builder.cli_ending import run
 from cache_builder.cli_triplets import add_triplets
 from cache_builder.errors import CacheError, UnknownName
-from cache_builder.pipe import quiet_when_unread
+
+FORMS = {".h5": "h5", ".hdf5": "h5", ".npz": "npz", ".parquet": "parquet"}
+"""End of a name → form of an export."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; a user's error is one sentence on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m cache_builder.cli", description=__doc__)
+    """`python -m cache_builder`: the verbs of this room alone; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cache_builder", description=__doc__)
     add_verbs(parser.add_subparsers(dest="verb", required=True))
-    with quiet_when_unread():
-        args = parser.parse_args(argv)
-    try:
-        with quiet_when_unread():
-            args.func(args)
-    except (CacheError, FileNotFoundError) as error:
-        print(f"{args.verb}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(parser, argv, (CacheError,))
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,11 +48,20 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
     export = verbs.add_parser(
         "export",
-        help="a cache as one .h5 file",
-        description="Write a sealed cache into one HDF5 file, from which `headstart import` makes it again.",
+        help="a cache as one .h5 file, or as .npz or parquet for other programs",
+        description="Write a sealed cache for somebody else: .h5, from which `headstart import` makes it again byte by "
+        "byte; .npz, for numpy; or a folder of parquet tables. What is there already is never overwritten.",
     )
     export.add_argument("cache", type=Path)
-    export.add_argument("file", type=Path, help="the .h5 file to write; never overwritten")
+    target = export.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "file", type=Path, nargs="?", help="what it ends in decides: .h5, .npz or .parquet"
+    )
+    target.add_argument("--h5", type=Path, metavar="FILE", help="one HDF5 file, exact")
+    target.add_argument("--npz", type=Path, metavar="FILE", help="one archive of numpy's arrays")
+    target.add_argument(
+        "--parquet", type=Path, metavar="FOLDER", help="a table of images, and one of texts"
+    )
     export.set_defaults(func=_export)
 
     come = verbs.add_parser(
@@ -140,14 +144,38 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from cache_builder.cache import FeatureCache
-    from cache_builder.hdf5 import export_hdf5
 
+    form, target = _asked_form(args)
     cache = FeatureCache.open(args.cache)
-    with _writing(args.file, "nothing was left there; repeat the command to begin again"):
-        export_hdf5(cache, args.file, progress=True)
-    print(
-        f"{args.file}: {args.file.stat().st_size / 1e6:,.1f} MB, every chunk compared with its checksum"
-    )
+    with _writing(target, "nothing was left there; repeat the command to begin again"):
+        if form == "h5":
+            from cache_builder.hdf5 import export_hdf5 as export
+        elif form == "npz":
+            from cache_builder.npz import export_npz as export
+        else:
+            from cache_builder.parquet_writing import export_parquet as export
+        export(cache, target, progress=True)
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{target}: {size / 1e6:,.1f} MB, every chunk compared with its checksum")
+    if cache.quarantined and form != "h5":
+        print(
+            f"left out {len(cache.quarantined)} images that are quarantined; `quarantine` lists them"
+        )
+
+
+def _asked_form(args: argparse.Namespace) -> tuple[str, Path]:
+    """Which form of export, and where to: as an option says, or the end of the name."""
+    for form in ("h5", "npz", "parquet"):
+        if (target := getattr(args, form)) is not None:
+            return form, target
+    form = FORMS.get(args.file.suffix.lower())
+    if form is None:
+        raise UnknownName(
+            f"{args.file} does not end in {', '.join(FORMS)}, so its form is not known; say it by --h5, --npz or "
+            "--parquet"
+        )
+    return form, args.file
 
 
 def _import(args: argparse.Namespace) -> None:

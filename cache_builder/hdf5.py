@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from cache_builder.cache import FeatureCache
 from cache_builder.codec import decode_chunk, decode_strings
-from cache_builder.durable import make_folder
-from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch
+from cache_builder.errors import CacheCorrupt, CacheError, CacheMismatch
+from cache_builder.exporting import check_sealed
 from cache_builder.format import Bad, Entry, Layout
 from cache_builder.hdf5_checks import stored_dtype
 from cache_builder.hdf5_reading import ENDING_NULS, Exported, exported, string_type
@@ -56,18 +56,10 @@ def export_hdf5(cache: FeatureCache, file: str | Path, *, progress: bool = False
         OSError: the disk is full, or the place cannot be written; nothing is left behind.
     """
     file = Path(file)
-    if cache.state != "sealed" or cache.pending():
-        raise CacheIncomplete(
-            f"{cache.place} is not finished, and only a sealed cache is exported; repeat: {cache.chunks.command}"
-        )
-    if cache.digest() != cache.header.digest:
-        raise CacheCorrupt(
-            f"{cache.place}: its content digest is not the one sealed: the manifest or the quarantine was edited"
-        )
+    check_sealed(cache)
     if file.exists() or file.is_symlink():
         _check_same(cache, file)
         return file
-    make_folder(file.parent)
     total = sum(entry.bytes for entry in cache.chunks.manifest.values())
     with (
         whole_or_absent(file) as disk,

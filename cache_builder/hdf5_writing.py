@@ -1,17 +1,12 @@
 """The file HDF5 writes through: whole or absent, and safe when the disk is full."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache_builder.durable import sync_folder
-from cache_builder.errors import CacheLocked, CacheMismatch
-
-PART = ".headstart-part"
-"""Ends the name of an export that is not finished: nothing else is ever called so, and the next one replaces it."""
+from cache_builder.aside import new_file
 
 
 class Disk:
@@ -83,35 +78,7 @@ class Disk:
 @contextmanager
 def whole_or_absent(file: Path) -> Iterator[Disk]:
     """A file under a temporary name, renamed once it is durable; removed after any failure."""
-    part = file.with_name(f"{file.name}{PART}")
-    number = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        _lock(number, part, file)
-        try:
-            os.ftruncate(number, 0)
-            disk = Disk(number)
-            yield disk
-            disk.check()
-            os.fsync(number)
-            if file.exists():
-                raise CacheMismatch(f"{file} was made by somebody else meanwhile; it is kept")
-            part.rename(file)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    finally:
-        os.close(number)
-    sync_folder(file.parent)
-
-
-def _lock(number: int, part: Path, file: Path) -> None:
-    """Be the only one who writes here; the kernel forgets it when this process ends."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(number), os.stat(part)):
-            return
-    except (BlockingIOError, FileNotFoundError):
-        pass  # held, or renamed by the one who held it
-    raise CacheLocked(
-        f"another process is exporting to {file}; wait for it, or stop it and repeat the command"
-    )
+    with new_file(file) as number:
+        disk = Disk(number)
+        yield disk
+        disk.check()

@@ -51,6 +51,27 @@ def split_labels(tasks: Tasks, split: str, task: str | None = None) -> dict[str,
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
+def image_labels(tasks: Tasks) -> dict[str, dict[str, str]]:
+    """Image id → `split` and what its examples say of it, of czsl or else the only task; empty if there is no such.
+
+    An image that stands in several examples has all that differs, joined by " | ".
+    """
+    if "czsl" not in tasks.kinds and len(tasks.kinds) != 1:
+        return {}
+    task = _chosen(tasks, None)
+    examples = tasks.czsl.examples if task == "czsl" and tasks.czsl else getattr(tasks, task)
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for example in examples:
+        for row in _rows(example):
+            mine = found.setdefault(row["id"], {})
+            for name, value in {**row, "split": example.split}.items():
+                mine.setdefault(name, {})[value] = None
+    return {
+        image: {name: " | ".join(values) for name, values in said.items() if name != "id"}
+        for image, said in found.items()
+    }
+
+
 def _chosen(tasks: Tasks, task: str | None) -> str:
     kinds = tasks.kinds
     if task is None and ("czsl" in kinds or len(kinds) == 1):

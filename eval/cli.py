@@ -5,6 +5,7 @@ Heavy imports wait until a verb runs, so that `--help` is quick.
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from eval.bootstrap import Interval
     from eval.composed import Ranks
 
+
+INTERRUPTED, UNREAD = 130, 141
+"""Exit status after Ctrl-C, and where nobody reads the output any more, as shells have it of SIGINT and SIGPIPE."""
 
 GIVEN = {
     "split": "train, val or test, where the scores do not say it",
@@ -88,16 +92,37 @@ def add_verbs(verbs: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m eval.cli`; returns the exit status, 1 with one sentence for a user's error."""
+    """`python -m eval`: the verbs of this room alone, ended as `headstart` ends them; returns the exit status."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # this room talks to nobody but its reader, who has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.cli", description="Score tables and runs → numbers."
+        prog="python -m eval", description="Score tables and runs → numbers."
     )
     add_verbs(parser.add_subparsers(dest="verb", required=True))
     args = parser.parse_args(argv)
+    said = f"{parser.prog} {args.verb}:"
     try:
         args.func(args)
+    except KeyboardInterrupt:
+        print(f"\n{said} stopped; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
     except ScoreTableError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{said} {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"{said} {what}", file=sys.stderr)
         return 1
     return 0
 

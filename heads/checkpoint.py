@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,27 +46,12 @@ def save(head: Head, directory: str | Path) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     context = head.context
-    description = {
-        "format": FORMAT,
-        "method": method_name(head),
-        "config": head.config.model_dump(mode="json"),
-        "context": {
-            "shapes": {stream: list(shape) for stream, shape in sorted(context.shapes.items())},
-            "attrs": list(context.attrs),
-            "objs": list(context.objs),
-            "tables": {
-                name: [list(table.shape), str(table.dtype).removeprefix("torch.")]
-                for name, table in sorted(context.tables.items())
-            },
-            **_backbone_of(head),
-        },
-    }
     tensors = {f"head/{name}": value for name, value in head.state_dict().items()}
     tensors |= {f"readout/{name}": value for name, value in context.readout.items()}
     # Cloned, because safetensors refuses tensors that share memory.
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(plain, directory / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(description, indent=2, ensure_ascii=False)
+    text = json.dumps(_description(head), indent=2, ensure_ascii=False)
     (directory / "config.json").write_text(f"{text}\n", encoding="utf-8")
     return directory
 
@@ -141,6 +126,12 @@ class Pretrained(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self.head, save_directory)
 
+    def generate_model_card(self, *, repo: str = "OWNER/NAME") -> ModelCard:
+        """The page beside it; `headstart push` has the run's record too, and says more."""
+        from heads.model_card import model_card  # which needs eval, as no checkpoint does
+
+        return model_card(_description(self.head), backbone=self.head.context.backbone, repo=repo)
+
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "Pretrained":
         """From a directory, or a repository of the hub."""
@@ -202,6 +193,26 @@ def _damaged(directory: Path, error: Exception) -> CheckpointMismatch:
     return CheckpointMismatch(
         f"{directory} holds no readable head ({type(error).__name__}: {error}); train it again"
     )
+
+
+def _description(head: Head) -> dict[str, Any]:
+    """What `config.json` says of a head."""
+    context = head.context
+    return {
+        "format": FORMAT,
+        "method": method_name(head),
+        "config": head.config.model_dump(mode="json"),
+        "context": {
+            "shapes": {stream: list(shape) for stream, shape in sorted(context.shapes.items())},
+            "attrs": list(context.attrs),
+            "objs": list(context.objs),
+            "tables": {
+                name: [list(table.shape), str(table.dtype).removeprefix("torch.")]
+                for name, table in sorted(context.tables.items())
+            },
+            **_backbone_of(head),
+        },
+    }
 
 
 def _backbone_of(head: Head) -> dict[str, Any]:

@@ -13,12 +13,19 @@ from pathlib import Path
 from types import ModuleType
 
 from cache_builder import cli as cache_cli
-from cache_builder.cli_build import INTERRUPTED
+from cache_builder.cli_ending import run
 from cache_builder.errors import CacheError
-from cache_builder.pipe import quiet_when_unread
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
-from heads import cli_compare, cli_feasibility, cli_merge, cli_train, cli_words
+from heads import (
+    cli_compare,
+    cli_completion,
+    cli_feasibility,
+    cli_merge,
+    cli_push,
+    cli_train,
+    cli_words,
+)
 from heads.errors import HeadError
 
 SHELVES = {
@@ -37,23 +44,7 @@ transformers' names from a config.json on this machine, or else from what the fa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; a user's error is one sentence on stderr and exit status 1, a traceback means a bug."""
-    with quiet_when_unread():
-        args = _parser().parse_args(argv)
-    try:
-        with quiet_when_unread():
-            args.func(args)
-    except KeyboardInterrupt as stopped:
-        what = str(stopped) or "stopped; what was finished is kept"
-        print(f"\nheadstart {args.verb}: {what}", file=sys.stderr)
-        return INTERRUPTED
-    except (CacheError, ScoreTableError, HeadError) as error:
-        print(f"headstart {args.verb}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"headstart {args.verb}: {what}", file=sys.stderr)
-        return 1
-    return 0
+    return run(_parser(), argv, (CacheError, ScoreTableError, HeadError))
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -101,6 +92,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     cli_words.add_verbs(verbs)
     cli_compare.add_verb(verbs)
     cli_merge.add_verb(verbs)
+    cli_push.add_verb(verbs)
 
     shelf = verbs.add_parser(
         "list",
@@ -146,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add_verbs(verbs)
     cli_feasibility.add_verbs(verbs)
     eval_cli.add_verbs(verbs)
+    cli_completion.add_verb(verbs, _parser)
     return parser
 
 
@@ -258,10 +251,10 @@ def _costs(family: ModuleType) -> list[str]:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from heads.demo import BACKBONES, run
+    from heads import demo
 
     given = {"scale": args.scale, "epochs": args.epochs, "seeds": args.seeds}
-    made = run(args.out, **given, backbones=args.backbones or BACKBONES)
+    made = demo.run(args.out, **given, backbones=args.backbones or demo.BACKBONES)
     print(made.table)
     for what, path in made.files.items():
         print(f"{what}: {path}")

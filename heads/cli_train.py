@@ -81,6 +81,11 @@ def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="go on with what the same command began and did not finish, to the same weights bit for bit on the same "
         "machine; finished runs stay as they are, and those of which nothing was written yet start from the beginning",
     )
+    train.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="tell every step and validation to TensorBoard too, in RUN/tensorboard; needs headstart[tensorboard]",
+    )
     train.add_argument("--backbone", metavar="FAMILY:CHECKPOINT", help=MOVED)
     train.set_defaults(func=_train)
 
@@ -131,6 +136,7 @@ def _train(args: argparse.Namespace) -> None:
             save_every=args.save_every,
             resume=args.resume,
             stop=stop,
+            tensorboard=args.tensorboard,
         )
     if not first:
         return

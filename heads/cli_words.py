@@ -8,9 +8,12 @@ headstart words CACHE --nearest --out auxiliary.jsonl                the nearest
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cache_builder.datasets.base import Pair
 from heads.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cache_builder.datasets.base import Pair
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -90,7 +93,9 @@ def _words(args: argparse.Namespace) -> None:
         )
 
 
-def _print_short(short: Sequence[Pair], kept: int, found: Mapping[Pair, tuple[str, ...]]) -> None:
+def _print_short(
+    short: "Sequence[Pair]", kept: int, found: "Mapping[Pair, tuple[str, ...]]"
+) -> None:
     """Pairs that were left with too few words."""
     if short:
         print(f"{len(short)} train pairs have fewer than {kept} words:")

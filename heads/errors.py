@@ -27,3 +27,7 @@ class RunExists(HeadError, FileExistsError):
 
 class TrainingDiverged(HeadError, ArithmeticError):
     """A loss or gradient is not finite; names the step."""
+
+
+class HubError(HeadError, OSError):
+    """The Hugging Face hub refused a run, or could not be reached."""

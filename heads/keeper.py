@@ -14,6 +14,7 @@ from warnings import warn
 
 from heads import ranks, training_state
 from heads.learner import Learner
+from heads.tensorboard import Events
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,14 @@ class Kept:
         learner: one that is trained by gradient.
         out: the directory of its run.
         belongs: what must be the same when it goes on.
+        events: where its history is told, if anywhere.
 
     """
 
     learner: Learner
     out: Path
     belongs: Mapping[str, Any] = field(default_factory=dict)
+    events: Events | None = None
 
 
 class Keeper:
@@ -79,6 +82,9 @@ class Keeper:
         Raises:
             KeyboardInterrupt: somebody asked to stop, and the state is written.
         """
+        for one in self.kept:
+            if one.events is not None:
+                one.events.tell(one.learner.history)
         if any(one.learner.in_step for one in self.kept):
             return
         stops = ranks.anywhere(flag=self.stop is not None and self.stop.is_set())
@@ -98,6 +104,8 @@ class Keeper:
     def _write(self, epoch: int, used: int) -> None:
         self.number += 1
         for one in self.kept:
+            if one.events is not None:
+                one.events.flush()
             training_state.save(
                 one.out, self.number, one.learner, (epoch, used), one.belongs, self.room
             )

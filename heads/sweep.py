@@ -47,6 +47,7 @@ from heads.run_files import (
 )
 from heads.source import Source, check_roles, check_streams, context_of
 from heads.tasks import KINDS, TaskData, TripletData, load_task, rows_of, splits_of, task_of
+from heads.tensorboard import Events, open_for, remove_orphans
 from heads.train import fit_together
 from heads.train_config import TrainConfig
 from heads.validation import selection, validator
@@ -177,6 +178,7 @@ def train_runs(
     save_every: float = 0.0,
     resume: bool = False,
     stop: Event | None = None,
+    tensorboard: bool = False,
 ) -> list[Trained | Failed]:
     """Train methods on a cache's train split, select on its val split, and keep each result in its `out`.
 
@@ -189,6 +191,7 @@ def train_runs(
         resume: go on with what was interrupted, to the bits of an undisturbed training, and take what is finished as it
             is; what was not begun starts.
         stop: once set, the step in hand is finished, the state written and `KeyboardInterrupt` raised.
+        tensorboard: tell the history of each run to TensorBoard while it grows (tensorboard.py).
 
     Returns:
         The runs in their order, or why one failed.
@@ -199,6 +202,8 @@ def train_runs(
     """
     finished = {w.out for w in wanted if resume and (w.out / RECORD).exists()}
     if ranks.is_first():
+        for w in wanted if resume else ():
+            remove_orphans(w.out, RECORD)
         check_places([w.out for w in wanted if w.out not in finished], resume=resume)
     among = frozenset(KINDS).intersection(*(load_method(w.method).Head.tasks for w in wanted))
     task = task_of(cache, task, among)
@@ -218,6 +223,8 @@ def train_runs(
         for i, run in enumerate(runs)
         if i not in done
     }
+    telling = learners if tensorboard and ranks.is_first() else ()
+    events = {i: Events(runs[i].wanted.out) for i in telling}
     groups: dict[Batches, list[int]] = {}
     for i, run in enumerate(runs):
         groups.setdefault(run.batches, []).append(i)
@@ -232,7 +239,7 @@ def train_runs(
                     out = runs[i].wanted.out
                     check_same(out, found.states[out][1]["belongs"], belongs[i])
             kept = [
-                Kept(learners[i], runs[i].wanted.out, belongs[i])
+                Kept(learners[i], runs[i].wanted.out, belongs[i], events.get(i))
                 for i in members
                 if learners[i].head.training_by == "gradient"
             ]
@@ -242,7 +249,10 @@ def train_runs(
     # Made only now that nothing is wrong with the requests, but before training: an unwritable place shows at once.
     places = [runs[i].wanted.out for i in learners]
     ranks.wait()  # one process changes what all of them have read
-    with taken(places, resume=resume) if ranks.is_first() else nullcontext():
+    with (
+        taken(places, resume=resume) if ranks.is_first() else nullcontext(),
+        open_for(events.values(), RECORD),
+    ):
         for common, members, batches, keeper in parts:
             if ranks.anywhere(flag=stop is not None and stop.is_set()):
                 raise KeyboardInterrupt
@@ -254,10 +264,14 @@ def train_runs(
                     done[i] = Failed(out, result)
                     if ranks.is_first():
                         training_state.clear(out)
+                    if i in events:
+                        events[i].forget()
                     continue
                 if not ranks.is_first():
                     done[i] = Trained(out, learner.head, result)
                     continue
+                if i in events:
+                    events[i].end(result.history)
                 splits = {"train": data.train(run), "val": data.held_out(run)}
                 facts = {
                     **({"label": run.wanted.label} if run.wanted.label else {}),

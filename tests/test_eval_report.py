@@ -743,7 +743,7 @@ def test_metrics_on_the_legacy_curve_print_its_warning(runs, capsys):
 
 def test_a_user_s_error_is_one_sentence_and_status_1(runs, tmp_path, capsys):
     assert cli.main(["metrics", str(tmp_path / "nope.zarr")]) == 1
-    assert capsys.readouterr().err.startswith("ScoreTableNotFound: no score table at")
+    assert capsys.readouterr().err.startswith("python -m eval metrics: no score table at")
     match = str(runs / "zero_shot-0-seed0" / "scores-match.zarr")
     assert cli.main(["metrics", match, "--k", "2"]) == 1
     assert "has no k" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""A file or a folder that appears whole, or not at all: written aside, made durable, then renamed.
+
+    photos.h5.headstart-part  ── all of it written and synced ──▶  photos.h5
+
+A kill leaves what lies aside, under a name that nothing else has; whoever writes there next replaces it.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache_builder.durable import make_folder, sync_folder
+from cache_builder.errors import CacheLocked, CacheMismatch
+
+PART = ".headstart-part"
+"""Ends the name of an export that is not finished."""
+
+HELD = "lock"
+"""In a folder aside: held by whoever writes it; the kernel forgets it when that process ends."""
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[int]:
+    """An open file aside; renamed when the block is left, removed after any failure.
+
+    Raises:
+        CacheLocked: another process writes it.
+        CacheMismatch: the name was taken meanwhile.
+    """
+    make_folder(file.parent)
+    part = file.with_name(f"{file.name}{PART}")
+    number = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        _lock(number, part, file)
+        try:
+            os.ftruncate(number, 0)
+            yield number
+            os.fsync(number)
+            _check_free(file)
+            part.rename(file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(number)
+    sync_folder(file.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder aside, for plain files; renamed when the block is left, removed after any failure.
+
+    Raises:
+        CacheLocked: another process writes it.
+        CacheMismatch: the name was taken meanwhile.
+    """
+    make_folder(folder.parent)
+    part = folder.with_name(f"{folder.name}{PART}")
+    part.mkdir(exist_ok=True)
+    number = os.open(part / HELD, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        _lock(number, part / HELD, folder)
+        try:
+            for old in part.iterdir():
+                if old.name != HELD:
+                    old.unlink()
+            yield part
+            for file in part.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            (part / HELD).unlink()
+            sync_folder(part)
+            _check_free(folder)
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    finally:
+        os.close(number)
+    sync_folder(folder.parent)
+
+
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise CacheMismatch(f"{target} was made by somebody else meanwhile; it is kept")
+
+
+def _lock(number: int, part: Path, target: Path) -> None:
+    """Be the only one who writes here; the kernel forgets it when this process ends."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(number), os.stat(part)):
+            return
+    except (BlockingIOError, FileNotFoundError):
+        pass  # held, or renamed by the one who held it
+    raise CacheLocked(
+        f"another process is exporting to {target}; wait for it, or stop it and repeat the command"
+    )
