@@ -1,8 +1,8 @@
 """What a row costs: bytes that it reads of every image, seconds of building and of training, parameters.
 
 From run.json: `costs.bytes_per_image` (stored bytes of the image streams that the method reads), `costs.build_seconds`
-(of the whole cache, whatever of it is read), `seconds` (training) and `parameters`. Older runs, and runs from elsewhere,
-lack some: an unknown cost is None, never 0.
+(of the whole cache, whatever of it is read), `seconds` (training) and `parameters`. Older runs, and runs from
+elsewhere, lack some: an unknown cost is None, never 0.
 
 Not for: comparing seconds of different machines, or of runs that trained side by side in one process.
 """

@@ -44,8 +44,8 @@ CSV_HEAD = (
 )
 """Lines are metrics of rows, costs of rows (bytes, seconds, numbers), or differences of two rows.
 
-`seeds_other` is of differences alone: the seeds of the row that is taken away; so are `p` and `p_holm`. `place` and `tied`
-(with the best) are of the headline.
+`seeds_other` is of differences alone: the seeds of the row that is taken away; so are `p` and `p_holm`. `place` and
+`tied` (with the best) are of the headline.
 """
 
 BELOW = "▼"
@@ -220,9 +220,9 @@ def _pair_lines(c: Comparison) -> list[Sequence[object]]:
         numbers = [i.estimate, None, i.low, i.high, *[None] * 6]
         verdict = "decided" if found.is_decided else "undecided"
         metric = f"difference of {c.name(c.headline)}"
+        ps = [None, None, found.p, found.corrected]
         rows.append(
-            [*_facts(c), *names, metric, len(a.runs), *numbers, verdict, len(b.runs), None, None]
-            + [found.p, found.corrected]
+            [*_facts(c), *names, metric, len(a.runs), *numbers, verdict, len(b.runs), *ps]
         )
     return rows
 

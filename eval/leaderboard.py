@@ -3,8 +3,8 @@
     place   1 + the rows with a larger mean over seeds
     tied    the difference to the best row is not decided, corrected for all pairs of the question (`eval.pairwise`)
 
-So a row far down may be tied (its seeds differ much), and one just below the best may not. `tied` is no class of equals:
-two rows that are tied with the best may well be told apart from each other.
+So a row far down may be tied (its seeds differ much), and one just below the best may not. `tied` is no class of
+equals: two rows that are tied with the best may well be told apart from each other.
 """
 
 from collections.abc import Sequence

@@ -88,13 +88,13 @@ def _says(pairs: Pairs) -> str:
     limit = ""
     if not pairs.can_decide:
         limit = (
-            f" With {m} pairs and so many draws no p can be smaller than {m * smallest_p(pairs.resamples):.2g}: nothing "
-            "can be decided here. Report on fewer rows."
+            f" With {m} pairs and so many draws no p can be smaller than {m * smallest_p(pairs.resamples):.2g}: "
+            "nothing can be decided here. Report on fewer rows."
         )
     return (
         f"{TIED}: cannot be told apart from the best. {correction}: {decided} decided (p ≤ {LEVEL}, coloured), "
-        f"{m - decided} undecided. Intervals are of each difference alone. p comes from {pairs.resamples:,} draws and is, "
-        f"uncorrected, never below {smallest_p(pairs.resamples):.2g}.{limit}"
+        f"{m - decided} undecided. Intervals are of each difference alone. p comes from {pairs.resamples:,} draws and "
+        f"is, uncorrected, never below {smallest_p(pairs.resamples):.2g}.{limit}"
     )
 
 

@@ -1,7 +1,7 @@
 """Comparisons as one HTML page: tables, plots, pictures, the provenance of every run; nothing is loaded from elsewhere.
 
-Without its script, which sorts tables, a page shows the same: printed, mailed or opened on a phone. Words that come from
-files are escaped.
+Without its script, which sorts tables, a page shows the same: printed, mailed or opened on a phone. Words that come
+from files are escaped.
 """
 
 import string

@@ -11,8 +11,8 @@ before it. A pair is *decided* where the product is at most 0.05; that even one 
 comes out as decided happens then in at most 5 of 100 reports, whatever depends on what. `scipy.stats` has Benjamini and
 Hochberg's correction, which lets a share of the decided ones be wrong; a leaderboard needs the stricter one.
 
-With many pairs 1,000 draws are too few: m · 2 / 1001 is above 0.05 from 26 pairs on, and nothing could be decided. So the
-draws are `resamples_for(m)`; where these would be more than is affordable, the limit is said (`Pairs.can_decide`).
+With many pairs 1,000 draws are too few: m · 2 / 1001 is above 0.05 from 26 pairs on, and nothing could be decided. So
+the draws are `resamples_for(m)`; where these would be more than is affordable, the limit is said (`Pairs.can_decide`).
 
 Not for: rows with one seed each as a claim about the methods, as the draws know nothing then of what training varies.
 """
@@ -159,7 +159,7 @@ def smallest_p(resamples: int) -> float:
 
 
 def resamples_for(n_pairs: int, items: int = 1) -> int:
-    """Draws with which the first of so many pairs can be decided with `ROOM`, as far as `items` a draw can be afforded."""
+    """Draws with which the first of so many pairs can be decided with `ROOM`, as far as so many `items` are affordable."""
     needed = math.ceil(2 * ROOM * n_pairs / LEVEL) - 1
     affordable = min(MOST_RESAMPLES, MOST_COUNTS // items)
     return max(RESAMPLES, min(math.ceil(needed / 1000) * 1000, affordable))
