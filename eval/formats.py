@@ -221,9 +221,7 @@ def _pair_lines(c: Comparison) -> list[Sequence[object]]:
         verdict = "decided" if found.is_decided else "undecided"
         metric = f"difference of {c.name(c.headline)}"
         ps = [None, None, found.p, found.corrected]
-        rows.append(
-            [*_facts(c), *names, metric, len(a.runs), *numbers, verdict, len(b.runs), *ps]
-        )
+        rows.append([*_facts(c), *names, metric, len(a.runs), *numbers, verdict, len(b.runs), *ps])
     return rows
 
 

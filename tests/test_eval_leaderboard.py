@@ -332,5 +332,7 @@ def test_a_table_says_how_it_was_scored(tmp_path):
     )
     score_io.save(scored, run / "scores-other.zarr")
     text = report([run], tmp_path / "r.html")[0].read_text(encoding="utf-8")
-    assert "<dt>scores scores-other.zarr</dt><dd><code>headstart score &lt;it&gt;</code></dd>" in text
+    assert (
+        "<dt>scores scores-other.zarr</dt><dd><code>headstart score &lt;it&gt;</code></dd>" in text
+    )
     assert "<dt>scores scores-test.zarr</dt><dd>– (not recorded)</dd>" in text
