@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eval.comparison import Comparison
 from eval.composed_pictures import composed_of
+from eval.cost_figures import cost_figures_of
 from eval.diagnostic_figures import diagnostics_of
 from eval.figures import figures_of, trained, training_figure
 from eval.formats import BELOW
@@ -162,5 +163,6 @@ def _comparison(c: Comparison, series: Mapping[str, int], anchors: Anchors) -> s
         parts += [board, "<h3>All metrics</h3>"]
     parts.append(main_table(c, series, anchors))
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]
-    parts += [seed_values(c, anchors), figures_of(c, series), diagnostics_of(c, series)]
+    parts += [seed_values(c, anchors), cost_figures_of(c, series), figures_of(c, series)]
+    parts.append(diagnostics_of(c, series))
     return "".join(parts)

@@ -159,7 +159,7 @@ def smallest_p(resamples: int) -> float:
 
 
 def resamples_for(n_pairs: int, items: int = 1) -> int:
-    """Draws with which the first of so many pairs can be decided with `ROOM`, as far as so many `items` are affordable."""
+    """Draws with which the first of so many pairs can be decided with `ROOM`, as far as `items` allow."""
     needed = math.ceil(2 * ROOM * n_pairs / LEVEL) - 1
     affordable = min(MOST_RESAMPLES, MOST_COUNTS // items)
     return max(RESAMPLES, min(math.ceil(needed / 1000) * 1000, affordable))
