@@ -21,7 +21,7 @@ AXES = {
 
 
 def cost_figures_of(c: Comparison, series: Mapping[str, int]) -> str:
-    """A plot a cost, as far as two rows say it."""
+    """A plot a cost, as far as the rows that say it differ in it."""
     entries = leaderboard(c)
     if not entries:
         return ""
@@ -37,7 +37,7 @@ def cost_figures_of(c: Comparison, series: Mapping[str, int]) -> str:
             for entry in entries
             if (value := drawn_cost(entry, cost)) is not None
         ]
-        if len(points) > 1:
+        if len({point.cost for point in points}) > 1:
             figures.append(_figure(c, cost, points, len(entries) - len(points)))
     if not figures:
         return ""

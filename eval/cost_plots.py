@@ -160,7 +160,9 @@ def _logarithmic(
     found = [tick for tick in found if low <= math.log(tick) <= high]
     if not binary and len(found) > MOST_TICKS:
         found = [tick for tick in found if round(math.log10(tick), 9).is_integer()]
-    return place, found[:: math.ceil(len(found) / MOST_TICKS) or 1]
+    if len(found) < 2:
+        found = sorted({min(costs), max(costs)} if high - low > 4 * room else {min(costs)})
+    return place, found[:: math.ceil(len(found) / MOST_TICKS)]
 
 
 def _percent(points: Sequence[Point]) -> tuple[Callable[[float], float], list[float]]:

@@ -48,8 +48,8 @@ def seconds(value: float) -> str:
 
 
 COSTS = (
-    Cost("bytes_per_image", "read per image", "bytes", size),
-    Cost("build_seconds", "building the cache", "seconds", seconds),
+    Cost("bytes_per_image", "read", "per image", size),
+    Cost("build_seconds", "build", "seconds", seconds),
     Cost("training_seconds", "training", "seconds", seconds),
     Cost("parameters", "parameters", "trained", lambda value: f"{value:,.0f}"),
 )

@@ -58,6 +58,12 @@ def percent(value: float, digits: int = 1, sign: str = "") -> str:
     return shown if float(shown) or not value else f"{100 * value:{sign}.2g}"
 
 
+def points(difference: float) -> str:
+    """A difference in points with its sign; none for what rounds to 0."""
+    shown = f"{100 * difference:+.1f}"
+    return "0.0" if float(shown) == 0 else shown
+
+
 def signed(gain: Interval, digits: int = 1) -> str:
     """A difference in points with its interval."""
     estimate, low, high = (percent(v, digits, "+") for v in (gain.estimate, gain.low, gain.high))

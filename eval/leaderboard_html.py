@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from eval.comparison import Comparison
 from eval.costs import COSTS, mean_cost
+from eval.formats import points
 from eval.leaderboard import Entry, leaderboard
 from eval.markup import cell, chip, table, text
 from eval.pairwise import LEVEL, Difference, Pairs, smallest_p
@@ -58,13 +59,16 @@ def _difference(found: Difference | None, none: str) -> str:
     """Points with their interval and the corrected p-value; coloured where decided."""
     if found is None:
         return cell(none, 0.0 if none == "best" else None)
-    i = found.interval
     return cell(
-        f'<span class="{_colour(found)}">{100 * i.estimate:+.1f}</span>'
-        f"<small class=soft>[{100 * i.low:+.1f}, {100 * i.high:+.1f}]</small>"
+        f'<span class="{_colour(found)}">{points(found.interval.estimate)}</span>'
+        f"<small class=soft>{_interval(found)}</small>"
         f"<small class=soft>{p_words(found.corrected)}</small>",
-        i.estimate,
+        found.interval.estimate,
     )
+
+
+def _interval(found: Difference) -> str:
+    return f"[{points(found.interval.low)}, {points(found.interval.high)}]"
 
 
 def _colour(found: Difference) -> str:
@@ -118,8 +122,17 @@ def _matrix(c: Comparison, entries: Sequence[Entry], series: Mapping[str, int]) 
     for n, label, mine in zip(places, labels, entries, strict=True):
         cells = [f"<th scope=row>{chip(series[label])}{n} · {text(label)}</th>"]
         for other in entries:
-            found = None if mine is other else c.pairs.between(mine.number, other.number)
-            cells.append(_difference(found, ""))
+            found = c.pairs.between(mine.number, other.number)
+            cells.append(_square(found) if found else cell(""))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     made = table(head, lines, f"Differences between all rows, {c.title}")
     return f"<details open><summary>Differences between all rows</summary>{made}</details>"
+
+
+def _square(found: Difference) -> str:
+    """Points and p-value; the interval is its title."""
+    return cell(
+        f'<span class="{_colour(found)}" title="{_interval(found)}">{points(found.interval.estimate)}</span>'
+        f"<small class=soft>{p_words(found.corrected)}</small>",
+        found.interval.estimate,
+    )

@@ -49,7 +49,9 @@ def cell(shown: str, value: float | int | None = None, *classes: str) -> str:
     return f"<td{named}{number}>{shown}</td>"
 
 
-def table(head: Iterable[str], body: Iterable[str], says: str, foot: str = "") -> str:
+def table(
+    head: Iterable[str], body: Iterable[str], says: str, foot: str = "", *, sorts: bool = True
+) -> str:
     """A table that scrolls inside its own box, and whose columns can be sorted where scripts run.
 
     Args:
@@ -57,10 +59,12 @@ def table(head: Iterable[str], body: Iterable[str], says: str, foot: str = "") -
         body: rows, `<tr>` each; `foot` stays below them in any order.
         says: what the table is, for those who do not see it.
         foot: rows that are no part of what is sorted.
+        sorts: may its rows stand in another order?
 
     """
+    kind = ' class="sorts"' if sorts else ""
     below = f"<tfoot>{foot}</tfoot>" if foot else ""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{text(says)}"><table class="sorts"><thead><tr>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{text(says)}"><table{kind}><thead><tr>'
         f"{''.join(head)}</tr></thead><tbody>{''.join(body)}</tbody>{below}</table></div>"
     )

@@ -42,7 +42,7 @@ for (const table of document.querySelectorAll("table.sorts")) {
       }
       body.append(...rows);
     });
-    head.append(button);
+    head.insertBefore(button, head.querySelector("small"));
   });
 
   if (original.length <= 12) continue;

@@ -8,10 +8,12 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.agreement_html import agreement_of
 from eval.comparison import Comparison
 from eval.composed_pictures import composed_of
 from eval.cost_figures import cost_figures_of
 from eval.diagnostic_figures import diagnostics_of
+from eval.failures_html import failures_of
 from eval.figures import figures_of, trained, training_figure
 from eval.formats import BELOW
 from eval.leaderboard_html import leaderboard_of
@@ -164,5 +166,5 @@ def _comparison(c: Comparison, series: Mapping[str, int], anchors: Anchors) -> s
     parts.append(main_table(c, series, anchors))
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]
     parts += [seed_values(c, anchors), cost_figures_of(c, series), figures_of(c, series)]
-    parts.append(diagnostics_of(c, series))
+    parts += [diagnostics_of(c, series), agreement_of(c, series), failures_of(c, series)]
     return "".join(parts)

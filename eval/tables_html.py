@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from eval.comparison import Comparison, Row
-from eval.formats import BELOW, percent, to_csv
+from eval.formats import BELOW, percent, points, to_csv
 from eval.markup import cell, chip, data_link, table, text
 from eval.runs import Group, Run
 
@@ -79,10 +79,9 @@ def _gain(row: Row) -> str:
     if row.gain is None:
         return cell("–")
     sign = ("up" if row.gain.estimate > 0 else "down") if row.gain.excludes_zero else ""
-    low, high = 100 * row.gain.low, 100 * row.gain.high
     return cell(
-        f'<span class="{sign}">{100 * row.gain.estimate:+.1f}</span>'
-        f"<small class=soft>[{low:+.1f}, {high:+.1f}]</small>",
+        f'<span class="{sign}">{points(row.gain.estimate)}</span>'
+        f"<small class=soft>[{points(row.gain.low)}, {points(row.gain.high)}]</small>",
         row.gain.estimate,
     )
 
