@@ -80,7 +80,7 @@ def failures_of(c: Comparison, series: Mapping[str, int]) -> str:
     return (
         f'<h3>What goes wrong most</h3><p class="soft">{_says(c, len(shown))} '
         f"{data_link('failures', csv_table(csv))} of the first {len(found)}</p>"
-        f'<div style="{album.style()}">{table(head, lines, f"What goes wrong most, {c.title}")}</div>'
+        f'<div class="asked" style="{album.style()}">{table(head, lines, f"What goes wrong most, {c.title}")}</div>'
     )
 
 
@@ -92,14 +92,17 @@ _ANSWERS = {
     "composed": "A cell is the image ranked first, and where the best right one ranks. Pictures are shown where a run "
     "holds them (headstart score … --pictures N).",
 }
+_ONE_IMAGE = "A cell says whether the true caption is preferred; where both are alike it is not."
 
 
 def _says(c: Comparison, n: int) -> str:
     """How the items were chosen, and how to read a cell."""
+    pairs = c.question.kind == "matching" and not c.question.variant.startswith("2×2")
+    reads = _ONE_IMAGE if pairs else _ANSWERS[c.question.kind]
     return (
         f"The {n} items that are wrong most often, over the seeds of each row and then over rows; of equal ones those "
         f"whose answers are furthest off, then the first. Right: {RULES[c.question.kind]}. "
-        f"{_ANSWERS[c.question.kind]} Cells are of each row’s first seed."
+        f"{reads} Cells are of each row’s first seed."
     )
 
 

@@ -24,9 +24,9 @@ def leaderboard_of(c: Comparison, series: Mapping[str, int], anchors: Anchors) -
         return ""
     name = text(c.name(c.headline))
     head = ["<th>method · backbone</th>", "<th>place</th>", f"<th>{name}</th>"]
-    head += [f"<th>{name}<small class=soft>minus the best</small></th>"]
+    head += ["<th>− best<small class=soft>points</small></th>"]
     gains = any(entry.gain for entry in entries)
-    head += [f"<th>{name}<small class=soft>minus zero_shot</small></th>"] * gains
+    head += ["<th>− zero_shot<small class=soft>points</small></th>"] * gains
     head += [f"<th>{cost.title}<small class=soft>{cost.unit}</small></th>" for cost in COSTS]
     head.append("<th>seeds</th>")
     lines = [_line(c, entry, gains, series, anchors) for entry in entries]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.agreement_html import agreement_of
+from eval.breakdown_html import categories_of
 from eval.comparison import Comparison
 from eval.composed_pictures import composed_of
 from eval.cost_figures import cost_figures_of
@@ -166,5 +167,7 @@ def _comparison(c: Comparison, series: Mapping[str, int], anchors: Anchors) -> s
     parts.append(main_table(c, series, anchors))
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]
     parts += [seed_values(c, anchors), cost_figures_of(c, series), figures_of(c, series)]
-    parts += [diagnostics_of(c, series), agreement_of(c, series), failures_of(c, series)]
+    if c.curve != "legacy":
+        parts += [categories_of(c, series), diagnostics_of(c, series)]
+        parts += [agreement_of(c, series), failures_of(c, series)]
     return "".join(parts)
