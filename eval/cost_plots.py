@@ -142,11 +142,11 @@ def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tup
 
 
 def _logarithmic(
-    costs: Sequence[float], start: float, binary: bool
+    costs: Sequence[float], start: int, binary: bool
 ) -> tuple[Callable[[float], float], list[float]]:
     """Cost → place on the axis, and the costs that are marked on it; a bare axis where nothing costs anything."""
     if not costs:
-        return (lambda cost: start), []
+        return (lambda cost: float(start)), []
     low, high = math.log(min(costs)), math.log(max(costs))
     room = max(0.12 * (high - low), 0.35)
     low, high = low - room, high + room
@@ -173,7 +173,7 @@ def _percent(points: Sequence[Point]) -> tuple[Callable[[float], float], list[fl
     low, high = max(0.0, low - room), min(1.0, high + room)
     if high - low < 0.01:
         low, high = max(0.0, high - 0.01), max(high, 0.01)
-    step = next(s for s in (0.5, 1, 2, 5, 10, 20) if 100 * (high - low) / s <= MOST_TICKS)
+    step = next(s for s in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0) if 100 * (high - low) / s <= MOST_TICKS)
     first = math.ceil(100 * low / step)
     lines = [i * step for i in range(first, math.floor(100 * high / step) + 1)]
     return (lambda value: FLOOR - (FLOOR - TOP) * (value - low) / (high - low)), lines

@@ -31,7 +31,7 @@ def table(seed: int, strength: float, n: int = 60) -> MatchingScores:
 
 
 def write_run(root: Path, method: str, backbone: str, seed: int, found, **facts) -> Path:
-    path = root / f"{method}-{backbone.replace(':', '-')}-{seed}"
+    path = root / f"{method}-{backbone.replace(':', '-').replace('/', '-')}-{seed}"
     path.mkdir(parents=True)
     record = {"method": method, "seed": seed, "backbone": backbone, "dataset": "toy_world"}
     (path / "run.json").write_text(json.dumps(record | facts))
