@@ -114,7 +114,7 @@ def _line(failure: Failure, album: Album) -> str:
         words = f"“{text(edit)}”" if edit else text(failure.asked)
         pictures = album.thumb(failure.reference, "reference")
         pictures += album.thumb(failure.target, "right")
-        asked = f"{words}{pictures}<small class=soft>{text(failure.name)}</small>"
+        asked = f'{words}<span class="thumbs">{pictures}</span><small class=soft>{text(failure.name)}</small>'
     cells = [f"<th scope=row>{asked}</th>", cell(percent(failure.wrong, 0), failure.wrong)]
     cells += [_answer(answer, album) for answer in failure.answers]
     return f"<tr>{''.join(cells)}</tr>"

@@ -8,7 +8,7 @@ from eval.formats import points
 from eval.leaderboard import Entry, leaderboard
 from eval.markup import cell, chip, table, text
 from eval.pairwise import LEVEL, Difference, Pairs, smallest_p
-from eval.tables_html import Anchors, metric_cell, row_head, seeds_cell
+from eval.tables_html import Anchors, heading, metric_cell, row_head, seeds_cell
 
 TIED = "≈"
 """Marks a row that cannot be told apart from the best."""
@@ -22,8 +22,7 @@ def leaderboard_of(c: Comparison, series: Mapping[str, int], anchors: Anchors) -
     entries = leaderboard(c)
     if c.pairs is None or not entries:
         return ""
-    name = text(c.name(c.headline))
-    head = ["<th>method · backbone</th>", "<th>place</th>", f"<th>{name}</th>"]
+    head = ["<th>method · backbone</th>", heading(c, c.headline), "<th>place</th>"]
     head += ["<th>− best<small class=soft>points</small></th>"]
     gains = any(entry.gain for entry in entries)
     head += ["<th>− zero_shot<small class=soft>points</small></th>"] * gains
@@ -43,8 +42,9 @@ def _line(
     """One row of the leaderboard."""
     group = entry.row.group
     tied = f' <span title="cannot be told apart from the best">{TIED}</span>' * entry.is_tied
-    cells = [row_head(group, series, anchors), cell(f"{entry.place}{tied}", entry.place)]
+    cells = [row_head(group, series, anchors)]
     cells.append(metric_cell(c, entry.row, c.headline, "lead", *["best"] * (entry.place == 1)))
+    cells.append(cell(f"{entry.place}{tied}", entry.place))
     cells.append(_difference(entry.behind, "best"))
     cells += [_difference(entry.gain, "–")] * gains
     for cost in COSTS:

@@ -38,7 +38,7 @@ def _run(run: Run, anchor: str) -> str:
     facts += [("weights", _code(weights))] if weights else []
     for cost in COSTS:
         value = cost_of(run, cost.name)
-        shown = "–" if value is None else f"{cost.shown(value)} {_unit(cost.name)}".strip()
+        shown = "–" if value is None else f"{cost.shown(value)} {cost.unit}"
         facts.append((cost.title, shown))
     facts.append(("trained by", _command(run.facts.get("command"))))
     for name, table in run.tables.items():
@@ -59,10 +59,6 @@ def _inside(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A part of a record; empty where it is none."""
     found = facts.get(name)
     return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
-
-
-def _unit(name: str) -> str:
-    return "s" if name.endswith("_seconds") else ""
 
 
 def _code(value: object) -> str:

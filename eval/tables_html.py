@@ -16,7 +16,7 @@ def main_table(c: Comparison, series: Mapping[str, int], anchors: Anchors) -> st
     gains = any(row.gain for row in c.rows)
     head = ["<th>method · backbone</th>", '<th class="words">space</th>', "<th>seeds</th>"]
     for m in c.columns:
-        head.append(_heading(c, m))
+        head.append(heading(c, m))
         if gains and m == c.headline:
             head.append(f"<th>{text(c.name(m))}<small class=soft>minus zero_shot</small></th>")
     best = {m: max(row.cells[m].mean for row in c.rows) for m in c.columns}
@@ -41,7 +41,7 @@ def main_table(c: Comparison, series: Mapping[str, int], anchors: Anchors) -> st
     return f'{made}<p class="csv soft">{link}, all metrics as fractions</p>'
 
 
-def _heading(c: Comparison, metric: str) -> str:
+def heading(c: Comparison, metric: str) -> str:
     """A column's name, its category on a line of its own."""
     name, _, category = metric.partition("/")
     below = f"<small class=soft>{text(category)}</small>" if category else ""
