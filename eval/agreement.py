@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
+from sklearn.metrics import cohen_kappa_score  # pyright: ignore[reportMissingTypeStubs]
 
 from eval.comparison import Comparison, Row
 from eval.correctness import majority, right_seeds
@@ -74,14 +75,12 @@ def agreement(
     ours: int, theirs: int, a: Bool[np.ndarray, " q"], b: Bool[np.ndarray, " q"]
 ) -> Agreement:
     """Of two rows, from which items they get right."""
-    shares = [float(part.mean()) for part in (a & b, a & ~b, ~a & b, ~a & ~b)]
-    return Agreement(ours, theirs, *shares, kappa(a, b))
+    both, first, second, neither = (float(x.mean()) for x in (a & b, a & ~b, ~a & b, ~a & ~b))
+    return Agreement(ours, theirs, both, first, second, neither, kappa(a, b))
 
 
 def kappa(a: Bool[np.ndarray, " q"], b: Bool[np.ndarray, " q"]) -> float | None:
     """Cohen's; None where chance alone would agree on everything."""
-    from sklearn.metrics import cohen_kappa_score
-
     if (a.all() and b.all()) or not (a.any() or b.any()):
         return None
     return float(cohen_kappa_score(a, b))

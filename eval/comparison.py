@@ -18,6 +18,7 @@ from eval.bootstrap import Distribution, Interval
 from eval.composed import Ranks
 from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
+from eval.costs import costs_of
 from eval.czsl import CurveKind
 from eval.draws import strata
 from eval.errors import EvalWarning
@@ -336,8 +337,8 @@ def counts(table: Table) -> str:
 def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Every metric of every table: backbone → method → seed → task → numbers, as fractions.
 
-    A task is `<data set>/<kind>[/<variant>]/<split>[/<world>]`; its entry names space, k and items, holds `metrics` and
-    `chance`, and for CZSL `legacy_metrics`.
+    A task is `<data set>/<kind>[/<variant>]/<split>[/<world>]`; its entry names space, k and items, holds `metrics`,
+    `chance` and `costs`, as far as run.json says them, and for CZSL `legacy_metrics`.
 
     Args:
         comparisons: what `compare` gives: a legacy curve behind the exact one.
@@ -356,6 +357,6 @@ def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                     tasks[longer if longer in tasks else key]["legacy_metrics"] = values
                     continue
                 entry = {"space": group.space, "k": c.k, "items": c.counts}
-                entry |= {"metrics": values, "chance": c.chance}
+                entry |= {"metrics": values, "chance": c.chance, "costs": costs_of(run)}
                 tasks[key if key not in tasks else longer] = entry
     return nested

@@ -57,6 +57,6 @@ def majority(seeds: Bool[np.ndarray, "s q"]) -> Bool[np.ndarray, " q"]:
     return 2 * seeds.sum(0) > len(seeds)
 
 
-def wrong_share(seeds: Sequence[Bool[np.ndarray, "s q"]]) -> Float[np.ndarray, " q"]:
+def wrong_share(seeds: Sequence[Bool[np.ndarray, "_ q"]]) -> Float[np.ndarray, " q"]:
     """Of every item, how often it is wrong: over the seeds of each row, then over rows."""
     return np.mean([1 - found.mean(0) for found in seeds], axis=0)

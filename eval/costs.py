@@ -9,7 +9,7 @@ Not for: comparing seconds of different machines, or of runs that trained side b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,8 +58,8 @@ COSTS = (
 
 def cost_of(run: Run, name: str) -> float | None:
     """A cost as run.json says it; None where it does not say a usable number."""
-    said: Any = run.facts.get("costs")
-    inside: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
+    said = run.facts.get("costs")
+    inside = cast("Mapping[str, Any]", said) if isinstance(said, Mapping) else {}
     places = {
         "bytes_per_image": inside.get("bytes_per_image"),
         "build_seconds": inside.get("build_seconds"),
@@ -70,6 +70,12 @@ def cost_of(run: Run, name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if np.isfinite(value) and value >= 0 else None
+
+
+def costs_of(run: Run) -> dict[str, float]:
+    """Every cost that run.json says."""
+    found = {cost.name: cost_of(run, cost.name) for cost in COSTS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def seed_costs(group: Group, name: str) -> tuple[float | None, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from eval import diagnostic_plots
 from eval.breakdown_html import side_by_side
@@ -154,7 +154,7 @@ def _accuracies(
         link = "" if figures else data_link(f"accuracy-{kind}", csv_table(lines))
         caption = f"<b>Accuracy by {noun}</b>, {text(backbone)}: {keys}.{cut} {link}"
         figures.append(figure(svg, caption))
-    return "".join(figures), _table(c, series, first, shares, hardest, noun)
+    return "".join(figures), _table(c, series, first, shares, drawn, noun)
 
 
 def _table(
@@ -162,15 +162,15 @@ def _table(
     series: Mapping[str, int],
     first: Accuracy,
     shares: Sequence[Float[np.ndarray, " p"]],
-    hardest: Int[np.ndarray, " h"],
+    drawn: Sequence[int],
     noun: str,
 ) -> str:
     """The same numbers, all rows side by side; nothing for one row."""
     if len(shares) < 2:
         return ""
     made = side_by_side(
-        c, series, [first.names[i] for i in hardest], np.array(shares).T[hardest], noun,
-        counts=[int(first.n[i].sum()) for i in hardest],
+        c, series, [first.names[i] for i in drawn], np.array(shares).T[list(drawn)], noun,
+        counts=[int(first.n[i].sum()) for i in drawn],
     )  # fmt: skip
     return f"<details><summary>{noun.capitalize()} by {noun}, all rows side by side</summary>{made}</details>"
 

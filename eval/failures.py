@@ -86,7 +86,8 @@ def hardest(c: Comparison, most: int = SHOWN) -> list[Failure]:
         return []
     wrong = wrong_share([right_seeds(row) for row in c.rows])
     far = np.mean([_distance(*_first(row)) for row in c.rows], axis=0)
-    order = np.lexsort((np.arange(len(wrong)), -far, -wrong))
+    # Rounded: the same shares in another order of rows sum up differently in their last bit.
+    order = np.lexsort((np.arange(len(wrong)), -far.round(9), -wrong.round(9)))
     chosen = [int(i) for i in order[:most] if wrong[i] > 0]
     answers = [_answers(*_first(row), chosen) for row in c.rows]
     table = c.rows[0].group.tables[0]

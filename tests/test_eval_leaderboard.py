@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eval import bootstrap, formats, pairwise, score_io
 from eval.bootstrap import Distribution
-from eval.comparison import compare
+from eval.comparison import compare, metrics
 from eval.costs import COSTS, cost_of, mean_cost, pareto, size
 from eval.leaderboard import leaderboard
 from eval.matching import MatchingScores
@@ -272,6 +272,13 @@ def test_a_cost_that_no_run_says_is_unknown_and_not_zero(facts):
 def test_costs_are_means_over_the_seeds_that_say_them(runs):
     (c,) = compare(read_runs([runs]))
     group = c.rows[1].group
+    entry = metrics([c])["clip:demo"]["a"]["1"]["toy_world/matching/2×2/test"]
+    assert entry["costs"] == {
+        "bytes_per_image": 2048,
+        "build_seconds": 12.5,
+        "training_seconds": 3,
+        "parameters": 2000,
+    }
     assert mean_cost(group, "training_seconds") == 2.5
     assert mean_cost(group, "bytes_per_image") == 2048
 
