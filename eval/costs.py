@@ -56,13 +56,18 @@ COSTS = (
 """In the order of the columns."""
 
 
+def inside(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a record; empty where it is none."""
+    found = facts.get(name)
+    return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+
+
 def cost_of(run: Run, name: str) -> float | None:
     """A cost as run.json says it; None where it does not say a usable number."""
-    said = run.facts.get("costs")
-    inside = cast("Mapping[str, Any]", said) if isinstance(said, Mapping) else {}
+    said = inside(run.facts, "costs")
     places = {
-        "bytes_per_image": inside.get("bytes_per_image"),
-        "build_seconds": inside.get("build_seconds"),
+        "bytes_per_image": said.get("bytes_per_image"),
+        "build_seconds": said.get("build_seconds"),
         "training_seconds": run.facts.get("seconds"),
         "parameters": run.facts.get("parameters"),
     }

@@ -1,10 +1,9 @@
 """Where every number comes from: a block a run, with the commands, digests and settings behind it."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
-from eval.costs import COSTS, cost_of
+from eval.costs import COSTS, cost_of, inside
 from eval.markup import text
 from eval.runs import Run
 from eval.tables_html import Anchors
@@ -28,13 +27,13 @@ _SAYS = (
 
 def _run(run: Run, anchor: str) -> str:
     """One run: facts, commands, tables, the whole record."""
-    cache = _inside(run.facts, "cache")
+    cache = inside(run.facts, "cache")
     fingerprint = str(run.facts.get("fingerprint") or cache.get("fingerprint") or "–")
     facts = [("data set", text(run.dataset)), ("directory", _code(run.path))]
     facts += [("cache", _code(cache["path"]))] if cache.get("path") else []
     facts += [("fingerprint", _code(fingerprint))]
     facts += [("digest", _code(cache["digest"]))] if cache.get("digest") else []
-    weights = _inside(cache, "backbone").get("weights")
+    weights = inside(cache, "backbone").get("weights")
     facts += [("weights", _code(weights))] if weights else []
     for cost in COSTS:
         value = cost_of(run, cost.name)
@@ -53,12 +52,6 @@ def _run(run: Run, anchor: str) -> str:
         f"<dl>{listed}</dl>"
         f"<details><summary>run.json</summary><pre><code>{record}</code></pre></details></article>"
     )
-
-
-def _inside(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a record; empty where it is none."""
-    found = facts.get(name)
-    return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
 
 
 def _code(value: object) -> str:

@@ -468,8 +468,9 @@ def test_the_page_says_what_every_number_needs(files):
     assert 'class="below"' in text
     assert "f00dcafe1234" in text
     assert "0.2064 → 0.1978" in text
-    # Curve, three metrics by category, training of tf_local; accuracy by attribute and object, a confusion map a row.
-    assert text.count("<svg viewBox") - text.count('class="key"') == 1 + 3 + 1 + 2 + 2
+    # Curve, three metrics by category, training of tf_local; accuracy by attribute and object, a confusion map a row;
+    # for each of three questions, the headline against seconds and against parameters.
+    assert text.count("<svg viewBox") - text.count('class="key"') == 1 + 3 + 1 + 2 + 2 + 3 * 2
     pictures = [svg for svg in re.findall(r"<svg [^>]*>", text) if "aria-hidden" not in svg]
     assert all('role="img" aria-label="' in svg for svg in pictures)
 
