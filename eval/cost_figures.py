@@ -14,8 +14,8 @@ from eval.runs import Group
 
 AXES = {
     "bytes_per_image": ("stored bytes read per image", "none"),
-    "training_seconds": ("seconds of training", "none"),
-    "parameters": ("trained parameters", "none"),
+    "training_seconds": ("seconds of training", "untrained"),
+    "parameters": ("trained parameters", "untrained"),
 }
 """Costs that are drawn; the whole build is the same for all rows of a cache."""
 

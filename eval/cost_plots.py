@@ -16,7 +16,7 @@ from eval.markup import text
 from eval.plots import colour
 
 HEIGHT, TOP, LEFT, RIGHT, FLOOR = 290, 10, 46, 16, 246
-EDGE = 34
+EDGE = 66
 """Width of the place for rows without any cost."""
 
 MOST_TICKS = 6

@@ -13,6 +13,9 @@ from numpy import ndarray
 from eval import plots
 from eval.table import plain
 
+MANY = 10
+"""Columns above which a table is printed smaller, so that paper is wide enough."""
+
 
 def text(value: object) -> str:
     """Escaped, without control characters."""
@@ -62,9 +65,11 @@ def table(
         sorts: may its rows stand in another order?
 
     """
-    kind = ' class="sorts"' if sorts else ""
+    heads = list(head)
+    kinds = ["sorts"] * sorts + ["many"] * (len(heads) > MANY)
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     below = f"<tfoot>{foot}</tfoot>" if foot else ""
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{text(says)}"><table{kind}><thead><tr>'
-        f"{''.join(head)}</tr></thead><tbody>{''.join(body)}</tbody>{below}</table></div>"
+        f"{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody>{below}</table></div>"
     )

@@ -255,6 +255,9 @@ def test_print_hides_what_only_a_screen_can_use(browser, page_file):
         page.locator(BOARD).locator("xpath=..").evaluate("e => getComputedStyle(e).overflowX")
         == "visible"
     )
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 without its margins
+    unfold(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.close()
 
