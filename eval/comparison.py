@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from eval import bootstrap, composed, czsl, matching, retrieval
+from eval import bootstrap, composed, czsl, matching, pairwise, retrieval
 from eval.any_table import Table
 from eval.bootstrap import Distribution, Interval
 from eval.composed import Ranks
 from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
+from eval.costs import costs_of
 from eval.czsl import CurveKind
+from eval.draws import strata
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
+from eval.pairwise import Pairs
 from eval.remarks import remarks
 from eval.runs import Group, Question, Run, questions
 
@@ -73,6 +76,7 @@ class Row:
         cells: metrics that all seeds have.
         gain: the headline's difference to zero-shot on the same items.
         resampled: what intervals and differences to other rows are made of; None for the legacy curve.
+        ranks: of each composed table, whose rows lie on disk; None of the others.
 
     """
 
@@ -81,6 +85,7 @@ class Row:
     cells: Mapping[str, Cell]
     gain: Interval | None = None
     resampled: Distribution | None = None
+    ranks: tuple[Ranks | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +100,7 @@ class Comparison:
         chance: metric → what random scores get.
         counts: how many items of what, in words.
         notes: warnings about the numbers.
+        pairs: every difference of the headline between two rows; None for one row, and for the legacy curve.
 
     """
 
@@ -105,6 +111,7 @@ class Comparison:
     chance: Mapping[str, float]
     counts: str
     notes: tuple[str, ...] = ()
+    pairs: Pairs | None = None
 
     @property
     def headline(self) -> str:
@@ -182,7 +189,8 @@ def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
         found = [[_ranks(table) for table in group.tables] for group in groups]
         rows = _rows(groups, k, found)
         lines, notes = chance(first, k, found[0][0]), _notes(groups)
-        comparisons.append(Comparison(asked, k, curve, rows, lines, counts(first), notes))
+        pairs = _pairs(rows, k)
+        comparisons.append(Comparison(asked, k, curve, rows, lines, counts(first), notes, pairs))
         if isinstance(first, CompositionScores) and k <= first.seen.sum():
             comparisons.append(_legacy(comparisons[-1], k))
     return comparisons
@@ -232,8 +240,24 @@ def _rows(
             table, theirs = baselines[group.backbone]
             bootstrap.same_items(group.tables[0], table)
             gain = bootstrap.percentiles(bootstrap.subtract(mine, theirs))[_headline(cells)]
-        rows.append(Row(group, values, cells, gain, mine))
+        rows.append(Row(group, values, cells, gain, mine, tuple(known)))
     return tuple(rows)
+
+
+def _pairs(rows: Sequence[Row], k: int) -> Pairs | None:
+    """Differences of the headline between all rows, which are on the same items by their question."""
+
+    def redraw(resamples: int) -> list[Distribution]:
+        return [
+            bootstrap.distribution(row.group.tables, k=k, resamples=resamples, found=row.ranks)
+            for row in rows
+        ]
+
+    for row in rows[1:]:
+        bootstrap.same_items(rows[0].group.tables[0], row.group.tables[0])
+    shown = [row.resampled for row in rows if row.resampled is not None]
+    items = len(strata(rows[0].group.tables[0])) * sum(len(row.group.tables) for row in rows)
+    return pairwise.pairs(shown, _headline(rows[0].cells), redraw, items)
 
 
 def _legacy(exact: Comparison, k: int) -> Comparison:
@@ -313,8 +337,8 @@ def counts(table: Table) -> str:
 def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Every metric of every table: backbone → method → seed → task → numbers, as fractions.
 
-    A task is `<data set>/<kind>[/<variant>]/<split>[/<world>]`; its entry names space, k and items, holds `metrics` and
-    `chance`, and for CZSL `legacy_metrics`.
+    A task is `<data set>/<kind>[/<variant>]/<split>[/<world>]`; its entry names space, k and items, holds `metrics`,
+    `chance` and `costs`, as far as run.json says them, and for CZSL `legacy_metrics`.
 
     Args:
         comparisons: what `compare` gives: a legacy curve behind the exact one.
@@ -333,6 +357,6 @@ def metrics(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                     tasks[longer if longer in tasks else key]["legacy_metrics"] = values
                     continue
                 entry = {"space": group.space, "k": c.k, "items": c.counts}
-                entry |= {"metrics": values, "chance": c.chance}
+                entry |= {"metrics": values, "chance": c.chance, "costs": costs_of(run)}
                 tasks[key if key not in tasks else longer] = entry
     return nested

@@ -54,7 +54,7 @@ def composed_of(run: Run) -> str:
     mine = [path for path in run.pictures if is_composed(path)]
     if not mine:
         return ""
-    queries = [(path, _read(path, "query")) for path in mine if QUERY.fullmatch(path.name)]
+    queries = [(path, read_query(path)) for path in mine if QUERY.fullmatch(path.name)]
     parts: list[str] = []
     for name, drawn in {"routing.npz": _routing, "modality.npz": _modality}.items():
         parts += [
@@ -92,8 +92,14 @@ def _refuse(path: Path, must: str, found: Found, names: Sequence[str]) -> RunErr
 # ── queries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _query(path: Path, found: Found) -> str:
-    """A row: reference, edit, and the best images, the right ones marked."""
+def read_query(path: Path) -> Found:
+    """A query with its best images.
+
+    Raises:
+        RunError: it is no such file, or its arrays are not of one query; names the file.
+
+    """
+    found = _read(path, "query")
     images, reference = found["images"], found["reference"]
     k = len(images) if images.ndim == 4 else -1
     lists = [found[name] for name in ("names", "scores", "hits")]
@@ -105,6 +111,13 @@ def _query(path: Path, found: Found) -> str:
             found,
             ("reference", "images", "names", "scores", "hits"),
         )
+    return found
+
+
+def _query(path: Path, found: Found) -> str:
+    """A row: reference, edit, and the best images, the right ones marked."""
+    images, reference = found["images"], found["reference"]
+    lists = [found[name] for name in ("names", "scores", "hits")]
     edit = " / ".join(str(words) for words in np.atleast_1d(found["edit"]))
     rank, competing = int(found["rank"]), int(found["competing"])
     kinds = ", ".join(str(kind) for kind in np.atleast_1d(found.get("kinds", np.array([], str))))

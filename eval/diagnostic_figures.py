@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval import diagnostic_plots
+from eval.breakdown_html import side_by_side
 from eval.comparison import Comparison, Row
 from eval.composition import Composition, CompositionScores
 from eval.czsl_summary import summarise
@@ -67,7 +68,7 @@ def diagnostics_of(c: Comparison, series: Mapping[str, int]) -> str:
         best = [_best_pairs(table) for table in _tables(row)]
         name = names[row.group]
         rows.append(_Line(row, name, numbers[name], best, [best_hm_bias(t) for t in best]))
-    figures = [_accuracies(c, rows, kind) for kind in NOUNS]
+    figures, tables = zip(*[_accuracies(c, rows, kind, series) for kind in NOUNS], strict=True)
     maps = [_confusion(line) for line in rows if _is_whole(line.row)]
     note = ""
     if len(maps) < len(c.rows):
@@ -77,7 +78,7 @@ def diagnostics_of(c: Comparison, series: Mapping[str, int]) -> str:
         )
     return (
         "<h3>Attributes and objects one by one</h3>"
-        f'<p class="soft">{_WHERE}</p><div class="plots">{"".join(figures)}</div>'
+        f'<p class="soft">{_WHERE}</p><div class="plots">{"".join(figures)}</div>{"".join(tables)}'
         + (f'<h3>Attributes of one object taken for each other</h3><p class="soft">{_GIVEN}</p>' if maps else "")
         + note
         + (f'<div class="plots">{"".join(maps)}</div>' if maps else "")
@@ -114,8 +115,10 @@ def _best_pairs(table: Composition) -> Composition:
     return summarise(rows, Layout.of(table.seen), table.target, table.pairs, keep=1, **facts)
 
 
-def _accuracies(c: Comparison, rows: Sequence[_Line], kind: Kind) -> str:
-    """Marks of every row on the hardest primitives, all rows of the table in one plot a kind and backbone."""
+def _accuracies(
+    c: Comparison, rows: Sequence[_Line], kind: Kind, series: Mapping[str, int]
+) -> tuple[str, str]:
+    """Marks of every row on the hardest primitives, one plot a kind and backbone; and the table of all rows."""
     lines: list[Sequence[object]] = [
         ("row", "seed", kind, "bias", "n", "right", "n_seen", "right_seen", "n_unseen", "right_unseen")
     ]  # fmt: skip
@@ -151,7 +154,25 @@ def _accuracies(c: Comparison, rows: Sequence[_Line], kind: Kind) -> str:
         link = "" if figures else data_link(f"accuracy-{kind}", csv_table(lines))
         caption = f"<b>Accuracy by {noun}</b>, {text(backbone)}: {keys}.{cut} {link}"
         figures.append(figure(svg, caption))
-    return "".join(figures)
+    return "".join(figures), _table(c, series, first, shares, drawn, noun)
+
+
+def _table(
+    c: Comparison,
+    series: Mapping[str, int],
+    first: Accuracy,
+    shares: Sequence[Float[np.ndarray, " p"]],
+    drawn: Sequence[int],
+    noun: str,
+) -> str:
+    """The same numbers, all rows side by side; nothing for one row."""
+    if len(shares) < 2:
+        return ""
+    made = side_by_side(
+        c, series, [first.names[i] for i in drawn], np.array(shares).T[list(drawn)], noun,
+        counts=[int(first.n[i].sum()) for i in drawn],
+    )  # fmt: skip
+    return f"<details><summary>{noun.capitalize()} by {noun}, all rows side by side</summary>{made}</details>"
 
 
 def _lines(label: str, seed: int, bias: float | None, found: Accuracy) -> list[Sequence[object]]:

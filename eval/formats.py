@@ -4,8 +4,12 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from eval.bootstrap import Interval
 from eval.comparison import Comparison, Row
+from eval.costs import COSTS, mean_cost, seed_costs
+from eval.leaderboard import leaderboard
 from eval.table import plain
 
 CSV_HEAD = (
@@ -36,8 +40,13 @@ CSV_HEAD = (
     ),
     *("source", "note"),
     "seeds_other",
+    *("place", "tied", "p", "p_holm"),
 )
-"""`seeds_other` is of differences alone: the seeds of the row that is taken away."""
+"""Lines are metrics of rows, costs of rows (bytes, seconds, numbers), or differences of two rows.
+
+`seeds_other` is of differences alone: the seeds of the row that is taken away; so are `p` and `p_holm`. `place` and
+`tied` (with the best) are of the headline.
+"""
 
 BELOW = "▼"
 """Marks a value below chance."""
@@ -47,6 +56,12 @@ def percent(value: float, digits: int = 1, sign: str = "") -> str:
     """A fraction as percent, with more digits where it would else read 0.0; `sign` is "" or "+"."""
     shown = f"{100 * value:{sign}.{digits}f}"
     return shown if float(shown) or not value else f"{100 * value:{sign}.2g}"
+
+
+def points(difference: float) -> str:
+    """A difference in points with its sign; none for what rounds to 0."""
+    shown = f"{100 * difference:+.1f}"
+    return "0.0" if float(shown) == 0 else shown
 
 
 def signed(gain: Interval, digits: int = 1) -> str:
@@ -100,11 +115,43 @@ def _markdown(comparison: Comparison) -> str:
     body.append(["", "*chance*", "", "", *lines] + (["–"] if gains else []))
     text = [f"### {plain(comparison.title)}", "", f"{comparison.counts}; {comparison.seeds}", ""]
     text += [*markdown_table([head, *body], right=range(3, len(head))), ""]
+    text += _board(comparison)
     if any(
         comparison.is_below_chance(row, m) for row in comparison.rows for m in comparison.columns
     ):
         text += [f"{BELOW} below chance", ""]
     return "\n".join(text + [f"Note: {plain(note)}\n" for note in comparison.notes])
+
+
+def _board(c: Comparison) -> list[str]:
+    """Lines of the leaderboard with costs and corrected differences; none for a single row."""
+    entries = leaderboard(c)
+    if not entries or c.pairs is None:
+        return []
+    name = c.name(c.headline)
+    costs = [f"{cost.title} ({cost.unit})" for cost in COSTS]
+    head = ["place", "backbone", "method", name, "− best", "p", "− zero_shot", "p", *costs]
+    body: list[list[str]] = []
+    for entry in entries:
+        group = entry.row.group
+        line = [f"{entry.place}{' ≈' * entry.is_tied}", group.backbone, group.method]
+        line.append(_cell(c, entry.row, c.headline))
+        for found in (entry.behind, entry.gain):
+            line += [signed(found.interval), f"{found.corrected:.2g}"] if found else ["–", "–"]
+        for cost in COSTS:
+            value = mean_cost(group, cost.name)
+            line.append("–" if value is None else cost.shown(value))
+        body.append(line)
+    m, decided = len(c.pairs.all), sum(found.is_decided for found in c.pairs.all)
+    return [
+        f"#### Leaderboard by {name}",
+        "",
+        f"≈ cannot be told apart from the best; p by Holm over all {m} pairs ({c.pairs.resamples:,} draws), of which "
+        f"{decided} {'is' if decided == 1 else 'are'} decided",
+        "",
+        *markdown_table([head, *body], right=[0, *range(3, len(head))]),
+        "",
+    ]
 
 
 def _cell(comparison: Comparison, row: Row, metric: str) -> str:
@@ -122,19 +169,71 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
     """Every metric of every row, one a line, as fractions."""
     rows: list[Sequence[object]] = [CSV_HEAD]
     for c in comparisons:
-        q = c.question
-        for row in c.rows:
+        places = {entry.number: entry for entry in leaderboard(c)}
+        for number, row in enumerate(c.rows):
             for metric, cell in row.cells.items():
                 gain = row.gain if metric == c.headline else None
-                facts = [q.dataset, q.kind, q.variant, q.split, q.world, c.k, c.curve]
+                entry = places.get(number) if metric == c.headline else None
+                ranked = [entry.place, int(entry.is_tied)] if entry else []
+                facts = _facts(c)
                 facts += [row.group.backbone, row.group.method, row.group.space, c.name(metric)]
                 numbers = [cell.mean, cell.std, cell.low, cell.high, c.chance.get(metric)]
                 numbers += [gain.estimate, gain.low, gain.high] if gain else [None] * 3
                 seeds = " ".join(
                     f"{r.seed}:{v:.6g}" for r, v in zip(row.group.runs, cell.seeds, strict=True)
                 )
-                rows.append([*facts, len(cell.seeds), *numbers, seeds, "", ""])
+                rows.append([*facts, len(cell.seeds), *numbers, seeds, "", "", "", *ranked])
+        if c.curve != "legacy":
+            rows += _cost_lines(c)
+        rows += _pair_lines(c)
     return csv_text(rows)
+
+
+def _facts(c: Comparison) -> list[object]:
+    """The first columns of every line of a comparison."""
+    q = c.question
+    return [q.dataset, q.kind, q.variant, q.split, q.world, c.k, c.curve]
+
+
+def _cost_lines(c: Comparison) -> list[Sequence[object]]:
+    """What each row costs, as far as its runs say it: mean over the seeds that do."""
+    rows: list[Sequence[object]] = []
+    for row in c.rows:
+        g = row.group
+        for cost in COSTS:
+            found = list(zip(g.runs, seed_costs(g, cost.name), strict=True))
+            known = [(run, value) for run, value in found if value is not None]
+            if not known:
+                continue
+            mean = float(np.mean([value for _, value in known]))
+            seeds = " ".join(f"{run.seed}:{value:.6g}" for run, value in known)
+            facts = [*_facts(c), g.backbone, g.method, g.space, cost.name, len(known), mean]
+            rows.append([*facts, *[None] * 7, seeds])
+    return rows
+
+
+def _pair_lines(c: Comparison) -> list[Sequence[object]]:
+    """Every difference of two rows: its interval, p-value, Holm's, and whether it is decided."""
+    rows: list[Sequence[object]] = []
+    for found in c.pairs.all if c.pairs else ():
+        a, b = c.rows[found.ours].group, c.rows[found.theirs].group
+        names = [
+            _both(a.backbone, b.backbone),
+            f"{a.method} minus {b.method}",
+            _both(a.space, b.space),
+        ]
+        i = found.interval
+        numbers = [i.estimate, None, i.low, i.high, *[None] * 6]
+        verdict = "decided" if found.is_decided else "undecided"
+        metric = f"difference of {c.name(c.headline)}"
+        ps = [None, None, found.p, found.corrected]
+        rows.append([*_facts(c), *names, metric, len(a.runs), *numbers, verdict, len(b.runs), *ps])
+    return rows
+
+
+def _both(ours: str, theirs: str) -> str:
+    """One name where both are equal."""
+    return ours if ours == theirs else f"{ours} minus {theirs}"
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:

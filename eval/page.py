@@ -1,25 +1,29 @@
 """Comparisons as one HTML page: tables, plots, pictures, the provenance of every run; nothing is loaded from elsewhere.
 
-No script: a page that is printed, mailed or opened on a phone shows the same. Words that come from files are escaped.
+Without its script, which sorts tables, a page shows the same: printed, mailed or opened on a phone. Words that come
+from files are escaped.
 """
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from eval.comparison import Comparison, Row
+from eval.agreement_html import agreement_of
+from eval.breakdown_html import categories_of
+from eval.comparison import Comparison
 from eval.composed_pictures import composed_of
+from eval.cost_figures import cost_figures_of
 from eval.diagnostic_figures import diagnostics_of
+from eval.failures_html import failures_of
 from eval.figures import figures_of, trained, training_figure
-from eval.formats import BELOW, percent, to_csv
-from eval.markup import chip, data_link, text
+from eval.formats import BELOW
+from eval.leaderboard_html import leaderboard_of
+from eval.markup import text
 from eval.orderings_format import TITLE as ORDERINGS
 from eval.pictures import pictures_of
 from eval.runs import Run
+from eval.runs_html import anchors_of, runs_of
+from eval.tables_html import Anchors, main_table, seed_values
 
 TITLES = {
     "czsl": "Compositional zero-shot learning",
@@ -51,6 +55,7 @@ def render(
     under = dict(zip(map(id, comparisons), below, strict=False))
     groups = [row.group for c in comparisons for row in c.rows]
     methods = list(dict.fromkeys(group.method for group in groups))
+    anchors = anchors_of(runs)
     series = {group.label: methods.index(group.method) for group in groups}
     sections: list[tuple[str, str, str]] = []
     if claims:
@@ -63,7 +68,8 @@ def render(
             (
                 f"{kind}-{dataset}",
                 heading,
-                body + "".join(_comparison(c, series) + under.get(id(c), "") for c in mine),
+                body
+                + "".join(_comparison(c, series, anchors) + under.get(id(c), "") for c in mine),
             )
         )
     curves = "".join(training_figure(group, series) for group in trained(runs))
@@ -75,10 +81,12 @@ def render(
     answers = "".join(composed_of(run) for run in runs)
     if answers:
         sections.append(("answers", "What composed queries get", _ANSWER_TEXT + answers))
-    sections.append(("runs", "Runs", _provenance(runs)))
+    sections.append(("runs", "Runs", runs_of(runs, anchors)))
     sections.append(("reading", "How to read the numbers", _HOW))
-    page = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    here = Path(__file__).parent
+    page = string.Template((here / "page.html").read_text(encoding="utf-8"))
     return page.substitute(
+        script=(here / "page.js").read_text(encoding="utf-8"),
         title=text(title),
         summary=_summary(runs, comparisons),
         nav="".join(f'<a href="#{text(i)}">{text(name)}</a>' for i, name, _ in sections),
@@ -104,8 +112,12 @@ _ANSWER_TEXT = (
 _HOW = f"""
 <p>All numbers are percent. <b>±</b> is the standard deviation over training seeds; <b>[ , ]</b> a 95 % bootstrap
 interval over test items and seeds together (1,000 resamples; with two or three seeds it still understates their
-spread). “− zero_shot” is the paired difference to the frozen backbone itself on the same resampled items, coloured
-where its interval does not contain 0. No correction for many comparisons is made.</p>
+spread). “− zero_shot” is the paired difference to the frozen backbone itself on the same resampled items; in the tables
+of all metrics it is coloured where its interval does not contain 0, without any correction.</p>
+<p>Leaderboards correct for many comparisons. p is the two-sided bootstrap p-value of a paired difference: twice the
+smaller share of the draws on one side of 0, the observed one counted as a further draw. Holm’s procedure then makes all
+pairs of one table hold together: that even one pair of equal rows is called decided has a chance of at most 5 %. It is
+made for each table by itself, for its headline only, not for categories, other metrics or tables.</p>
 <p><b>chance</b> is what random scores get. <span class="below">{BELOW}</span> marks a mean below it. “–” is a metric
 that does not exist for the data.</p>
 <p>Rows of different score spaces (cosine, logit, probability) measure CZSL curves differently: compare them with care.
@@ -129,11 +141,11 @@ def _summary(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     return text(f"{len(runs)} runs: {'; '.join(parts)}; {seeds} seed{'s' * (seeds != 1)}.")
 
 
-# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one question ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
-    """One table with its facts, plots and the values of each seed."""
+def _comparison(c: Comparison, series: Mapping[str, int], anchors: Anchors) -> str:
+    """Leaderboard, main table with its facts, plots and the values of each seed."""
     q = c.question
     facts = [("split", q.split), ("world", q.world), ("form", q.variant)]
     facts += [("k", str(c.k)), ("curve", c.curve)] if c.curve else []
@@ -149,128 +161,13 @@ def _comparison(c: Comparison, series: Mapping[str, int]) -> str:
         heading,
         f'<ul class="facts">{chips}</ul>',
         f'<p class="soft">{text(c.counts)}; {c.seeds}.</p>',
-        _table(c, series),
     ]
+    if board := leaderboard_of(c, series, anchors):
+        parts += [board, "<h3>All metrics</h3>"]
+    parts.append(main_table(c, series, anchors))
     parts += [f'<p class="note">{text(note)}</p>' for note in c.notes]
-    parts += [figures_of(c, series), diagnostics_of(c, series), _seed_values(c)]
+    parts += [seed_values(c, anchors), cost_figures_of(c, series), figures_of(c, series)]
+    if c.curve != "legacy":
+        parts += [categories_of(c, series), diagnostics_of(c, series)]
+        parts += [agreement_of(c, series), failures_of(c, series)]
     return "".join(parts)
-
-
-def _table(c: Comparison, series: Mapping[str, int]) -> str:
-    """The main table: rows × metrics, chance last."""
-    gains = any(row.gain for row in c.rows)
-    head = ["<th>method · backbone</th>", '<th class="words">space</th>', "<th>seeds</th>"]
-    for m in c.columns:
-        head.append(_heading(c, m))
-        if gains and m == c.headline:
-            head.append(f"<th>{text(c.name(m))}<small class=soft>minus zero_shot</small></th>")
-    head += ["<th>parameters</th>", "<th>training<small class=soft>seconds</small></th>"]
-    best = {m: max(row.cells[m].mean for row in c.rows) for m in c.columns}
-    lines = [f"<tr>{''.join(head)}</tr></thead><tbody>"]
-    for row in c.rows:
-        group = row.group
-        name = f"{text(group.method)}<small class=soft>{text(group.backbone)}</small>"
-        cells = [f"<th scope=row>{chip(series[group.label])}{name}</th>"]
-        cells += [f'<td class="words">{text(group.space)}</td>', f"<td>{len(group.runs)}</td>"]
-        for m in c.columns:
-            classes = ["lead"] * (m == c.headline) + ["best"] * (
-                row.cells[m].mean == best[m] and len(c.rows) > 1
-            )
-            cells.append(f'<td class="{" ".join(classes)}">{_cell(c, row, m)}</td>')
-            cells += [_gain(row)] if gains and m == c.headline else []
-        cells += [_mean_fact(row, "parameters", "{:,.0f}"), _mean_fact(row, "seconds", "{:.1f}")]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    chance = ""
-    for m in c.columns:
-        chance += f"<td>{percent(c.chance[m]) if m in c.chance else '–'}</td>"
-        chance += "<td></td>" * (gains and m == c.headline)
-    lines.append(
-        f'<tr class="chance"><th scope=row>chance</th><td></td><td></td>{chance}<td></td><td></td></tr>'
-    )
-    link = data_link(c.question.key().replace("/", "-"), to_csv([c]))
-    caption = f'<p class="csv soft">{link}, all metrics as fractions</p>'
-    return f'<div class="wide" tabindex="0"><table><thead>{"".join(lines)}</tbody></table></div>{caption}'
-
-
-def _heading(c: Comparison, metric: str) -> str:
-    """A column's name, its category on a line of its own."""
-    name, _, category = metric.partition("/")
-    below = f"<small class=soft>{text(category)}</small>" if category else ""
-    return f"<th>{text(c.name(name))}{below}</th>"
-
-
-def _cell(c: Comparison, row: Row, metric: str) -> str:
-    """Mean ± spread, and the interval below it."""
-    cell = row.cells[metric]
-    shown = percent(cell.mean) + (f" ± {100 * cell.std:.1f}" if cell.std is not None else "")
-    if c.is_below_chance(row, metric):
-        shown = f'<span class="below" title="below chance">{shown} {BELOW}</span>'
-    if cell.low is not None and cell.high is not None:
-        shown += f"<small class=soft>[{percent(cell.low)}, {percent(cell.high)}]</small>"
-    return shown
-
-
-def _gain(row: Row) -> str:
-    """Difference to zero-shot, coloured where it is larger than its uncertainty."""
-    if row.gain is None:
-        return "<td>–</td>"
-    sign = ("up" if row.gain.estimate > 0 else "down") if row.gain.excludes_zero else ""
-    low, high = 100 * row.gain.low, 100 * row.gain.high
-    return (
-        f'<td><span class="{sign}">{100 * row.gain.estimate:+.1f}</span>'
-        f"<small class=soft>[{low:+.1f}, {high:+.1f}]</small></td>"
-    )
-
-
-def _mean_fact(row: Row, name: str, form: str) -> str:
-    """A number of run.json, averaged over seeds."""
-    found = [
-        run.facts[name] for run in row.group.runs if isinstance(run.facts.get(name), int | float)
-    ]
-    return f"<td>{form.format(np.mean(found)) if found else '–'}</td>"
-
-
-def _seed_values(c: Comparison) -> str:
-    """Every seed's value of every metric of the main table, folded away."""
-    head = "".join(f"<th>{text(c.name(m))}</th>" for m in c.columns)
-    lines = [
-        f"<tr><th scope=row>{text(row.group.label)}</th><td>{run.seed}</td>"
-        + "".join(f"<td>{percent(row.cells[m].seeds[i], 2)}</td>" for m in c.columns)
-        + "</tr>"
-        for row in c.rows
-        for i, run in enumerate(row.group.runs)
-    ]
-    return (
-        "<details><summary>Values of each seed</summary><div class=wide tabindex=0><table><thead><tr>"
-        f"<th>method · backbone</th><th>seed</th>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div></details>"
-    )
-
-
-# ── provenance ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _provenance(runs: Sequence[Run]) -> str:
-    """Where every number comes from: directory, configuration, cache fingerprint, versions."""
-    lines: list[str] = []
-    for run in runs:
-        cache: dict[str, Any] = run.facts.get("cache") or {}
-        fingerprint = str(run.facts.get("fingerprint") or cache.get("fingerprint") or "–")
-        record = text(json.dumps(dict(run.facts), indent=1, ensure_ascii=False)).replace(
-            "\\x0a", "\n"
-        )
-        tables = ", ".join(run.tables) or "none"
-        lines.append(
-            f"<tr><th scope=row>{text(run.name)}<small class=soft>{text(run.backbone)}</small></th>"
-            f"<td>{run.seed}</td>"
-            f'<td class="words">{text(run.dataset)}</td><td class="words"><code>{text(fingerprint[:12])}</code></td>'
-            f'<td class="words"><code>{text(run.path)}</code><small class=soft>{text(tables)}</small></td>'
-            f'<td class="words"><details><summary>run.json</summary><pre><code>{record}</code></pre></details></td>'
-            "</tr>"
-        )
-    return (
-        "<div class=wide tabindex=0><table><thead><tr><th>method · backbone</th><th>seed</th>"
-        "<th class=words>data set</th><th class=words>cache</th>"
-        "<th class=words>directory</th><th class=words>record</th></tr></thead><tbody>"
-        f"{''.join(lines)}</tbody></table></div>"
-    )

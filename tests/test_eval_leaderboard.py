@@ -1,0 +1,345 @@
+"""Differences between all rows with their correction, the leaderboard made of them, and what rows cost."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval import bootstrap, formats, pairwise, score_io
+from eval.bootstrap import Distribution
+from eval.comparison import compare, metrics
+from eval.costs import COSTS, cost_of, mean_cost, pareto, size
+from eval.leaderboard import leaderboard
+from eval.matching import MatchingScores
+from eval.pairwise import holm, p_value, resamples_for, smallest_p
+from eval.report import report
+from eval.runs import Run, read_runs
+
+PS = st.lists(st.floats(0.0005, 1), min_size=1, max_size=9)
+
+
+def table(seed: int, strength: float, n: int = 60) -> MatchingScores:
+    scores = np.random.default_rng(seed).normal(size=(n, 2, 2)) + strength * np.eye(2)
+    category = np.array(["swap_att", "replace_obj", "swap_obj"] * (n // 3))
+    return MatchingScores(scores, category, "cosine", "test", [f"i{i}" for i in range(n)])
+
+
+def write_run(root: Path, method: str, backbone: str, seed: int, found, **facts) -> Path:
+    path = root / f"{method}-{backbone.replace(':', '-').replace('/', '-')}-{seed}"
+    path.mkdir(parents=True)
+    record = {"method": method, "seed": seed, "backbone": backbone, "dataset": "toy_world"}
+    (path / "run.json").write_text(json.dumps(record | facts))
+    score_io.save(found, path / "scores-test.zarr", run=record)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two backbones; `b` on the second is clearly best, `a` on it close to it, all others far below."""
+    root = tmp_path_factory.mktemp("runs")
+    strengths = {
+        ("zero_shot", "clip:demo"): 0.3,
+        ("a", "clip:demo"): 0.5,
+        ("zero_shot", "pe:demo"): 0.6,
+        ("a", "pe:demo"): 2.6,
+        ("b", "pe:demo"): 2.8,
+    }
+    for number, ((method, backbone), strength) in enumerate(strengths.items()):
+        for seed in (0, 1) if method != "zero_shot" else (0,):
+            facts = {"parameters": 0 if method == "zero_shot" else 1000 * (1 + number)}
+            facts |= {"seconds": 2.0 + seed, "command": f"headstart train {method} --seed {seed}"}
+            facts |= {"costs": {"bytes_per_image": 1024 * (1 + number), "build_seconds": 12.5}}
+            write_run(root, method, backbone, seed, table(10 * number + seed, strength), **facts)
+    return root
+
+
+# ── p-values and Holm ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rejected_step_by_step(p: list[float], level: float) -> set[int]:
+    """Holm's procedure as it is defined: the smallest first, against level / (number left), until one fails."""
+    left, found = set(range(len(p))), set()
+    while left:
+        smallest = min(left, key=lambda i: p[i])
+        if p[smallest] > level / len(left):
+            break
+        found.add(smallest)
+        left.remove(smallest)
+    return found
+
+
+@given(PS, st.floats(0.001, 0.4))
+def test_holm_rejects_what_the_procedure_rejects_step_by_step(p, level):
+    corrected = holm(p)
+    for i, value in enumerate(corrected):
+        if math.isclose(value, level, rel_tol=1e-9):
+            return  # a product and a quotient of one number may differ in the last bit
+        assert (value <= level) == (i in rejected_step_by_step(p, level))
+
+
+@given(PS)
+def test_holm_keeps_order_never_lowers_a_p_and_does_not_exceed_bonferroni(p):
+    corrected = holm(p)
+    for i, value in enumerate(corrected):
+        assert p[i] <= value <= min(1, len(p) * p[i])
+        assert all(value <= other for other, q in zip(corrected, p, strict=True) if q > p[i])
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
+
+
+@given(st.lists(st.integers(-3, 4), min_size=1, max_size=40))
+def test_a_p_value_counts_draws_on_either_side_of_zero(found):
+    below = sum(1 for d in found if d <= 0)
+    above = sum(1 for d in found if d >= 0)
+    by_definition = min(1.0, 2 * (1 + min(below, above)) / (len(found) + 1))
+    values = np.array(found, dtype=float)
+    assert p_value(values) == pytest.approx(by_definition)
+    assert p_value(-values) == p_value(values) == p_value(np.append(values, np.nan))
+    assert p_value(values) >= min(1.0, smallest_p(len(found)))
+
+
+def test_a_p_value_is_small_just_where_the_interval_leaves_zero_out():
+    rng = np.random.default_rng(0)
+    for centre in np.linspace(-4, 4, 33):
+        draws = rng.normal(centre, size=1000)
+        low, high = np.percentile(draws, [2.5, 97.5])
+        if abs(p_value(draws) - 0.05) > 0.004:  # the edge itself is a matter of one draw
+            assert (p_value(draws) < 0.05) == (low > 0 or high < 0)
+
+
+def test_equal_rows_are_rarely_decided_and_less_often_than_without_correction():
+    """Of 60 reports on 5 equal rows: false decisions at all, with and without Holm."""
+    rng = np.random.default_rng(1)
+    with_holm = without = 0
+    for _ in range(60):
+        rows = rng.normal(size=(5, 40))
+        weights = rng.multinomial(40, np.full(40, 1 / 40), size=1000) / 40
+        shown = [Distribution({"m": float(r.mean())}, {"m": weights @ r}) for r in rows]
+        found = pairwise.pairs(shown, "m")
+        assert found is not None
+        with_holm += any(f.is_decided for f in found.all)
+        without += any(f.p <= pairwise.LEVEL for f in found.all)
+    assert with_holm <= 8  # 3 expected of 60
+    assert without > with_holm
+
+
+def test_draws_grow_with_the_pairs_until_they_cannot_be_afforded():
+    assert resamples_for(1) == resamples_for(12) == 1000
+    for n_pairs in (13, 66, 240):
+        draws = resamples_for(n_pairs)
+        assert n_pairs * 2 * smallest_p(draws) <= pairwise.LEVEL
+    assert resamples_for(10_000) == pairwise.MOST_RESAMPLES
+    assert resamples_for(66, items=pairwise.MOST_COUNTS) == 1000
+    assert 1000 < resamples_for(240, items=200_000) == 5000
+
+
+def test_more_draws_serve_p_values_and_leave_the_intervals_alone():
+    rng = np.random.default_rng(2)
+
+    def drawn(resamples: int) -> list[Distribution]:
+        return [Distribution({"m": i / 9}, {"m": rng.normal(i / 9, 0.01, resamples)}) for i in range(7)]  # fmt: skip
+
+    asked: list[int] = []
+
+    def redraw(resamples: int) -> list[Distribution]:
+        asked.append(resamples)
+        return drawn(resamples)
+
+    shown = drawn(1000)
+    found = pairwise.pairs(shown, "m", redraw)
+    assert found is not None
+    assert asked == [2000] == [found.resamples]
+    assert len(found.all) == 21
+    assert found.can_decide
+    assert all(f.is_decided and f.p == smallest_p(2000) for f in found.all)
+    first = found.between(1, 0)
+    low, high = np.percentile(shown[1].values["m"] - shown[0].values["m"], [2.5, 97.5])
+    assert first is not None
+    assert (first.interval.low, first.interval.high) == pytest.approx((low, high))
+    few = pairwise.pairs([*shown] * 2, "m")  # 91 pairs on 1,000 draws
+    assert few is not None
+    assert not few.can_decide
+    assert not any(f.is_decided for f in few.all)
+
+
+def test_one_row_has_no_pairs():
+    assert pairwise.pairs([Distribution({"m": 0.5}, {"m": np.zeros(3)})], "m") is None
+
+
+# ── the leaderboard ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rows_of_all_backbones_are_ranked_and_only_the_undecided_are_tied(runs):
+    (c,) = compare(read_runs([runs]))
+    entries = leaderboard(c)
+    means = [e.row.cells["group_score"].mean for e in entries]
+    assert means == sorted(means, reverse=True)
+    assert [e.place for e in entries] == [1 + sum(m > mean for m in means) for mean in means]
+    names = [e.row.group.label for e in entries]
+    assert names[0].startswith(("a · pe", "b · pe"))
+    assert [e.is_tied for e in entries] == [False, True, False, False, False]
+    assert entries[0].behind is None
+    assert c.pairs is not None
+    assert len(c.pairs.all) == 10
+
+
+def test_a_difference_across_backbones_is_that_of_shared_draws(runs):
+    (c,) = compare(read_runs([runs]))
+    assert c.pairs is not None
+    for found in c.pairs.all:
+        a, b = c.rows[found.ours], c.rows[found.theirs]
+        alone = bootstrap.difference(a.group.tables, b.group.tables)["group_score"]
+        assert found.interval == alone
+        means = [r.cells["group_score"].mean for r in (a, b)]
+        assert found.interval.estimate == pytest.approx(means[0] - means[1])
+    mine = c.pairs.between(1, 0)
+    assert mine is not None
+    assert c.rows[1].gain == mine.interval
+
+
+def test_the_gain_of_a_row_is_that_over_its_own_backbone(runs):
+    (c,) = compare(read_runs([runs]))
+    for entry in leaderboard(c):
+        if entry.row.group.is_baseline:
+            assert entry.gain is None
+        else:
+            assert entry.gain is not None
+            assert entry.gain.interval == entry.row.gain
+            assert c.rows[entry.gain.theirs].group.backbone == entry.row.group.backbone
+
+
+def test_the_csv_has_costs_places_and_every_pair(runs):
+    (c,) = compare(read_runs([runs]))
+    rows = list(csv.DictReader(io.StringIO(formats.to_csv([c]))))
+    assert all(None not in row for row in rows)
+    pairs = [r for r in rows if r["metric"] == "difference of group_score"]
+    assert len(pairs) == 10
+    assert {r["note"] for r in pairs} == {"decided", "undecided"}
+    for row in pairs:
+        assert (float(row["p_holm"]) <= 0.05) == (row["note"] == "decided")
+        assert float(row["p"]) <= float(row["p_holm"])
+    across = next(r for r in pairs if r["backbone"] == "clip:demo minus pe:demo")
+    assert " minus " in across["method"]
+    places = {r["place"]: r["tied"] for r in rows if r["metric"] == "group_score"}
+    assert places == {"1": "0", "2": "1", "3": "0", "4": "0", "5": "0"}
+    costs = {
+        r["metric"]: r for r in rows if (r["backbone"], r["method"]) == ("pe:demo", "b") and r["metric"] in
+        {cost.name for cost in COSTS}
+    }  # fmt: skip
+    assert float(costs["bytes_per_image"]["mean"]) == 5120
+    assert float(costs["training_seconds"]["mean"]) == 2.5
+    assert costs["training_seconds"]["seed_values"] == "0:2 1:3"
+    assert len(costs) == 4
+
+
+def test_markdown_has_the_leaderboard_below_the_table(runs):
+    text = formats.markdown(compare(read_runs([runs])))
+    board = text[text.index("#### Leaderboard by group_score") :]
+    lines = [line for line in board.splitlines() if line.startswith("|")]
+    assert len(lines) == 7
+    assert "5 KiB" in board
+    assert "2 ≈" in lines[3]
+    assert "p by Holm over all 10 pairs (1,000 draws)" in board
+
+
+# ── costs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"costs": None, "seconds": None, "parameters": None},
+        {"costs": [1], "seconds": "2", "parameters": True},
+        {"costs": {"bytes_per_image": -1, "build_seconds": float("nan")}, "seconds": -2.0},
+        {"costs": {"bytes_per_image": "1", "build_seconds": None}, "parameters": float("inf")},
+    ],
+)
+def test_a_cost_that_no_run_says_is_unknown_and_not_zero(facts):
+    run = Run(Path("r"), {"method": "a", "seed": 0} | facts)
+    assert [cost_of(run, cost.name) for cost in COSTS] == [None] * 4
+
+
+def test_costs_are_means_over_the_seeds_that_say_them(runs):
+    (c,) = compare(read_runs([runs]))
+    group = c.rows[1].group
+    entry = metrics([c])["clip:demo"]["a"]["1"]["toy_world/matching/2×2/test"]
+    assert entry["costs"] == {
+        "bytes_per_image": 2048,
+        "build_seconds": 12.5,
+        "training_seconds": 3,
+        "parameters": 2000,
+    }
+    assert mean_cost(group, "training_seconds") == 2.5
+    assert mean_cost(group, "bytes_per_image") == 2048
+
+
+def test_a_page_of_old_runs_says_that_costs_are_unknown(tmp_path):
+    for method, strength in (("a", 0.5), ("b", 1.0)):
+        write_run(tmp_path, method, "clip:demo", 0, table(0, strength))
+    text = report([tmp_path], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    row = text[text.index('<tr class="tied">') :].partition("</tr>")[0]
+    assert row.count("<td>–</td>") == 4
+    assert "– (not recorded)" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1536, "1.5 KiB"), (1181696, "1.13 MiB")],
+)
+def test_bytes_are_shown_with_three_digits(value, shown):
+    assert size(float(value)) == shown
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4).map(float)] * 2), min_size=1, max_size=9))
+def test_the_front_holds_what_no_other_row_beats(points):
+    costs, values = zip(*points, strict=True)
+    kept = set()
+    for i in range(len(points)):
+        beaten = False
+        for j in range(len(points)):
+            as_good = costs[j] <= costs[i] and values[j] >= values[i]
+            better = costs[j] < costs[i] or values[j] > values[i]
+            beaten |= as_good and better
+        kept |= set() if beaten else {i}
+    found = pareto(costs, values)
+    assert set(found) == kept
+    assert len(found) == len(kept)
+    assert [costs[i] for i in found] == sorted(costs[i] for i in found)
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_row_leads_to_its_runs_and_their_commands(runs, tmp_path):
+    text = report([runs], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    found = read_runs([runs])
+    for number, run in enumerate(found, 1):
+        assert f'<article class="run" id="run-{number}">' in text
+        assert f'href="#run-{number}"' in text
+        block = text.partition(f'id="run-{number}"')[2].partition("</article>")[0]
+        assert f"<dt>trained by</dt><dd><code>{run.facts['command']}</code></dd>" in block
+    assert text.count('<tr class="tied">') == 2
+    assert "No correction" not in text
+
+
+def test_a_table_says_how_it_was_scored(tmp_path):
+    run = write_run(tmp_path, "a", "clip:demo", 0, table(0, 1))
+    scored = MatchingScores(
+        np.zeros((3, 2)), ["a", "b", "c"], "cosine", meta={"command": "headstart score <it>"}
+    )
+    score_io.save(scored, run / "scores-other.zarr")
+    text = report([run], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    assert (
+        "<dt>scores scores-other.zarr</dt><dd><code>headstart score &lt;it&gt;</code></dd>" in text
+    )
+    assert "<dt>scores scores-test.zarr</dt><dd>– (not recorded)</dd>" in text
