@@ -1,4 +1,4 @@
-"""Verbs of this room: build · triplets · info · verify · export · import. Nothing heavy is imported until one runs."""
+"""Verbs of this room: build · plan · triplets · info · verify · export · import; nothing heavy until one runs."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
+from cache_builder.cli_plan import add_plan
 from cache_builder.cli_triplets import add_triplets
 from cache_builder.errors import CacheError, UnknownName
 from cache_builder.pipe import quiet_when_unread
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verbs of this room."""
     add_build(verbs)
+    add_plan(verbs)
     add_triplets(verbs)
     info = verbs.add_parser(
         "info", help="what a cache holds", description="Print what a cache claims to be."
