@@ -164,6 +164,17 @@ def test_the_table_leaves_open_what_nobody_said(capsys: pytest.CaptureFixture[st
     assert row.split()[-3:-1] == ["0.3", "5.6"]  # 10⁶ / 100 / 3600 / 10 h; 2.78 h at 2
 
 
+def test_the_table_of_the_page_on_scaling_is_what_its_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    (command,) = re.findall(
+        r"^headstart (plan .*--price-gb-month.*)$", page.replace("\\\n", ""), re.M
+    )
+    assert main(command.split()) == 0
+    assert f"```text\n{capsys.readouterr().out}```" in page
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
