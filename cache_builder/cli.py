@@ -1,4 +1,4 @@
-"""Verbs of this room: build · triplets · info · verify · export · import · browse.
+"""Verbs of this room: build · plan · triplets · info · verify · export · import · browse.
 
 Nothing heavy is imported until one runs.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from cache_builder.cli_browse import add_browse
 from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
 from cache_builder.cli_ending import run
+from cache_builder.cli_plan import add_plan
 from cache_builder.cli_triplets import add_triplets
 from cache_builder.errors import CacheError, UnknownName
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verbs of this room."""
     add_build(verbs)
+    add_plan(verbs)
     add_triplets(verbs)
     info = verbs.add_parser(
         "info", help="what a cache holds", description="Print what a cache claims to be."

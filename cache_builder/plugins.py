@@ -26,14 +26,8 @@ def names(package: str) -> tuple[str, ...]:
     True
     """
     folder = importlib.import_module(package)
-    handle = HANDLES.get(package.rpartition(".")[2])
-    return tuple(
-        sorted(
-            info.name
-            for info in pkgutil.iter_modules(folder.__path__)
-            if info.name != "base" and _offers(folder.__path__, info.name, handle)
-        )
-    )
+    files = (info.name for info in pkgutil.iter_modules(folder.__path__))
+    return tuple(sorted(name for name in files if _is_plugin(package, name)))
 
 
 def find(package: str, name: str) -> ModuleType:
@@ -52,8 +46,8 @@ def find(package: str, name: str) -> ModuleType:
         if handle and not hasattr(module, handle):
             raise UnknownName(f"module {name} is no {_noun(package)}: it defines no `{handle}`")
         return module
-    known = names(package)
-    if name not in known:
+    if not _is_plugin(package, name):
+        known = names(package)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UnknownName(
@@ -78,6 +72,14 @@ def _own_module(package: str, name: str) -> ModuleType:
 
 def _noun(package: str) -> str:
     return NOUNS.get(package.rpartition(".")[2], "plugin")
+
+
+def _is_plugin(package: str, name: str) -> bool:
+    """Is there a file of that name with the handle of its neighbours? Reads that file alone."""
+    paths = importlib.import_module(package).__path__
+    there = any(info.name == name for info in pkgutil.iter_modules(paths))
+    handle = HANDLES.get(package.rpartition(".")[2])
+    return there and name != "base" and _offers(paths, name, handle)
 
 
 def _offers(paths: Iterable[str], name: str, handle: str | None) -> bool:

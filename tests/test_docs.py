@@ -113,6 +113,14 @@ def test_the_tree_in_the_readme_is_git_s() -> None:
     assert not unlisted, f"in git but not in the README's tree: {sorted(unlisted)}"
 
 
+def test_the_list_of_pages_is_whole_and_its_links_lead_somewhere() -> None:
+    listed = re.findall(r"\]\((\w[\w.-]*\.md)\)", (ROOT / "docs" / "README.md").read_text())
+    assert set(listed) | {"README.md"} == {p.name for p in (ROOT / "docs").glob("*.md")}
+    for page in PAGES:
+        for link in re.findall(r"\]\(([\w./-]+\.md)\)", page.read_text()):
+            assert (page.parent / link).is_file(), f"{page.name} links to {link}, which is not there"
+
+
 def prose() -> str:
     return "\n".join(page.read_text() for page in PAGES)
 
