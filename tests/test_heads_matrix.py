@@ -232,13 +232,14 @@ def test_rows_become_the_pooled_image_by_the_backbones_own_pooling_and_not_by_ro
         assert torch.allclose(one, all_rows, atol=1e-3) == (kind == "clip")
 
 
-def test_the_table_in_the_readme_is_the_expected_one() -> None:
-    readme = Path(__file__).parent.parent / "README.md"
+def test_the_table_in_the_documentation_is_the_expected_one() -> None:
+    root = Path(__file__).parent.parent
+    page = root / "docs/methods.md"
     assert list(METHODS) == list(EXPECTED)
     assert {name for name, _ in METHODS.values()} | COMPOSED == {
-        p.stem for p in (readme.parent / "heads/methods").glob("[a-z]*.py")
+        p.stem for p in (root / "heads/methods").glob("[a-z]*.py")
     }
     table = "\n".join(f"| {m} | {' | '.join(row)} |" for m, row in EXPECTED.items())
-    assert table in readme.read_text(), (
-        f"README's table of methods and backbones should be\n{table}"
+    assert table in page.read_text(), (
+        f"the table of methods and backbones should be\n{table}"
     )
