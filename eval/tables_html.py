@@ -89,7 +89,7 @@ def _gain(row: Row) -> str:
 def seed_values(c: Comparison, anchors: Anchors) -> str:
     """Every seed's value of every metric of the main table, folded away."""
     head = ["<th>method · backbone</th>", "<th>seed</th>"]
-    head += [f"<th>{text(c.name(m))}</th>" for m in c.columns]
+    head += [heading(c, m) for m in c.columns]
     lines: list[str] = []
     for row in c.rows:
         for i, run in enumerate(row.group.runs):

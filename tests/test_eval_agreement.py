@@ -53,6 +53,7 @@ def composed_table(seed: int, q: int = 6) -> ComposedScores:
         categories=[["add"] if i % 2 else ["remove"] for i in range(q)],
     )
     scores = np.random.default_rng(seed).integers(0, 6, size=(q, 9)).astype(float)
+    scores[0, 1] = scores[0, 5] = 9  # the right image and a wrong one behind it, equally good
     return ComposedScores(scores, images, queries, "cosine")
 
 
@@ -257,7 +258,7 @@ def test_a_composed_answer_is_the_image_ranked_first_a_wrong_one_on_a_tie(tmp_pa
     (c,) = compare(read_runs([tmp_path]))
     table = composed_table(3)
     found = hardest(c)
-    assert found
+    assert next(f.answers[0].image for f in found if f.number == 0) == "img5"
     for failure in found:
         row, target = table.scores[failure.number], failure.number + 1
         best = [i for i in range(9) if row[i] == row.max()]
