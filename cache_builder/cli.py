@@ -37,7 +37,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     info = verbs.add_parser(
         "info", help="what a cache holds", description="Print what a cache claims to be."
     )
-    info.add_argument("cache", type=Path)
+    info.add_argument("cache", type=Path, help="folder or URL of a cache")
     info.set_defaults(func=_info)
 
     verify = verbs.add_parser(
@@ -45,7 +45,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="check every byte of a cache",
         description="Compare every chunk with its checksum. Exit status 1, and every bad chunk, if there is one.",
     )
-    verify.add_argument("cache", type=Path)
+    verify.add_argument("cache", type=Path, help="folder or URL of a cache")
     verify.set_defaults(func=_verify)
 
     export = verbs.add_parser(
@@ -54,7 +54,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         description="Write a sealed cache for somebody else: .h5, from which `headstart import` makes it again byte by "
         "byte; .npz, for numpy; or a folder of parquet tables. What is there already is never overwritten.",
     )
-    export.add_argument("cache", type=Path)
+    export.add_argument("cache", type=Path, help="folder or URL of a cache")
     target = export.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "file", type=Path, nargs="?", help="what it ends in decides: .h5, .npz or .parquet"

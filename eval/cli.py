@@ -42,7 +42,7 @@ def add_verbs(verbs: Any) -> None:
     metrics = verbs.add_parser(
         "metrics",
         help="numbers of score tables, with chance and intervals",
-        description="Print the metrics of score tables, in percent, with chance lines and 95 %% bootstrap intervals.",
+        description="Print the metrics of score tables, in percent, with chance lines and 95 % bootstrap intervals.",
     )
     metrics.add_argument(
         "scores",
