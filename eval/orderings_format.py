@@ -24,16 +24,13 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def sentences(
-    orderings: Sequence[Ordering], verdicts: Sequence[Verdict], notes: Sequence[str] = ()
-) -> list[str]:
-    """What the table cannot show: claims that were not measured, and what the caller has to say."""
-    missing = [
+def sentences(orderings: Sequence[Ordering], verdicts: Sequence[Verdict]) -> list[str]:
+    """What the table cannot show: claims that were not measured."""
+    return [
         f"Not measured: {o.words()} in {o.metric}{f', {o.world} world' if o.world else ''} ({o.says}); no backbone "
         "here has both rows with this metric."
         for o in unmeasured(orderings, verdicts)
     ]
-    return [*missing, *notes]
 
 
 def as_markdown(verdicts: Sequence[Verdict], notes: Sequence[str] = ()) -> str:

@@ -23,6 +23,7 @@ from eval.orderings_format import TITLE as ORDERINGS
 from eval.pictures import pictures_of
 from eval.runs import Run
 from eval.runs_html import anchors_of, runs_of
+from eval.table import plain
 from eval.tables_html import Anchors, main_table, seed_values
 
 TITLES = {
@@ -44,14 +45,28 @@ READING = {
 }
 
 
+COMPARED = "What was compared"
+"""Heading of the notes."""
+
+
+def notes_markdown(notes: Sequence[str]) -> str:
+    """The notes as a section of their own; nothing where there are none."""
+    lines = [f"* {plain(note)}" for note in notes]
+    return "\n".join([f"### {COMPARED}", "", *lines, ""]) if notes else ""
+
+
 def render(
     runs: Sequence[Run],
     comparisons: Sequence[Comparison],
     title: str,
     below: Sequence[str] = (),
     claims: str = "",
+    notes: Sequence[str] = (),
 ) -> str:
-    """The whole page; `below` holds HTML to stand under each comparison, `claims` that of claimed orderings."""
+    """The whole page; `below` holds HTML to stand under each comparison, `claims` that of claimed orderings.
+
+    `notes` are sentences on what was compared.
+    """
     under = dict(zip(map(id, comparisons), below, strict=False))
     groups = [row.group for c in comparisons for row in c.rows]
     methods = list(dict.fromkeys(group.method for group in groups))
@@ -81,6 +96,9 @@ def render(
     answers = "".join(composed_of(run) for run in runs)
     if answers:
         sections.append(("answers", "What composed queries get", _ANSWER_TEXT + answers))
+    if notes:
+        said = "".join(f'<p class="note">{text(note)}</p>' for note in notes)
+        sections.append(("compared", COMPARED, said))
     sections.append(("runs", "Runs", runs_of(runs, anchors)))
     sections.append(("reading", "How to read the numbers", _HOW))
     here = Path(__file__).parent

@@ -27,6 +27,7 @@ def report(
     title: str = "headstart",
     published: bool = False,
     orderings: Sequence[Ordering] = (),
+    legend: str = "",
     notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write the page `out`, and beside it the same tables as .md, .csv and, seed by seed, .json.
@@ -39,7 +40,8 @@ def report(
         published: print verified published numbers under the tables that they may be compared with, and under the
             others why none is shown.
         orderings: claims to hold against the runs, in a section of their own (`eval/orderings.py`).
-        notes: sentences to stand below them, such as which rows are missing, and why.
+        legend: of their sources.
+        notes: sentences on what was compared, such as which rows are missing, and why.
 
     Returns:
         The four files: the page, .md, .csv, .json.
@@ -60,16 +62,18 @@ def report(
     theirs: list[Beside | None] = [beside(c) if published else None for c in comparisons]
     pairs = list(zip(comparisons, theirs, strict=True))
     verdicts = judge(comparisons, orderings)
-    said = orderings_format.sentences(orderings, verdicts, notes)
     claims, claims_html = "", ""
-    if verdicts or said:
+    if orderings:
+        said = [*orderings_format.sentences(orderings, verdicts), *([legend] if legend else [])]
         claims = orderings_format.as_markdown(verdicts, said)
         claims_html = orderings_format.as_html(verdicts, said)
     below = [as_html(*pair) for pair in pairs]
     blocks = [part for c, b in pairs for part in (markdown([c]), as_markdown(c, b))]
     texts = {
-        out: page.render(found, comparisons, title, below, claims_html),
-        out.with_suffix(".md"): "\n".join(part for part in (*blocks, claims) if part),
+        out: page.render(found, comparisons, title, below, claims_html, notes),
+        out.with_suffix(".md"): "\n".join(
+            part for part in (*blocks, claims, page.notes_markdown(notes)) if part
+        ),
         out.with_suffix(".csv"): to_csv(comparisons)
         + csv_lines(pairs)
         + orderings_format.csv_lines(verdicts),

@@ -154,10 +154,10 @@ def _compare(args: argparse.Namespace) -> None:
     paths = report(
         compared.runs,
         out / "report.html",
-        title=f"Ablation: {Path(args.plan).stem}" if args.plan else f"Comparison: {ablation.task}",
+        title=f"Comparison: {Path(args.plan).stem if args.plan else ablation.task}",
         orderings=made.orderings,
+        legend=LEGEND,
         notes=[
-            *([LEGEND] if made.orderings else []),
             *made.left_out,
             *compared.failures,
             *_asked(caches),
