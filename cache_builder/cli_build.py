@@ -14,6 +14,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from cache_builder.cli_cost import announce, chosen_storage
+from cache_builder.cli_ending import INTERRUPTED, Verbs
 from cache_builder.cli_engines import devices_of, engine_of, share_rank
 from cache_builder.errors import CacheError, UnknownName
 
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from cache_builder.cache import FeatureCache
     from cache_builder.header import Header
 
-INTERRUPTED = 130
-"""Exit status of a command stopped by Ctrl-C, as shells have it."""
 
-
-def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_build(verbs: Verbs) -> None:
     """Add the verb."""
     build = verbs.add_parser(
         "build",
@@ -154,8 +152,8 @@ def _build(args: argparse.Namespace) -> None:
     )
     out = args.out or Path("caches", f"{args.dataset}-{_file_name(args.backbone)}.zarr")
     begun = _begun(out)
-    choice = {"streams": args.streams, "storage": args.store, "order_seed": args.order_seed}
-    choice |= {"crops": args.crops}
+    choice: dict[str, Any] = {"streams": args.streams, "storage": args.store}
+    choice |= {"order_seed": args.order_seed, "crops": args.crops}
     if args.store == "auto":
         plain = cache_spec(dataset, backbone, **{**choice, "storage": "fp16"})
         if begun:

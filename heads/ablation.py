@@ -234,7 +234,7 @@ def of_methods(
     named = worlds if task == "czsl" else ("closed",)
     found = {
         "task": task,
-        "asked": tuple(Asked(task=task, world=w, rerank=rerank) for w in named),  # pyright: ignore[reportArgumentType]
+        "asked": tuple({"task": task, "world": w, "rerank": rerank} for w in named),
         "row": tuple(parse(Row, row, f"row {row['label']}") for row in rows),
     }
     ablation = parse(Ablation, found, "--methods")

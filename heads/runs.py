@@ -192,7 +192,8 @@ def score_paths(
     ]
     paths: dict[Direction | None, Path] = {}
     for direction in directions:
-        words = [*parts, *filter(None, [direction, f"rerank{rerank}" if rerank else None])]
+        words = [*parts, *([direction] if direction else [])]
+        words += [f"rerank{rerank}"] if rerank else []
         paths[direction] = Path(run, f"scores-{'-'.join(words)}.zarr")
     return paths
 

@@ -118,7 +118,9 @@ def test_the_list_of_pages_is_whole_and_its_links_lead_somewhere() -> None:
     assert set(listed) | {"README.md"} == {p.name for p in (ROOT / "docs").glob("*.md")}
     for page in PAGES:
         for link in re.findall(r"\]\(([\w./-]+\.md)\)", page.read_text()):
-            assert (page.parent / link).is_file(), f"{page.name} links to {link}, which is not there"
+            assert (page.parent / link).is_file(), (
+                f"{page.name} links to {link}, which is not there"
+            )
 
 
 def prose() -> str:

@@ -240,6 +240,4 @@ def test_the_table_in_the_documentation_is_the_expected_one() -> None:
         p.stem for p in (root / "heads/methods").glob("[a-z]*.py")
     }
     table = "\n".join(f"| {m} | {' | '.join(row)} |" for m, row in EXPECTED.items())
-    assert table in page.read_text(), (
-        f"the table of methods and backbones should be\n{table}"
-    )
+    assert table in page.read_text(), f"the table of methods and backbones should be\n{table}"

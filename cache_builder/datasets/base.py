@@ -258,17 +258,15 @@ class Tasks:
             prompts={(a, o): text_id for a, o, text_id in raw["czsl"]["prompts"]},
         )
 
-        def tupled(row: dict) -> dict:
+        def tupled(row: dict[str, Any]) -> dict[str, Any]:
             return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
 
-        return cls(
-            czsl=czsl or None,
-            galleries={name: Gallery(**tupled(g)) for name, g in raw["galleries"].items()},
-            **{
-                k: tuple(kind(**tupled(r)) for r in (raw.get(k, []) if k in LATER else raw[k]))
-                for k, kind in EXAMPLES.items()
-            },
-        )
+        listed: dict[str, Any] = {
+            k: tuple(kind(**tupled(r)) for r in (raw.get(k, []) if k in LATER else raw[k]))
+            for k, kind in EXAMPLES.items()
+        }
+        galleries = {name: Gallery(**tupled(g)) for name, g in raw["galleries"].items()}
+        return cls(czsl=czsl or None, galleries=galleries, **listed)
 
 
 @dataclass(frozen=True, slots=True)
