@@ -85,7 +85,9 @@ def new_folder(folder: Path) -> Generator[Path]:
 
 def _check_free(target: Path) -> None:
     if target.exists():
-        raise CacheMismatch(f"{target} was made by somebody else meanwhile; it is kept")
+        raise CacheMismatch(
+            f"{target} was made by somebody else meanwhile and is kept; choose another name, or remove it"
+        )
 
 
 def _lock(number: int, part: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -152,16 +153,21 @@ def _build(args: argparse.Namespace) -> None:
     )
     out = args.out or Path("caches", f"{args.dataset}-{_file_name(args.backbone)}.zarr")
     begun = _begun(out)
-    choice: dict[str, Any] = {"streams": args.streams, "storage": args.store}
-    choice |= {"order_seed": args.order_seed, "crops": args.crops}
-    if args.store == "auto":
-        plain = cache_spec(dataset, backbone, **{**choice, "storage": "fp16"})
+    storage = args.store
+    choice = partial(
+        cache_spec,
+        dataset,
+        backbone,
+        streams=args.streams,
+        order_seed=args.order_seed,
+        crops=args.crops,
+    )
+    if storage == "auto":
+        plain = choice(storage="fp16")
         if begun:
             print(f"{at(out)} was begun with --store {begun.spec.storage} and keeps it")
-        choice["storage"] = (
-            begun.spec.storage if begun else chosen_storage(dataset, backbone, plain)
-        )
-    spec = cache_spec(dataset, backbone, **choice)
+        storage = begun.spec.storage if begun else chosen_storage(dataset, backbone, plain)
+    spec = choice(storage=storage)
     if not rank:
         announce(dataset, backbone, spec, counting=args.dry_run)
     if args.dry_run:

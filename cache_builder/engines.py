@@ -197,7 +197,7 @@ class Ray:
             cause = error.cause if isinstance(error, RayTaskError) else None
             reason = cause or str(error).strip().splitlines()[-1]
             raise CacheError(
-                f"the Ray cluster failed: {reason}; what is finished is kept"
+                f"the Ray cluster failed: {reason}; what is finished is kept: repeat the command"
             ) from error
         finally:
             if not here:

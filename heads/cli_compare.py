@@ -203,7 +203,7 @@ def _engine(args: argparse.Namespace) -> "Engine":
     if args.engine == "ray":
         if args.devices or args.workers:
             raise ConfigError(
-                "--workers and --devices are of this machine; a Ray cluster knows its own"
+                "--workers and --devices are of this machine; a Ray cluster knows its own: leave them out"
             )
         return Ray(args.address)
     if args.address:

@@ -173,7 +173,7 @@ class Ray:
                 raise cause from error
             reason = cause or str(error).strip().splitlines()[-1]
             raise HeadError(
-                f"the Ray cluster failed: {reason}; what is finished is kept"
+                f"the Ray cluster failed: {reason}; what is finished is kept: repeat the command"
             ) from error
         finally:
             if not here:

@@ -184,7 +184,7 @@ def score_paths(
     task = task or record["task"]
     directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
     other = cache.digest() != record["cache"]["digest"]
-    parts = [
+    parts: list[str] = [
         *([cache.place.name.removesuffix(".zarr")] if other else []),
         *([task] if task != record["task"] else []),
         split,
