@@ -8,7 +8,7 @@ A kill leaves what lies aside, under a name that nothing else has; whoever write
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ HELD = "lock"
 
 
 @contextmanager
-def new_file(file: Path) -> Iterator[int]:
+def new_file(file: Path) -> Generator[int]:
     """An open file aside; renamed when the block is left, removed after any failure.
 
     Raises:
@@ -50,7 +50,7 @@ def new_file(file: Path) -> Iterator[int]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Generator[Path]:
     """An empty folder aside, for plain files; renamed when the block is left, removed after any failure.
 
     Raises:
@@ -85,7 +85,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _check_free(target: Path) -> None:
     if target.exists():
-        raise CacheMismatch(f"{target} was made by somebody else meanwhile; it is kept")
+        raise CacheMismatch(
+            f"{target} was made by somebody else meanwhile and is kept; choose another name, or remove it"
+        )
 
 
 def _lock(number: int, part: Path, target: Path) -> None:

@@ -83,15 +83,16 @@ def read_answers(path: Path, pairs: Sequence[Pair]) -> Answers:
     n = 0
     for _, row in read_jsonl(path):
         n += 1
-        pair, words = (row.get("attr"), row.get("obj")), _listed(row.get("answer"))
-        if pair not in wanted:
+        attr, obj, words = row.get("attr"), row.get("obj"), _listed(row.get("answer"))
+        pair = (attr, obj) if isinstance(attr, str) and isinstance(obj, str) else None
+        if pair is None or pair not in wanted:
             rejected["row: no train pair"] += 1
         elif pair in found:
             rejected["row: pair answered before"] += 1
         elif words is None:
             rejected["row: no answer"] += 1
         else:
-            found[pair] = tuple(_usable(words, pair, rejected))  # pyright: ignore[reportArgumentType]
+            found[pair] = tuple(_usable(words, pair, rejected))
     kept = {pair: found[pair] for pair in pairs if found.get(pair)}
     if not kept:
         reasons = ", ".join(f"{reason} ({k})" for reason, k in rejected.items()) or "it is empty"

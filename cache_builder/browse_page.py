@@ -9,7 +9,7 @@ figures of use to anybody. Needs the extra `browse`.
 
 import base64
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,7 +308,7 @@ class Page:
                     self._thumb(image, f"{cosine:.3f}")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self) -> Generator[None]:
         """What cannot be read, as a sentence on the page."""
         try:
             yield

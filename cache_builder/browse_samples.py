@@ -6,7 +6,6 @@ from itertools import islice
 
 from cache_builder.cache import FeatureCache
 from cache_builder.datasets.base import (
-    ComposedExample,
     CompositionExample,
     MatchingExample,
     RetrievalExample,
@@ -81,7 +80,7 @@ def samples_of(caches: Sequence[FeatureCache], split: str | None, most: int) -> 
     if not left:
         raise UnknownName(
             f"{first.place} has no image to look at{f' in split {split!r}' if split else ''}: "
-            f"{len(bad)} of {len(first.image_ids)} are in quarantine"
+            f"{len(bad)} of {len(first.image_ids)} are in quarantine; repair their files and build again"
         )
     ids = tuple(left[:most])
     return Samples(
@@ -148,7 +147,7 @@ def _check_same(one: FeatureCache, other: FeatureCache) -> None:
 def _splits(tasks: Tasks) -> Iterator[tuple[str, str]]:
     """Image and split, of every task."""
     for example in _examples(tasks):
-        for image in _images(example):
+        for image in example.images:
             yield image, example.split
 
 
@@ -159,14 +158,6 @@ def _examples(tasks: Tasks) -> Iterator[Example]:
     yield from tasks.matching
     yield from tasks.composed
     yield from tasks.triplets
-
-
-def _images(example: Example) -> tuple[str, ...]:
-    if isinstance(example, MatchingExample):
-        return example.images
-    if isinstance(example, ComposedExample):
-        return (example.reference, *example.targets)
-    return (example.image,)
 
 
 def _labels(tasks: Tasks, texts: Mapping[str, str], wanted: set[str]) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP=true for a s
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -165,17 +165,17 @@ class Bucket:
                 continue
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[bool]:
+    def claimed(self, name: str) -> Generator[bool]:
         """Always: nothing here ends with its holder, and two who do the same do no harm."""
         yield True
 
     @contextmanager
-    def helping(self) -> Iterator[None]:
+    def helping(self) -> Generator[None]:
         """Nothing that ends with a process can be held here."""
         yield
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> Generator[None]:
         """Nobody can be waited for here."""
         yield
 

@@ -101,8 +101,9 @@ def build(
         CacheError: an image could not be read, and its file may not be to blame; what is finished is kept.
     """
     place = at(path)
-    choice = {"streams": streams, "storage": storage, "crops": crops, "order_seed": order_seed}
-    spec = cache_spec(dataset, backbone, **choice)  # pyright: ignore[reportArgumentType]
+    spec = cache_spec(
+        dataset, backbone, streams=streams, storage=storage, crops=crops, order_seed=order_seed
+    )
     if batch_size < 1 or workers < 1 or order_seed < 0:
         raise CacheError(
             f"batch_size {batch_size} and workers {workers} must be at least 1, order_seed {order_seed} at least 0"
@@ -180,8 +181,8 @@ class Build:
                 previous,
                 self.stop,
             )
-            here = {"device": str(self.backbone.device), "workers": self.workers}
-            with timed(place, begun, **here, helped=self.engine is not None):
+            device, helped = str(self.backbone.device), self.engine is not None
+            with timed(place, begun, device=device, workers=self.workers, helped=helped):
                 if self.engine is None:
                     passes.run_all()
                 else:

@@ -5,7 +5,7 @@ leaves no line, so the sum is what was spent at least; a cache that was imported
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,7 +34,9 @@ class Session(BaseModel):
 
 
 @contextmanager
-def timed(place: Place, begun: float, *, device: str, workers: int, helped: bool) -> Iterator[None]:
+def timed(
+    place: Place, begun: float, *, device: str, workers: int, helped: bool
+) -> Generator[None]:
     """Record what was spent from `begun` (`time.monotonic`) until the context ends, however it does."""
     try:
         yield

@@ -44,7 +44,8 @@ class Chunks:
         fingerprint: str = "",
         writer: str = "",
     ) -> None:
-        self.place, self.layouts, self.check, self.command = place, layouts, check, command
+        self.place, self.layouts, self.command = place, layouts, command
+        self.check: Literal["open", "read"] = check
         self.fingerprint = fingerprint
         self.journal = Journal(place, "manifest", Entry, writer)
         self.manifest: dict[tuple[str, int], Entry] = {}

@@ -7,13 +7,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from cache_builder.cli_browse import add_browse
-from cache_builder.cli_build import INTERRUPTED, add_build, conclude, is_finished, options_of
-from cache_builder.cli_ending import run
+from cache_builder.cli_build import add_build, conclude, is_finished, options_of
+from cache_builder.cli_ending import INTERRUPTED, Verbs, run
 from cache_builder.cli_plan import add_plan
 from cache_builder.cli_triplets import add_triplets
 from cache_builder.errors import CacheError, UnknownName
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(parser, argv, (CacheError,))
 
 
-def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verbs(verbs: Verbs) -> None:
     """Add the verbs of this room."""
     add_build(verbs)
     add_plan(verbs)
@@ -209,7 +209,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _writing(path: Path, then: str) -> Iterator[None]:
+def _writing(path: Path, then: str) -> Generator[None]:
     """A stop or a full disk in one sentence."""
     try:
         yield

@@ -5,13 +5,14 @@ import importlib.util
 from contextlib import suppress
 from pathlib import Path
 
+from cache_builder.cli_ending import Verbs
 from cache_builder.errors import UnknownName
 
 PARTS = ("nicegui", "fastapi", "uvicorn")
 """What the extra `browse` brings, as far as it is imported here."""
 
 
-def add_browse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_browse(verbs: Verbs) -> None:
     """Add the verb."""
     browse = verbs.add_parser(
         "browse",

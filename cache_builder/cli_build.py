@@ -9,11 +9,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from cache_builder.cli_cost import announce, chosen_storage
+from cache_builder.cli_ending import INTERRUPTED, Verbs
 from cache_builder.cli_engines import devices_of, engine_of, share_rank
 from cache_builder.errors import CacheError, UnknownName
 
@@ -21,11 +23,8 @@ if TYPE_CHECKING:
     from cache_builder.cache import FeatureCache
     from cache_builder.header import Header
 
-INTERRUPTED = 130
-"""Exit status of a command stopped by Ctrl-C, as shells have it."""
 
-
-def add_build(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_build(verbs: Verbs) -> None:
     """Add the verb."""
     build = verbs.add_parser(
         "build",
@@ -154,16 +153,21 @@ def _build(args: argparse.Namespace) -> None:
     )
     out = args.out or Path("caches", f"{args.dataset}-{_file_name(args.backbone)}.zarr")
     begun = _begun(out)
-    choice = {"streams": args.streams, "storage": args.store, "order_seed": args.order_seed}
-    choice |= {"crops": args.crops}
-    if args.store == "auto":
-        plain = cache_spec(dataset, backbone, **{**choice, "storage": "fp16"})
+    storage = args.store
+    choice = partial(
+        cache_spec,
+        dataset,
+        backbone,
+        streams=args.streams,
+        order_seed=args.order_seed,
+        crops=args.crops,
+    )
+    if storage == "auto":
+        plain = choice(storage="fp16")
         if begun:
             print(f"{at(out)} was begun with --store {begun.spec.storage} and keeps it")
-        choice["storage"] = (
-            begun.spec.storage if begun else chosen_storage(dataset, backbone, plain)
-        )
-    spec = cache_spec(dataset, backbone, **choice)
+        storage = begun.spec.storage if begun else chosen_storage(dataset, backbone, plain)
+    spec = choice(storage=storage)
     if not rank:
         announce(dataset, backbone, spec, counting=args.dry_run)
     if args.dry_run:

@@ -1,4 +1,6 @@
-"""How a command ends: status 0; 1 and one sentence for a user's error; 130 after Ctrl-C; a traceback means a bug.
+"""What verbs are added to, and how a command ends: 0; 1 and one sentence for a user's error; 130 after Ctrl-C.
+
+A traceback means a bug.
 
 `eval` names no other room and ends its commands alike by lines of its own (eval/cli.py).
 """
@@ -6,9 +8,27 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
-from cache_builder.cli_build import INTERRUPTED
 from cache_builder.pipe import quiet_when_unread
+
+INTERRUPTED = 130
+"""Exit status of a command stopped by Ctrl-C, as shells have it."""
+
+
+@runtime_checkable
+class Verbs(Protocol):
+    """What `ArgumentParser.add_subparsers` returns; argparse has no public name for it."""
+
+    def add_parser(
+        self,
+        name: str,
+        *,
+        help: str,  # noqa: A002 (argparse's own name)
+        description: str,
+    ) -> argparse.ArgumentParser:
+        """Add a verb."""
+        ...
 
 
 def run(

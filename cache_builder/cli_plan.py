@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cache_builder.cli_ending import Verbs
 from cache_builder.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ WANTED = {
 """Field of `Means` → what its absence leaves open, and the argument that fills it in."""
 
 
-def add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_plan(verbs: Verbs) -> None:
     """Add the verb."""
     plan = verbs.add_parser(
         "plan",

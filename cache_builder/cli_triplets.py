@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_builder.cli_ending import Verbs
 from cache_builder.errors import UnknownName
 
 if TYPE_CHECKING:
     from cache_builder.triplet_files import Caption, Triplet
 
 
-def add_triplets(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_triplets(verbs: Verbs) -> None:
     """Add the verb."""
     triplets = verbs.add_parser(
         "triplets",

@@ -37,6 +37,7 @@ def write_durably(file: Path, data: bytes | NDArray[np.uint8], *, sync: bool = T
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as out:
+            # a numpy array is a buffer before Python 3.12 too, where no type says so
             out.write(memoryview(data))  # pyright: ignore[reportArgumentType]
             out.flush()
             if sync:

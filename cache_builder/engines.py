@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -76,7 +76,7 @@ class Ranks:
         self.job, self.devices = job, devices
 
     @contextmanager
-    def helping(self, passes: Passes) -> Iterator[None]:
+    def helping(self, passes: Passes) -> Generator[None]:
         """Start them; they end soon after this process does, however it ends: their standard input closes."""
         job = replace(self.job.of(passes), world=len(self.devices))
         running = [
@@ -117,7 +117,7 @@ class Torchrun:
     """Rank 0 of processes that somebody else has started, e.g. torchrun on several machines; it lays out and seals."""
 
     @contextmanager
-    def helping(self, passes: Passes) -> Iterator[None]:
+    def helping(self, passes: Passes) -> Generator[None]:
         """The others find the cache by themselves, see `join`."""
         yield
 
@@ -156,7 +156,7 @@ class Ray:
         self.job, self.address, self.actors = job, address, actors
 
     @contextmanager
-    def helping(self, passes: Passes) -> Iterator[None]:
+    def helping(self, passes: Passes) -> Generator[None]:
         """Build everything on the cluster.
 
         Raises:
@@ -184,10 +184,11 @@ class Ray:
             pool = ActorPool(actors)
             for side in SIDES:
                 todo = list(units(passes.cache, side).values())
-                done = pool.map_unordered(
-                    lambda actor, unit, s=side: actor.run.remote(s, unit), todo
-                )
-                for count, _ in enumerate(done, 1):
+
+                def begun(actor: Any, unit: Any, side: str = side) -> Any:
+                    return actor.run.remote(side, unit)
+
+                for count, _ in enumerate(pool.map_unordered(begun, todo), 1):
                     log.info("%s: %d of %d units", side, count, len(todo))
                     if passes.stop is not None and passes.stop.is_set():
                         raise KeyboardInterrupt
@@ -196,7 +197,7 @@ class Ray:
             cause = error.cause if isinstance(error, RayTaskError) else None
             reason = cause or str(error).strip().splitlines()[-1]
             raise CacheError(
-                f"the Ray cluster failed: {reason}; what is finished is kept"
+                f"the Ray cluster failed: {reason}; what is finished is kept: repeat the command"
             ) from error
         finally:
             if not here:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,19 @@ DENSE = 200
 MOST_STRINGS = 1 << 30
 """Bytes of all ids, or of all strings."""
 
-BUILT_IN = {"gzip": h5py.h5z.FILTER_DEFLATE, "shuffle": h5py.h5z.FILTER_SHUFFLE}
-BUILT_IN |= {"fletcher32": h5py.h5z.FILTER_FLETCHER32, "lzf": h5py.h5z.FILTER_LZF}
+BUILT_IN = {
+    "gzip": h5py.h5z.FILTER_DEFLATE,
+    "shuffle": h5py.h5z.FILTER_SHUFFLE,
+    "fletcher32": h5py.h5z.FILTER_FLETCHER32,
+    "lzf": h5py.h5z.FILTER_LZF,
+}
 """Filters of HDF5 that are undone here; all others would run a plug-in."""
 
 
-UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, EOFError, MemoryError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+    *(ValueError, KeyError, TypeError, RuntimeError, EOFError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 """What numpy, zipfile and h5py raise at a file that is not what it seems."""
 
 
@@ -124,7 +130,7 @@ def open_strings(given: str | list[str], file: Path | None, folder: Path, spool:
 
 
 @contextmanager
-def _readable(file: Path, where: str) -> Iterator[None]:
+def _readable(file: Path, where: str) -> Generator[None]:
     """What numpy, zipfile and HDF5 say of a bad file, in one sentence; a full disk is no fault of the file."""
     if not file.is_file():
         raise ForeignError(f"{file} does not exist" if not file.exists() else f"{file} is no file")

@@ -1,6 +1,6 @@
 """What lies in an .h5 file itself, and one sentence for all that can be wrong with it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def damaged(file: Path, what: str) -> CacheCorrupt:
 
 
 @contextmanager
-def careful(file: Path) -> Iterator[None]:
+def careful(file: Path) -> Generator[None]:
     """Whatever HDF5 says of a file it cannot read is said in one sentence."""
     try:
         yield

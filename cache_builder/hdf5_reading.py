@@ -8,7 +8,7 @@ compared with its CRC-32C, every text with its sha256.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ class Exported:
 
 
 @contextmanager
-def exported(file: Path) -> Iterator[Exported]:
+def exported(file: Path) -> Generator[Exported]:
     """Open an export and check all of it but the chunks.
 
     Raises:

@@ -1,7 +1,7 @@
 """The file HDF5 writes through: whole or absent, and safe when the disk is full."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Disk:
 
 
 @contextmanager
-def whole_or_absent(file: Path) -> Iterator[Disk]:
+def whole_or_absent(file: Path) -> Generator[Disk]:
     """A file under a temporary name, renamed once it is durable; removed after any failure."""
     with new_file(file) as number:
         disk = Disk(number)

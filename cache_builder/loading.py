@@ -265,14 +265,18 @@ def by_threads(
     action: Callable[[S], T], items: Sequence[S], threads: int, name: str
 ) -> Iterator[T]:
     """`action` of every item, in order. A task is some items: a future each costs more than a look at a file."""
+
+    def task(part: Sequence[S]) -> list[T]:
+        return [action(item) for item in part]
+
     parts = [items[i : i + ITEMS] for i in range(0, len(items), ITEMS)]
     with ThreadPoolExecutor(threads, name) as made:
-        for found in made.map(lambda part: [action(item) for item in part], parts):
+        for found in made.map(task, parts):
             yield from found
 
 
 @contextmanager
-def pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+def pool(threads: int, name: str) -> Generator[ThreadPoolExecutor]:
     """Threads that, at an error or Ctrl-C, finish what they have begun and drop the rest."""
     made = ThreadPoolExecutor(threads, name)
     try:

@@ -13,7 +13,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -49,7 +49,7 @@ BEAT = 10.0
 
 
 @contextmanager
-def locked(place: Place) -> Iterator[None]:
+def locked(place: Place) -> Generator[None]:
     """Hold the builder's lock of a cache, making the folder if need be.
 
     Raises:
@@ -62,12 +62,13 @@ def locked(place: Place) -> Iterator[None]:
         raise CacheNotFound(
             f"{place} exists and is not a feature cache, so nothing is built into it; choose a path that is free"
         )
+    # a place that is no folder is a bucket, whose class would bring obstore
     with _flock(place) if isinstance(place, Folder) else _beating(place):  # pyright: ignore[reportArgumentType]
         yield
 
 
 @contextmanager
-def _flock(place: Folder) -> Iterator[None]:
+def _flock(place: Folder) -> Generator[None]:
     make_folder(place.path)
     with _lock_file(place.path / "lock") as file:
         try:
@@ -98,7 +99,7 @@ def _lock_file(path: Path) -> TextIO:
 
 
 @contextmanager
-def _beating(bucket: "Bucket") -> Iterator[None]:
+def _beating(bucket: "Bucket") -> Generator[None]:
     """The lock of an object store: taken if there is none, or if its holder gave no sign of life for three beats."""
     tag = _put(bucket, "create")
     if tag is None:
@@ -124,7 +125,8 @@ def _beating(bucket: "Bucket") -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        if tag is not None and not bucket.lost:
+        # the thread may have found it lost
+        if tag is not None and not bucket.lost:  # pyright: ignore[reportUnnecessaryComparison]
             bucket.remove("lock")
 
 

@@ -10,6 +10,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Lock
@@ -189,7 +190,7 @@ class ParquetTable:
 
 def _require_pyarrow(path: Path) -> None:
     try:
-        import pyarrow.parquet  # noqa: F401  optional: only this one container needs it
+        import_module("pyarrow.parquet")  # optional: only this one container needs it
     except ImportError as error:
         raise DatasetError(
             f"{path} is a parquet file, and pyarrow, which reads them, is not installed: "

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from importlib import import_module
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def _lists(values: NDArray[Any], offsets: NDArray[np.int64] | None, kind: Any) -
 
 def _require_pyarrow() -> None:
     try:
-        import pyarrow  # noqa: F401
+        import_module("pyarrow")
     except ImportError as error:
         raise CacheError(
             "parquet tables are written by pyarrow, which is not installed; pip install 'headstart[parquet]'"

@@ -7,7 +7,7 @@ so the error is caught instead: only of standard output and standard error, any 
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -16,7 +16,7 @@ UNREAD = 141
 
 
 @contextmanager
-def quiet_when_unread() -> Iterator[None]:
+def quiet_when_unread() -> Generator[None]:
     """Around a whole command.
 
     Raises:

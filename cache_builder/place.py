@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -250,7 +250,7 @@ class Folder:
             target.unlink(missing_ok=True)
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[bool]:
+    def claimed(self, name: str) -> Generator[bool]:
         """By the kernel's lock of a file, which ends with its holder."""
         make_folder((self.path / name).parent, sync=False)
         with open(self.path / name, "ab") as file:
@@ -262,7 +262,7 @@ class Folder:
             yield True
 
     @contextmanager
-    def helping(self) -> Iterator[None]:
+    def helping(self) -> Generator[None]:
         """By a shared lock of the kernel's."""
         make_folder(self.path / "claims", sync=False)
         with open(self.path / HELPERS, "ab") as file:
@@ -270,7 +270,7 @@ class Folder:
             yield
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> Generator[None]:
         """By the kernel's lock, for which this waits."""
         if not (self.path / HELPERS).exists():
             yield  # nobody has ever helped here

@@ -34,10 +34,6 @@ __all__ = ["NonConformance", "captions", "check_backbone", "check_dataset", "ids
 SPLITS = ("train", "val", "test")
 
 
-if TYPE_CHECKING:
-    from hypothesis.strategies import SearchStrategy
-
-
 def check_backbone(backbone: Any) -> dict[str, float]:
     """Hold a backbone to the contract of `cache_builder/backbones/base.py`.
 
@@ -338,16 +334,11 @@ def _check_tasks(dataset: Dataset) -> None:
         uses += [(f"{kind} {e.id!r}", e.images, e.captions, e.split) for e in examples]
         for e in examples:
             must(len(e.images) == n, f"{kind} {e.id!r}: {len(e.images)} images, not {n}")
-    uses += [(f"retrieval {e.image!r}", (e.image,), e.captions, e.split) for e in tasks.retrieval]
-    uses += [
-        (f"composed {e.id!r}", (e.reference, *e.targets, *e.subset), e.modifications, e.split)
-        for e in tasks.composed
-    ]
+    uses += [(f"retrieval {e.image!r}", e.images, e.texts, e.split) for e in tasks.retrieval]
+    uses += [(f"composed {e.id!r}", e.images, e.texts, e.split) for e in tasks.composed]
     _check_ids("triplet", [e.id for e in tasks.triplets])
     for e in tasks.triplets:
-        uses.append(
-            (f"triplet {e.id!r}", (e.image,), (e.reference, e.modification, e.target), e.split)
-        )
+        uses.append((f"triplet {e.id!r}", e.images, e.texts, e.split))
         must(e.split != "test", f"triplet {e.id!r}: of split test, and triplets are trained on")
     for name, gallery in tasks.galleries.items():
         _check_ids(f"gallery {name!r}", gallery.images)

@@ -40,10 +40,11 @@ def check_entering(backbone: Any) -> dict[str, float]:
         if "pooled" in whole:
             found |= near("embedded = ids, pooled", again["pooled"], whole["pooled"], EXACT)
         states: list[Any] = []
-        hooks = [
-            block.register_forward_pre_hook(lambda _, args, kept=states: kept.append(args[0]))
-            for block in backbone.blocks("text")
-        ]
+
+        def keep(_: Any, args: Any) -> None:
+            states.append(args[0])
+
+        hooks = [block.register_forward_pre_hook(keep) for block in backbone.blocks("text")]
         backbone.encode_embedded(embedded, end)
         for hook in hooks:
             hook.remove()
@@ -157,10 +158,10 @@ def _check_prompt_functions(
         seen.append(given)
         return prompts[j].expand(len(given), -1, -1) if j < depth else None
 
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-        for block in backbone.blocks(side)[:depth]
-    ]
+    def enter(_: Any, args: Any) -> None:
+        entered.append(args[0])
+
+    hooks = [block.register_forward_pre_hook(enter) for block in backbone.blocks(side)[:depth]]
     got = run(states, made)[name]
     for hook in hooks:
         hook.remove()

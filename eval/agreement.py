@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
-from sklearn.metrics import cohen_kappa_score  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+from sklearn.metrics import cohen_kappa_score
 
 from eval.comparison import Comparison, Row
 from eval.correctness import majority, right_seeds

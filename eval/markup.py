@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from math import isfinite
 
 from jaxtyping import UInt8
-from matplotlib.image import imsave  # pyright: ignore[reportUnknownVariableType]
+from matplotlib.image import imsave
 from numpy import ndarray
 
 from eval import plots

@@ -247,7 +247,7 @@ def _json(text: str, where: str) -> dict[str, Any]:
         raise RunError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RunError(f"{where} must be a JSON object, but is a {type(value).__name__}")
-    return value  # pyright: ignore[reportUnknownVariableType]
+    return value
 
 
 def question(run: Run, table: Table) -> Question:
@@ -342,6 +342,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     """Nested settings with dotted names."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
+            yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -159,7 +159,7 @@ def _write(path: Path, attributes: dict[str, Any], arrays: dict[str, tuple[Any, 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        group = zarr.create_group(str(aside / "new"), attributes=attributes)  # pyright: ignore[reportUnknownMemberType]
+        group = zarr.create_group(str(aside / "new"), attributes=attributes)
         for name, (values, fill) in arrays.items():
             n, cells = values.shape[0], max(1, math.prod(values.shape[1:]))
             rows = min(n, max(1, CHUNK_CELLS // cells))
@@ -192,7 +192,7 @@ def load(path: str | os.PathLike[str]) -> Table:
     if not path.exists():
         raise ScoreTableNotFound(f"no score table at {path}; `headstart score RUN` writes one")
     try:
-        group = zarr.open_group(str(path), mode="r")  # pyright: ignore[reportUnknownMemberType]
+        group = zarr.open_group(str(path), mode="r")
     except Exception as error:
         raise ScoreTableError(
             f"{path} is not a score table: it is no zarr group ({error})"

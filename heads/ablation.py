@@ -178,7 +178,7 @@ def _check(ablation: Ablation, place: str) -> None:
     for row in ablation.row:
         if not (row.method or ablation.method):
             raise ConfigError(
-                f"row {row.label} of {place} names no method, and neither does the file"
+                f"row {row.label} of {place} names no method, and neither does the file; write `method` into one of them"
             )
         if row.family and row.method is None:
             raise ConfigError(
@@ -234,7 +234,7 @@ def of_methods(
     named = worlds if task == "czsl" else ("closed",)
     found = {
         "task": task,
-        "asked": tuple(Asked(task=task, world=w, rerank=rerank) for w in named),  # pyright: ignore[reportArgumentType]
+        "asked": tuple({"task": task, "world": w, "rerank": rerank} for w in named),
         "row": tuple(parse(Row, row, f"row {row['label']}") for row in rows),
     }
     ablation = parse(Ablation, found, "--methods")

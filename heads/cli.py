@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from cache_builder import cli as cache_cli
-from cache_builder.cli_ending import run
+from cache_builder.cli_ending import Verbs, run
 from cache_builder.errors import CacheError
 from eval import cli as eval_cli
 from eval.errors import ScoreTableError
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(_parser(), argv, (CacheError, ScoreTableError, HeadError))
 
 
-def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verbs(verbs: Verbs) -> None:
     """Add the verbs of this room."""
     cli_train.add_verb(verbs)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_builder.cli_ending import Verbs
 from heads.errors import ConfigError, HeadError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 SEEDS = 5
 
 
-def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verb(verbs: Verbs) -> None:
     """Add the verb."""
     compare = verbs.add_parser(
         "compare",
@@ -191,8 +192,9 @@ def _of_methods(args: argparse.Namespace, caches: dict[str, "FeatureCache"]) -> 
         raise ConfigError(f"{', '.join(args.methods)} have no task in common; compare them apart")
     tasks = {task_of(cache, args.task, among) for cache in caches.values()}
     configs = config_files(args.config, args.methods)
-    asked = {"worlds": args.world, "rerank": args.rerank, "configs": configs}
-    return of_methods(args.methods, tasks.pop(), **asked)
+    return of_methods(
+        args.methods, tasks.pop(), worlds=args.world, rerank=args.rerank, configs=configs
+    )
 
 
 def _engine(args: argparse.Namespace) -> "Engine":
@@ -201,7 +203,7 @@ def _engine(args: argparse.Namespace) -> "Engine":
     if args.engine == "ray":
         if args.devices or args.workers:
             raise ConfigError(
-                "--workers and --devices are of this machine; a Ray cluster knows its own"
+                "--workers and --devices are of this machine; a Ray cluster knows its own: leave them out"
             )
         return Ray(args.address)
     if args.address:

@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cache_builder.cli_ending import Verbs
+
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 NAMED = {
@@ -20,7 +22,7 @@ NAMED = {
 
 
 def add_verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    verbs: Verbs,
     parser: Callable[[], argparse.ArgumentParser],
 ) -> None:
     """Add the verb; `parser` makes the whole command's anew."""
@@ -32,7 +34,11 @@ def add_verb(
         "in fish: headstart completion fish > ~/.config/fish/completions/headstart.fish",
     )
     verb.add_argument("shell", choices=SHELLS)
-    verb.set_defaults(func=lambda args: _print(parser(), args.shell))
+
+    def show(args: argparse.Namespace) -> None:
+        _print(parser(), args.shell)
+
+    verb.set_defaults(func=show)
 
 
 def _print(parser: argparse.ArgumentParser, shell: str) -> None:

@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cache_builder.cli_ending import Verbs
 
-def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def add_verbs(verbs: Verbs) -> None:
     """Add the verb."""
     made = verbs.add_parser(
         "feasibility",

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
+from cache_builder.cli_ending import Verbs
 from heads import cli_train
 
 
-def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verb(verbs: Verbs) -> None:
     """Add `merge`."""
     merge = verbs.add_parser(
         "merge",

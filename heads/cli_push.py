@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+from cache_builder.cli_ending import Verbs
 
-def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def add_verb(verbs: Verbs) -> None:
     """Add `push`."""
     push = verbs.add_parser(
         "push",

@@ -3,11 +3,13 @@
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
+
+from cache_builder.cli_ending import Verbs
 
 if TYPE_CHECKING:
     from heads.run_files import Trained
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 MOVED = "where the cache's backbone lies now, for methods that run its text tower"
 
 
-def add_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verb(verbs: Verbs) -> None:
     """Add `train`."""
     train = verbs.add_parser(
         "train",
@@ -182,7 +184,7 @@ def _say_standing(places: list[Path]) -> int:
 
 
 @contextmanager
-def _until_ctrl_c(places: list[Path]) -> Iterator[Event]:
+def _until_ctrl_c(places: list[Path]) -> Generator[Event]:
     """An event that the first Ctrl-C sets; the second interrupts at once. Either way says how to go on."""
 
     def first(*_: object) -> None:

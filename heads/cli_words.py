@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_builder.cli_ending import Verbs
 from heads.errors import ConfigError
 
 if TYPE_CHECKING:
     from cache_builder.datasets.base import Pair
 
 
-def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verbs(verbs: Verbs) -> None:
     """Add the verb."""
     words = verbs.add_parser(
         "words",

@@ -232,7 +232,7 @@ def _check_place(job: Job, cache: FeatureCache) -> None:
     record = read_run(job.out)
     entry = job.entry
     wanted = sound(cache, Wanted(entry.method, job.out, job.settings), entry.task)
-    now = {
+    now: dict[str, Any] = {
         "method": entry.method,
         "task": entry.task,
         "asked": json.loads(json.dumps(job.settings)),
@@ -241,7 +241,7 @@ def _check_place(job: Job, cache: FeatureCache) -> None:
         "cache": cache.digest(),
         "samples": cache.asked and cache.asked.digest(),
     }
-    then = {name: record.get(name) for name in now}
+    then: dict[str, Any] = {name: record.get(name) for name in now}
     then |= {"cache": record["cache"]["digest"], "samples": record["cache"].get("asked")}
     if wanted.kind.trained_by(wanted.head_config) == "closed_form":
         then["head"] = now["head"]  # validation chose among configurations

@@ -6,7 +6,7 @@ A pass is trained in one process with one thread, wherever that is, so who does 
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -94,12 +94,12 @@ class Processes:
 
 
 @contextmanager
-def _until_ctrl_c() -> Iterator[None]:
+def _until_ctrl_c() -> Generator[None]:
     """Let Ctrl-C end the step in hand instead of the process; outside the main thread nobody hears it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda *_: STOP.set())
+    before = signal.signal(signal.SIGINT, _stop)
     try:
         yield
     finally:
@@ -108,7 +108,7 @@ def _until_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def _same_threads() -> Iterator[None]:
+def _same_threads() -> Generator[None]:
     """Give this process back the threads that a pass takes from it."""
     before = torch.get_num_threads()
     try:
@@ -121,7 +121,11 @@ def _begin(devices: "Queue[str] | None") -> None:
     """Of a worker: take a device, and let Ctrl-C end the step in hand instead of the process."""
     global _device
     _device = None if devices is None else devices.get()
-    signal.signal(signal.SIGINT, lambda *_: STOP.set())
+    signal.signal(signal.SIGINT, _stop)
+
+
+def _stop(*_: object) -> None:
+    STOP.set()
 
 
 def _on_mine(work: Work, jobs: Pass) -> dict[Path, str]:
@@ -169,7 +173,7 @@ class Ray:
                 raise cause from error
             reason = cause or str(error).strip().splitlines()[-1]
             raise HeadError(
-                f"the Ray cluster failed: {reason}; what is finished is kept"
+                f"the Ray cluster failed: {reason}; what is finished is kept: repeat the command"
             ) from error
         finally:
             if not here:

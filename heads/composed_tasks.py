@@ -112,7 +112,7 @@ def composed(cache: FeatureCache, split: str, allow_missing: bool) -> ComposedDa
     """
     tasks = cache.tasks
     asked: list[ComposedExample] = of_split(cache, "composed", split)
-    named = ((e.id, e, (e.reference, *e.targets, *e.subset)) for e in asked)
+    named = ((e.id, e, e.images) for e in asked)
     kept, dropped = usable(cache, named, allow_missing)
     bad = cache.quarantined
     galleries = {

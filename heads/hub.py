@@ -6,7 +6,7 @@ README.md                                   the card: the run's, if it has one, 
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def push_run(
 
 
 @contextmanager
-def _said(repo: str) -> Iterator[None]:
+def _said(repo: str) -> Generator[None]:
     """Whatever the hub's client says, in one sentence; its errors have no common root."""
     try:
         yield

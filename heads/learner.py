@@ -8,7 +8,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -246,7 +246,7 @@ class Learner:
         self.best.offer(self.head, record)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self) -> Generator[None]:
         """Own random numbers and clock; what goes wrong ends this learner, and is kept."""
         started = time.perf_counter()
         _resume_random(self.random)

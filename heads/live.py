@@ -9,7 +9,7 @@ cache's spec says. Nothing of it is a parameter of the head, so it is never trai
 behind it are imported when the first head asks for one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -173,7 +173,7 @@ class LiveBackbone:
         return found["tokens"], found["pooled"]
 
     @contextmanager
-    def adapted(self, device: torch.device | str) -> Iterator[OpenBackbone]:
+    def adapted(self, device: torch.device | str) -> Generator[OpenBackbone]:
         """The backbone with its adapters, for as long as the block lasts, computing in the type of the autocast around.
 
         Whoever computes under gradient checkpointing enters it inside what is computed again.

@@ -61,9 +61,15 @@ def live_context(family: str, directory: Path) -> Context:
         "text/pooled": (dims["joint"],),
         "text/tokens": text,
     }
-    names = {"backbone": backbone.spec, "backbone_name": f"{family}:{directory}"}
     small = small_context()
-    return Context(shapes, backbone.readout(), small.attrs, small.objs, **names)
+    return Context(
+        shapes,
+        backbone.readout(),
+        small.attrs,
+        small.objs,
+        backbone=backbone.spec,
+        backbone_name=f"{family}:{directory}",
+    )
 
 
 def small_features(n: int, seed: int, streams: frozenset[str], context: Context) -> Features:

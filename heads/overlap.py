@@ -145,16 +145,13 @@ def images_of(tasks: Tasks, kind: str, split: str) -> list[str]:
         named = [e.image for e in examples if e.split == split]
     elif kind == "images":
         named = [i for kind in tasks.kinds for i in images_of(tasks, kind, split)]
-    elif kind in ("retrieval", "triplets"):
-        named = [e.image for e in getattr(tasks, kind) if e.split == split]
     elif kind == "composed":
         asked = [e for e in tasks.composed if e.split == split]
         galleries = dict.fromkeys(e.gallery for e in asked if e.gallery)
-        named = [i for e in asked for i in (e.reference, *e.targets, *e.subset)]
+        named = [i for e in asked for i in e.images]
         named += [i for name in galleries for i in tasks.galleries[name].images]
     else:
-        items = tasks.matching if kind == "matching" else tasks.two_by_two
-        named = [i for e in items if e.split == split for i in e.images]
+        named = [i for e in getattr(tasks, kind) if e.split == split for i in e.images]
     return list(dict.fromkeys(named))
 
 

@@ -10,7 +10,7 @@ takes from inside the towers what does not come out by `shared`.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ def n_ranks() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def joined(device: str) -> Generator[None]:
     """Be one of several processes, if this one was started so, for as long as the block lasts.
 
     Args:

@@ -10,7 +10,7 @@ training-<n>.safetensors, from which an interrupted training goes on (training_s
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ def check_places(places: Sequence[Path], *, resume: bool = False) -> None:
 
 
 @contextmanager
-def taken(places: Sequence[Path], *, resume: bool = False) -> Iterator[None]:
+def taken(places: Sequence[Path], *, resume: bool = False) -> Generator[None]:
     """Make the directories of runs, and hold them against other processes; those left empty are gone afterwards.
 
     Raises:
@@ -104,7 +104,7 @@ def _is_unfinished(name: str) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Generator[None]:
     """Make a directory and hold it; empty, it is gone afterwards."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as file:

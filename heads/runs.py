@@ -184,7 +184,7 @@ def score_paths(
     task = task or record["task"]
     directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
     other = cache.digest() != record["cache"]["digest"]
-    parts = [
+    parts: list[str] = [
         *([cache.place.name.removesuffix(".zarr")] if other else []),
         *([task] if task != record["task"] else []),
         split,
@@ -192,7 +192,8 @@ def score_paths(
     ]
     paths: dict[Direction | None, Path] = {}
     for direction in directions:
-        words = [*parts, *filter(None, [direction, f"rerank{rerank}" if rerank else None])]
+        words = [*parts, *([direction] if direction else [])]
+        words += [f"rerank{rerank}"] if rerank else []
         paths[direction] = Path(run, f"scores-{'-'.join(words)}.zarr")
     return paths
 

@@ -15,14 +15,10 @@ from typing import Any
 from cache_builder import FeatureCache
 from cache_builder.datasets.base import (
     EXAMPLES,
-    ComposedExample,
     CompositionExample,
     CompositionTask,
     Gallery,
-    MatchingExample,
-    RetrievalExample,
     Tasks,
-    TripletExample,
 )
 from heads.errors import ConfigError
 
@@ -120,8 +116,7 @@ class Shared:
 
     def _usable(self, example: Any) -> bool:
         """Are all images and texts of an example shared?"""
-        images, texts = _ids_of(example)
-        return set(images) <= self.images and set(texts) <= self.texts
+        return set(example.images) <= self.images and set(example.texts) <= self.texts
 
     def _check_one_meaning(
         self, what: str, found: Sequence[Mapping[Any, Any]], common: Iterable[Hashable]
@@ -164,9 +159,13 @@ def on_shared(caches: Mapping[str, FeatureCache]) -> dict[str, FeatureCache]:
     shared = Shared(caches)
     if len({cache.spec.dataset.name for cache in caches.values()}) > 1:
         held = ", ".join(f"{name} of {c.spec.dataset.name}" for name, c in caches.items())
-        raise ConfigError(f"caches of different data sets share no sample: {held}")
+        raise ConfigError(
+            f"caches of different data sets share no sample: {held}; name caches of one data set"
+        )
     if not shared.tasks.kinds:
-        raise ConfigError(f"{', '.join(caches)} have no example of any task in common")
+        raise ConfigError(
+            f"{', '.join(caches)} have no example of any task in common; build them from the same data set"
+        )
     return {name: cache.asking(shared.tasks) for name, cache in caches.items()}
 
 
@@ -223,18 +222,3 @@ def _examples(tasks: Tasks, kind: str) -> Sequence[Any]:
 def _name(example: Any) -> tuple[str, str]:
     """What tells an example from others of its kind: its id, or its image, and its split."""
     return (example.id if hasattr(example, "id") else example.image), example.split
-
-
-def _ids_of(example: Any) -> tuple[Sequence[str], Sequence[str]]:
-    """Ids of the images and of the texts that an example needs."""
-    match example:
-        case MatchingExample():
-            return example.images, example.captions
-        case RetrievalExample():
-            return [example.image], example.captions
-        case ComposedExample():
-            return [example.reference, *example.targets, *example.subset], example.modifications
-        case TripletExample():
-            return [example.image], [example.reference, example.modification, example.target]
-        case _:
-            raise TypeError(f"{type(example).__name__} is no example that Tasks lists")

@@ -6,7 +6,7 @@ An `EmbeddingHead` embeds every row once; a head that must see both sides togeth
 2 or 4 of a matching item, or the K best by cached cosine when a ranking is reranked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -348,7 +348,7 @@ def _device(head: Head) -> torch.device:
 
 
 @contextmanager
-def scoring(head: Head) -> Iterator[None]:
+def scoring(head: Head) -> Generator[None]:
     """No gradient, no dropout, no reduced precision; the mode is put back afterwards."""
     was_training = head.training
     head.eval()

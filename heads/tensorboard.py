@@ -8,8 +8,9 @@ so that nothing is there twice, and nothing is missing. Needs the extra `tensorb
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Events:
 
     def __init__(self, out: Path) -> None:
         try:
-            import tensorboard  # noqa: F401
+            import_module("tensorboard")
         except ImportError as error:
             raise ConfigError(
                 "--tensorboard needs TensorBoard, which is not installed: pip install 'headstart[tensorboard]'"
@@ -79,7 +80,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 @contextmanager
-def open_for(events: Iterable[Events], record: str) -> Iterator[None]:
+def open_for(events: Iterable[Events], record: str) -> Generator[None]:
     """Close all of them whatever happens, and remove what an interruption leaves without anything to go on from."""
     try:
         yield

@@ -198,7 +198,7 @@ def _reads_only_what_it_declares(head: Head) -> None:
     sides = _sides(head)
     want = head(*sides)
     needs = head.needs(head.config)
-    composed = head.tasks == {"composed"}
+    composed = head.tasks == frozenset({"composed"})
     roles = {
         "queries": ("image/", "text/") if composed else ("image/",),
         "candidates": ("image/",) if composed else ("text/",),

@@ -10,7 +10,7 @@ transformers only warns when tensors are missing and then draws them at random; 
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def save_model(model: Any, directory: Path) -> None:
 
 
 @contextmanager
-def silently() -> Iterator[None]:
+def silently() -> Generator[None]:
     """No bars, the builder has its own; no report of tensors that do not fit, which become one error."""
     shown, before = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

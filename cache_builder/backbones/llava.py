@@ -49,9 +49,16 @@ from cache_builder.backbones.two_towers import TwoTowers
 from cache_builder.errors import UnknownName
 from cache_builder.spec import BackboneSpec, with_depth
 
-SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384}
-SIGLIP |= {"intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 26}
-SIGLIP |= {"patch_size": 14, "vision_use_head": False}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 26,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": {},
     "llava-hf/llava-1.5-13b-hf": {"text_config": {"hidden_size": 5120, "num_hidden_layers": 40}},

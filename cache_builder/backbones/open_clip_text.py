@@ -86,7 +86,9 @@ class OpenClipText:
         projection = self.text.text_projection
         if not isinstance(projection, nn.Linear):
             return {**found, "proj": projection}
-        bias = {} if projection.bias is None else {"proj.bias": projection.bias}
+        # torch declares a bias even where a layer was made without one
+        without = projection.bias is None  # pyright: ignore[reportUnnecessaryComparison]
+        bias = {} if without else {"proj.bias": projection.bias}
         return {**found, "proj.weight": projection.weight, **bias}
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from open_clip.model import CustomTextCLIP
 
-from cache_builder.backbones import small_trunks  # noqa: F401 (registers trunks under their names)
+# Registers trunks under their names.
+from cache_builder.backbones import small_trunks  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from cache_builder.backbones.cards import Card, open_clip_card, skeleton
 from cache_builder.backbones.checkpoints import CheckpointError, architecture, load_checkpoint
 from cache_builder.backbones.open_clip_model import assembled

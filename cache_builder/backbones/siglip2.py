@@ -15,7 +15,8 @@ from typing import Any
 
 from open_clip.model import CustomTextCLIP
 
-from cache_builder.backbones import small_trunks  # noqa: F401 (registers trunks under their names)
+# Registers trunks under their names.
+from cache_builder.backbones import small_trunks  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from cache_builder.backbones.cards import Card, hub_folder, open_clip_card, skeleton
 from cache_builder.backbones.checkpoints import (
     CheckpointError,
@@ -46,8 +47,12 @@ from cache_builder.backbones.tiny_files import gemma_tokenizer, perturb, write_t
 from cache_builder.backbones.two_towers import TwoTowers
 from cache_builder.spec import BackboneSpec, with_depth
 
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
-SO400M |= {"num_attention_heads": 16}
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
 GEMMA = {"vocab_size": 256000}
 HUB: dict[str, dict[str, Any]] = {
     "google/siglip2-base-patch16-naflex": {"text_config": GEMMA},

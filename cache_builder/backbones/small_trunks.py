@@ -1,7 +1,8 @@
 """Small timm trunks of the true classes, registered where open_clip looks them up: by name. No family itself.
 
 open_clip builds a timm tower from a name alone, so a small SigLIP2 or PE has to be a name timm knows. They are plain
-`VisionTransformer` and `Eva` models; only the sizes are ours. `…_mini_…` are the families' `tiny()`, `…_toy_…` the
+`VisionTransformer` and `Eva` models, made by what timm makes its own by, which has no public name; only the sizes
+are ours. `…_mini_…` are the families' `tiny()`, `…_toy_…` the
 bundled ones.
 """
 
@@ -10,8 +11,12 @@ from typing import Any
 
 from timm.layers.norm import LayerNorm
 from timm.models import generate_default_cfgs, register_model
-from timm.models.eva import Eva, _create_eva
-from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
+from timm.models.eva import Eva
+from timm.models.eva import _create_eva as create_eva  # pyright: ignore[reportPrivateUsage]
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import (
+    _create_vision_transformer as create_vision_transformer,  # pyright: ignore[reportPrivateUsage]
+)
 
 SIZES = {
     "vit_mini_patch8_siglip_32": 32,
@@ -64,9 +69,9 @@ def _siglip(
     pretrained: bool,
     kwargs: dict[str, Any],
 ) -> VisionTransformer:
-    shape = {"img_size": size, "patch_size": 8, "embed_dim": width, "depth": depth}
+    shape: dict[str, Any] = {"img_size": size, "patch_size": 8, "embed_dim": width, "depth": depth}
     shape |= {"num_heads": heads, "class_token": False, "global_pool": "map"}
-    return _create_vision_transformer(name, pretrained=pretrained, **{**shape, **kwargs})
+    return create_vision_transformer(name, pretrained=pretrained, **{**shape, **kwargs})
 
 
 def _pe(
@@ -97,4 +102,4 @@ def _pe(
         "attn_pool_mlp_ratio": 4.0,
         "norm_layer": partial(LayerNorm, eps=1e-5),
     }
-    return _create_eva(name, pretrained=pretrained, **{**shape, **kwargs})
+    return create_eva(name, pretrained=pretrained, **{**shape, **kwargs})

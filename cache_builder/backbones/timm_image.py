@@ -119,7 +119,9 @@ class TimmImage:
         }
         if head is not None:
             found["proj.weight"] = head.weight
-            found |= {} if head.bias is None else {"proj.bias": head.bias}
+            # torch declares a bias even where a layer was made without one
+            without = head.bias is None  # pyright: ignore[reportUnnecessaryComparison]
+            found |= {} if without else {"proj.bias": head.bias}
         if trunk.attn_pool is None:
             return found
         pool = trunk.attn_pool

@@ -61,6 +61,11 @@ class CompositionExample:
     obj: str
     split: str
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All that it names."""
+        return (self.image,)
+
 
 @dataclass(frozen=True, slots=True)
 class CompositionTask:
@@ -109,6 +114,11 @@ class MatchingExample:
     category: str
     split: str
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that it names."""
+        return self.captions
+
 
 @dataclass(frozen=True, slots=True)
 class RetrievalExample:
@@ -117,6 +127,16 @@ class RetrievalExample:
     image: str
     captions: tuple[str, ...]
     split: str
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All that it names."""
+        return (self.image,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that it names."""
+        return self.captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +178,16 @@ class ComposedExample:
     gallery: str = ""
     subset: tuple[str, ...] = ()
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All that it names; its gallery has more."""
+        return (self.reference, *self.targets, *self.subset)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that it names."""
+        return self.modifications
+
 
 @dataclass(frozen=True, slots=True)
 class TripletExample:
@@ -181,6 +211,16 @@ class TripletExample:
     target: str
     category: str
     split: str
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All that it names."""
+        return (self.image,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that it names."""
+        return (self.reference, self.modification, self.target)
 
 
 EXAMPLES = {
@@ -258,17 +298,15 @@ class Tasks:
             prompts={(a, o): text_id for a, o, text_id in raw["czsl"]["prompts"]},
         )
 
-        def tupled(row: dict) -> dict:
+        def tupled(row: dict[str, Any]) -> dict[str, Any]:
             return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
 
-        return cls(
-            czsl=czsl or None,
-            galleries={name: Gallery(**tupled(g)) for name, g in raw["galleries"].items()},
-            **{
-                k: tuple(kind(**tupled(r)) for r in (raw.get(k, []) if k in LATER else raw[k]))
-                for k, kind in EXAMPLES.items()
-            },
-        )
+        listed: dict[str, Any] = {
+            k: tuple(kind(**tupled(r)) for r in (raw.get(k, []) if k in LATER else raw[k]))
+            for k, kind in EXAMPLES.items()
+        }
+        galleries = {name: Gallery(**tupled(g)) for name, g in raw["galleries"].items()}
+        return cls(czsl=czsl or None, galleries=galleries, **listed)
 
 
 @dataclass(frozen=True, slots=True)

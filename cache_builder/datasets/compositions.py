@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from cache_builder.datasets.base import (
     CompositionExample,
@@ -271,9 +272,10 @@ def _read_pairs(path: Path, layout: Layout) -> tuple[Pair, ...]:
 
 
 def _read_rows(path: Path) -> list[Labels]:
-    raw = {".t7": read_t7, ".json": read_json, ".jsonl": lambda p: [r for _, r in read_jsonl(p)]}[
-        path.suffix
-    ](path)
+    if path.suffix == ".jsonl":
+        raw: Any = [row for _, row in read_jsonl(path)]
+    else:
+        raw = {".t7": read_t7, ".json": read_json}[path.suffix](path)
     if not isinstance(raw, list):
         raise DatasetError(f"{path} holds a {type(raw).__name__}, not a list of rows")
     for number, row in enumerate(raw):

@@ -70,7 +70,7 @@ def read_rows(path: Path) -> list[Annotation]:
     return [as_annotation(raw, f"{path} row {n}") for n, raw in enumerate(read_list(path))]
 
 
-def some_of(option: str, value: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+def some_of(option: str, value: str | Sequence[Any], known: Sequence[str]) -> tuple[str, ...]:
     """What an option names, in the order of the known; a text lists several with commas.
 
     >>> some_of("splits", "test,val", ("train", "val", "test"))

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -159,7 +160,7 @@ def miniature(root: str | Path) -> Path:
     return root
 
 
-def _checked(columns: Mapping[str, str | Sequence[str]]) -> Mapping[str, str | Sequence[str]]:
+def _checked(columns: Any) -> Mapping[str, str | Sequence[str]]:
     if not isinstance(columns, Mapping) or not set(columns) <= set(KEYS):
         raise UnknownName(
             f"columns={str(columns)[:80]}: it names the table's columns for some of {', '.join(KEYS)}, "

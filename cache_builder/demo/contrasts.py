@@ -60,7 +60,8 @@ def _contrast(
             return with_one((None, target)), with_one((attr, target))
         case "add_obj":
             return shown, Statement((*shown.said, (attr, obj)), shown.relation)
-    raise ValueError(f"no category {category!r}; known: {CATEGORIES}")
+        case _:
+            raise ValueError(f"no category {category!r}; known: {CATEGORIES}")
 
 
 def _other(rng: np.random.Generator, words: tuple[str, ...], *taken: str | None) -> str:
@@ -108,4 +109,5 @@ def draw_edit(
                 f"add {phrase(new)} {where} the {kept[0]} {kept[1]}",
                 beside(new),
             )
-    raise ValueError(f"no edit {kind!r}; known: {EDITS}")
+        case _:
+            raise ValueError(f"no edit {kind!r}; known: {EDITS}")

@@ -4,6 +4,8 @@ Numpy and Pillow only. Coordinates are rounded to whole super-sampled pixels bef
 painted, so that the last bit of a sine cannot move an edge.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
@@ -83,7 +85,11 @@ def _place(
 
 
 def _outline_mask(
-    thing: Thing, warp=None, scale: float = 1.0, dx: float = 0.0, dy: float = 0.0
+    thing: Thing,
+    warp: Callable[[Points], Points] | None = None,
+    scale: float = 1.0,
+    dx: float = 0.0,
+    dy: float = 0.0,
 ) -> Image.Image:
     mask = Image.new("L", (_SIDE, _SIDE))
     draw = ImageDraw.Draw(mask)
@@ -118,7 +124,8 @@ def _thing_mask(thing: Thing) -> Image.Image:
             return _split_mask(
                 thing, cut_line(0.0, 0.05, degrees, jagged=False), degrees, (0.2, 0.4), 0.0
             )
-    return _outline_mask(thing)
+        case _:
+            return _outline_mask(thing)
 
 
 def _split_mask(

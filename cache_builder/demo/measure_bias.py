@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import open_clip
@@ -22,9 +22,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from cache_builder.backbones import small_trunks  # noqa: F401 (registers the bundled trunks)
+# Registers trunks under their names.
+from cache_builder.backbones import small_trunks  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from cache_builder.datasets import toy_world
 from cache_builder.datasets.base import Dataset, MatchingExample
+
+Record = TypeVar("Record")
 
 CHANCE = {"i2t": 1 / 4, "t2i": 1 / 4, "group_score": 1 / 6}
 
@@ -83,7 +86,7 @@ def embed(folder: Path, dataset: Dataset, split: str, batch_size: int = 256) -> 
     return Embeddings(images, strings)
 
 
-def _batches(rows: list, size: int) -> list[list]:
+def _batches(rows: list[Record], size: int) -> list[list[Record]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 

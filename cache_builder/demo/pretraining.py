@@ -199,7 +199,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     rng: np.random.Generator,
     step: int,
-    log: list[dict],
+    log: list[dict[str, Any]],
 ) -> None:
     """Everything a later `resume` needs: tensors as safetensors, the rest as JSON in its header."""
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
@@ -213,7 +213,7 @@ def save_checkpoint(
 
 def resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rng: np.random.Generator
-) -> tuple[int, list[dict]]:
+) -> tuple[int, list[dict[str, Any]]]:
     """Load what `save_checkpoint` wrote into the arguments; gives the step to go on with and the log so far."""
     if not path.exists():
         return 0, []
@@ -245,7 +245,9 @@ def replace_weights(state: dict[str, Tensor], file: Path) -> None:
     part.replace(file)
 
 
-def _summary(args: argparse.Namespace, trained: list, seconds: float) -> dict[str, Any]:
+def _summary(
+    args: argparse.Namespace, trained: list[nn.Parameter], seconds: float
+) -> dict[str, Any]:
     wanted = ("family", "seed", "scenes", "steps", "batch_size", "lr", "wd", "warmup")
     return {
         **{key: getattr(args, key) for key in wanted if hasattr(args, key)},

@@ -149,7 +149,8 @@ def _parts(obj: str) -> list[tuple[int, Points | list[tuple[float, float]]]]:
             stem = [(-0.98, 0.9), (-0.88, 1.0), (-0.3, 0.42), (-0.4, 0.32)]
             vein = [(-0.42, 0.36), (-0.36, 0.42), (0.42, -0.36), (0.36, -0.42)]
             return [(255, _leaf()), (255, stem), (0, vein)]
-    raise ValueError(f"no object {obj!r} in the toy world; known: {sorted(BREAKS)}")
+        case _:
+            raise ValueError(f"no object {obj!r} in the toy world; known: {sorted(BREAKS)}")
 
 
 def _densify(points: Points) -> Points:

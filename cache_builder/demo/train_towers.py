@@ -29,7 +29,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cache_builder.backbones import small_trunks  # noqa: F401 (registers the trunks)
+# Registers trunks under their names.
+from cache_builder.backbones import small_trunks  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from cache_builder.demo.draw import IMAGE_SIZE
 from cache_builder.demo.pretraining import (
     PREPROCESS,
@@ -43,7 +44,7 @@ from cache_builder.demo.pretraining import (
 )
 from cache_builder.demo.tokenizer import learn_clip_tokenizer, learn_gemma_tokenizer
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "context_length": 32,
     "vocab_size": 0,  # set from the tokenizer
     "hf_tokenizer_name": "toy_world",  # open_clip reads the files of its own folder for a local-dir checkpoint
@@ -131,7 +132,7 @@ def contrastive_loss(model: Any, pixels: Tensor, ids: Tensor) -> Tensor:
     return SigLipLoss()(images, texts, scale, model.logit_bias)
 
 
-def save_towers(model: torch.nn.Module, config: dict, out: Path) -> None:
+def save_towers(model: torch.nn.Module, config: dict[str, Any], out: Path) -> None:
     """Write what `open_clip.create_model_and_transforms("local-dir:…")` reads; weights in fp16."""
     out.mkdir(parents=True, exist_ok=True)
     body = {"model_cfg": config, "preprocess_cfg": PREPROCESS}

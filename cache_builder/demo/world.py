@@ -132,11 +132,6 @@ def key_rng(seed: int, purpose: str, index: int) -> np.random.Generator:
     return np.random.default_rng([WORLD_VERSION, seed, zlib.crc32(purpose.encode()), index])
 
 
-def kind_of(attr: str) -> str:
-    """The kind of an attribute: colour, texture, size, count or state."""
-    return next(kind for kind, attrs in ATTRS.items() if attr in attrs)
-
-
 def sample_scene(
     rng: np.random.Generator, pairs: tuple[Pair, ...], relation: str | None = None
 ) -> Scene:

@@ -7,7 +7,7 @@ recomputed in the backward pass must attach them again, inside. Bottleneck adapt
 Learning for NLP", arXiv 1902.00751, beside both branches as in Troika (arXiv 2303.15230).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class Beside(nn.Module):
         return [int(k) for k in self.adapters]
 
     @contextmanager
-    def attached(self, backbone: OpenBackbone) -> Iterator[None]:
+    def attached(self, backbone: OpenBackbone) -> Generator[None]:
         """Let the tower compute with the adapters."""
         branches = backbone.branches(self.side)
         with ExitStack() as held:
@@ -86,7 +86,7 @@ class Beside(nn.Module):
             yield
 
     @contextmanager
-    def watched(self, block: int, tell: Callable[[Passed], None]) -> Iterator[None]:
+    def watched(self, block: int, tell: Callable[[Passed], None]) -> Generator[None]:
         """Tell what passes the adapter of a block, whenever something does; gradients pass through it."""
         self._watchers.append((block, tell))
         try:

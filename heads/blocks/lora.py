@@ -9,8 +9,9 @@ projection of torch's attention.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ FUSED = ("in_proj_weight", "qkv.weight")
 
 
 @contextmanager
-def under(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def under(module: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
     """Let a module compute with other tensors in place of the parameters of these names.
 
     May be entered within itself: what is inside wins, and what is outside holds again behind it.
@@ -63,14 +64,16 @@ def used_by(module: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     stand_ins = {n: p.detach().requires_grad_() for n, p in module.named_parameters()}
     with torch.enable_grad(), under(module, stand_ins):
         found = torch.autograd.grad(run().sum(), [*stand_ins.values()], allow_unused=True)
-    return [name for name, grad in zip(stand_ins, found, strict=True) if grad is not None]
+    # torch declares gradients even of what it allows to be unused
+    used = [grad is not None for grad in found]  # pyright: ignore[reportUnnecessaryComparison]
+    return list(compress(stand_ins, used))
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and its name there; `under` may stand before it."""
     home, _, last = name.rpartition(".")
     owner = module.get_submodule(home)
-    if last not in owner._parameters:
+    if last not in _parameters(owner):
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     return owner, last
 
@@ -78,9 +81,12 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _own(module: nn.Module, name: str) -> Tensor:
     """A parameter itself, whatever stands before it."""
     owner, last = _place(module, name)
-    value = owner._parameters[last]
-    assert value is not None
-    return value
+    return _parameters(owner)[last]
+
+
+def _parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own, two names of one included."""
+    return dict(owner.named_parameters(recurse=False, remove_duplicate=False))
 
 
 class LoRA(nn.Module):

@@ -8,7 +8,7 @@ P^(l) = Σ_e a_e P_e^(l)       prompts before block l, mixed for each text by th
                               arXiv 2410.23736; the form is our choice)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ class MoELoRA(nn.Module):
 
 
 @contextmanager
-def shared_out(experts: Mapping[int, MoELoRA]) -> Iterator[dict[int, list[Tensor]]]:
+def shared_out(experts: Mapping[int, MoELoRA]) -> Generator[dict[int, list[Tensor]]]:
     """Block → shares of its experts at every call, (…, E) with their gradient, while the block of code lasts."""
     shares: dict[int, list[Tensor]] = {k: [] for k in experts}
 

@@ -166,8 +166,10 @@ class Head(EmbeddingHead):
         return {"texts cut": len(self.texts.cut)}
 
     def _words(self, queries: Features) -> Float[Tensor, "b v"]:
-        unit = self.config.normalise_input
-        return self.phi(queries, (lambda f: F.normalize(f, dim=-1)) if unit else (lambda f: f))
+        def given(f: Tensor) -> Tensor:
+            return F.normalize(f, dim=-1) if self.config.normalise_input else f
+
+        return self.phi(queries, given)
 
     def _embedded(self, words: Tensor, said: list[Pieces]) -> Float[Tensor, "b d"]:
         return F.normalize(self.texts.encode(words, said).float(), dim=-1)

@@ -13,6 +13,7 @@ Mode, cost: cached images and target captions + live text tower, once a step ove
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,9 +145,9 @@ class Head(EmbeddingHead):
                 temperature=config.router_temperature,
             )
         reserve = config.n_prompts if config.prompted else 0
-        shared = {"chunk": config.chunk, "recompute": config.recompute}
-        self.texts = PseudoWords(self.live, reserve=reserve, **shared)
-        self.plain = PseudoWords(self.live, **shared) if reserve else self.texts
+        words = partial(PseudoWords, self.live, chunk=config.chunk, recompute=config.recompute)
+        self.texts = words(reserve=reserve)
+        self.plain = words() if reserve else self.texts
         if config.baseline != "none":
             word = torch.zeros(1, self.phi.width)
             names = used_by(backbone.model, lambda: self.texts.encode(word, [pieces_of("$")]))

@@ -132,9 +132,7 @@ class Head(base.Head):
 
     def forward(self, queries: Features, candidates: Features) -> Float[Tensor, "q c"]:
         """All pairs; every item is embedded once."""
-        scores = self.scorer.grid(
-            self._encode_queries(queries), self._encode_candidates(candidates)
-        )
+        scores = self.scorer.grid(self.encode_queries(queries), self.encode_candidates(candidates))
         if self.a is None:
             return scores
         image, text = self._unit(queries, "image"), self._unit(candidates, "text")
@@ -170,14 +168,15 @@ class Head(base.Head):
     def _cells(self, queries: Features, candidates: Features, columns: Tensor) -> Tensor:
         """Scores of query i with the candidates `columns[i]`."""
         scores = self.scorer.cells(
-            self._encode_queries(queries), self._encode_candidates(candidates), columns
+            self.encode_queries(queries), self.encode_candidates(candidates), columns
         )
         if self.a is None:
             return scores
         image, text = self._unit(queries, "image"), self._unit(candidates, "text")
         return scores + self.a * (image[:, None] * text[columns]).sum(-1)
 
-    def _encode_queries(self, queries: Features) -> Encoded:
+    def encode_queries(self, queries: Features) -> Encoded:
+        """Image tokens as the scorer reads them."""
         if self.config.variant == "global":
             return self.scorer.encode_image(queries["image/pooled"][:, None])
         raw, mask = queries["image/patches"], queries.streams.get("image/mask")
@@ -188,7 +187,8 @@ class Head(base.Head):
                 mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
         return self.scorer.encode_image(self._normed("image", raw), mask)
 
-    def _encode_candidates(self, candidates: Features) -> Encoded:
+    def encode_candidates(self, candidates: Features) -> Encoded:
+        """Text tokens as the scorer reads them."""
         if self.config.variant == "global":
             pooled = candidates["text/pooled"][:, None]
             return self.scorer.encode_text(pooled, torch.ones_like(pooled[..., 0]).bool())
@@ -217,7 +217,7 @@ def attention(head: Head, queries: Features, candidates: Features) -> Float[Tens
         raise ConfigError("attention maps need patches, but this head is of variant 'global'")
     with torch.no_grad():
         maps = head.scorer.attention(
-            head._encode_queries(queries), head._encode_candidates(candidates)
+            head.encode_queries(queries), head.encode_candidates(candidates)
         )
     return maps[..., maps.shape[-1] - queries["image/patches"].shape[1] :]
 
