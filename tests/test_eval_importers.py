@@ -199,6 +199,18 @@ def test_a_list_that_does_not_fit_is_named(change, message, lists, tmp_path):
         load(tmp_path / "s.npy", **lists, **FACTS)
 
 
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [(TARGET.astype(np.float32), r"float32 of shape \(7,\)"), (TARGET[:, None], r"int64 of shape \(7, 1\)")],
+)  # fmt: skip
+def test_targets_that_are_no_places_are_named(target, found, lists, tmp_path):
+    np.save(tmp_path / "s.npy", SCORES)
+    np.save(tmp_path / "targets.npy", target)
+    lists["targets"] = tmp_path / "targets.npy"
+    with pytest.raises(ScoreTableError, match=f"7 whole numbers, but are {found}"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+
+
 @pytest.mark.parametrize("name", ["pairs", "train_pairs", "targets", "split", "space", "world"])
 def test_what_nobody_says_is_asked_for(name, lists, tmp_path):
     np.save(tmp_path / "s.npy", SCORES)
@@ -315,6 +327,14 @@ def test_a_header_that_claims_other_than_what_is_there_is_refused(shape, dtype, 
         archive.writestr("scores.npy", header(shape, dtype, body))
     with pytest.raises(ScoreTableError, match=r"claims|no array of numpy"):
         read_npz(tmp_path / "s.npz")
+
+
+def test_a_structured_array_whose_names_need_unicode_is_refused(tmp_path):
+    """numpy writes it in a version of its own, which no table has."""
+    with pytest.warns(UserWarning, match="format 3.0"):
+        np.save(tmp_path / "s.npy", np.zeros(3, [("größe", "<f4"), ("名", "<f4")]))
+    with pytest.raises(ScoreTableError, match=r"has version \(3, 0\): a structured array"):
+        read_npy(tmp_path / "s.npy")
 
 
 def test_a_zip_of_other_things_is_refused(tmp_path):
