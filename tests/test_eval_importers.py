@@ -220,6 +220,25 @@ def test_what_nobody_says_is_asked_for(name, lists, tmp_path):
         load(tmp_path / "s.npy", **told)
 
 
+@pytest.mark.parametrize(("name", "what"), [("pairs", "file of pairs"), ("targets", "array")])
+def test_a_list_that_is_not_there_is_named(name, what, lists, tmp_path):
+    np.save(tmp_path / "s.npy", SCORES)
+    lists[name] = tmp_path / "none.npy"
+    with pytest.raises(ScoreTableNotFound, match=rf"no {what} at .*none\.npy, or no regular file"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+
+
+def test_a_list_too_large_to_be_one_is_refused_before_it_is_read(lists, tmp_path, monkeypatch):
+    np.save(tmp_path / "s.npy", SCORES)
+    monkeypatch.setattr("eval.pair_files.BYTES", 20)
+    with pytest.raises(ScoreTableError, match=r"pairs\.txt has 44 bytes, more than the 20"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+    monkeypatch.undo()
+    monkeypatch.setattr("eval.given.LINE_LIMIT", 8)
+    with pytest.raises(ScoreTableError, match=r"pairs\.txt line 2 has more than 8 characters"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+
+
 def test_what_is_said_twice_must_agree_and_what_is_useless_is_refused(lists, tmp_path):
     t = by_hand()
     arrays = {"scores": SCORES, "target": TARGET, "pairs": np.array(PAIRS), "seen": t.seen}
@@ -242,6 +261,12 @@ def test_our_own_tables_come_through_and_are_held_to_what_is_given(tmp_path):
         load(path, world="open")
     with pytest.raises(ScoreTableError, match="--pairs was given"):
         load(path, pairs="pairs.txt")
+    run = RetrievalScores(SCORES, SCORES > 0, "cosine", "test")
+    path = score_io.save(run, tmp_path / "r.zarr")
+    with pytest.raises(
+        ScoreTableError, match=r"--world was given, but .*r\.zarr is a table without one"
+    ):
+        load(path, world="closed")
     with pytest.raises(ScoreTableNotFound, match="no score table at"):
         load(tmp_path / "none.zarr")
 
@@ -258,6 +283,7 @@ def test_our_own_tables_come_through_and_are_held_to_what_is_given(tmp_path):
         ({"scores": SCORES, "positives": TARGET, **SHORT}, "positives .* must be bool, or 0 and 1"),
         ({"scores": SCORES.astype(np.float16), "positives": SCORES > 0, **SHORT}, "float16"),
         ({"scores": SCORES, "pairs": TARGET}, r"must be \(C, 2\)"),
+        ({"scores": SCORES, "pairs": np.array([*PAIRS[:4], PAIRS[1]]), **FACTS}, "two columns of the pair .*blue"),
     ],
 )  # fmt: skip
 def test_arrays_that_are_no_table_are_named(arrays, message, tmp_path):
