@@ -35,11 +35,13 @@ class Cost:
 
 def size(value: float) -> str:
     """Bytes for people, with three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1000 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+    if value < 1000:
+        return f"{value:.0f} B"
+    for unit in ("KiB", "MiB"):
         value /= 1024
-    raise AssertionError
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1024:.3g} GiB"
 
 
 def seconds(value: float) -> str:

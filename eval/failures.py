@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from eval import composed, matching
+from eval import matching
 from eval.any_table import Table
 from eval.comparison import Comparison, Row
 from eval.composed import Ranks
@@ -99,11 +99,7 @@ def hardest(c: Comparison, most: int = SHOWN) -> list[Failure]:
 
 def _first(row: Row) -> tuple[Table, Ranks | None]:
     """The table of a row's first seed, with its ranks."""
-    table = row.group.tables[0]
-    known = row.ranks[0] if row.ranks else None
-    if isinstance(table, ComposedScores) and known is None:
-        known = composed.ranks(table)
-    return table, known
+    return row.group.tables[0], row.ranks[0] if row.ranks else None
 
 
 def _distance(table: Table, found: Ranks | None) -> Float[np.ndarray, " q"]:

@@ -16,7 +16,6 @@ from eval.failures import SHOWN, Answer, Failure, hardest
 from eval.figures import names_of
 from eval.formats import csv_table, percent
 from eval.markup import cell, chip, data_image, data_link, png, table, text
-from eval.runs import scored_on
 
 LISTED = 200
 """Items in the CSV, at most."""
@@ -135,17 +134,14 @@ def _album(c: Comparison, shown: Sequence[Failure]) -> Album:
     wanted = {f.reference for f in shown} | {f.target for f in shown}
     wanted |= {a.image for f in shown for a in f.answers}
     reference: dict[str, str] = {}
-    for scored in c.rows[0].group.tables[:1]:
-        if isinstance(scored, ComposedScores):
-            reference = dict(zip(scored.ids, scored.queries.reference, strict=True))
+    scored = c.rows[0].group.tables[0]
+    if isinstance(scored, ComposedScores):
+        reference = dict(zip(scored.ids, scored.queries.reference, strict=True))
     album = Album()
-    for row in c.rows:
-        for run, scored in zip(row.group.runs, row.group.tables, strict=True):
-            if scored_on(run, scored) != c.question.dataset:
-                continue
-            for path in run.pictures:
-                if QUERY.fullmatch(path.name):
-                    _collect(read_query(path), wanted, reference, album)
+    for run in (run for row in c.rows for run in row.group.runs):
+        for path in run.pictures:
+            if QUERY.fullmatch(path.name):
+                _collect(read_query(path), wanted, reference, album)
     return album
 
 

@@ -77,7 +77,7 @@ def _ours(path: Path, given: Given) -> Table:
     table = score_io.load(path)
     for name in ("split", "space", "world"):
         if getattr(given, name) is not None:
-            if not hasattr(table, name):
+            if not getattr(table, name):  # a world, outside CZSL
                 raise ScoreTableError(f"--{name} was given, but {path} is a table without one")
             given.fact(name, path, getattr(table, name))
     return table

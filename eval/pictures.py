@@ -9,9 +9,13 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 
 from eval.composed_pictures import is_composed
-from eval.errors import RunError
+from eval.errors import RunError, ScoreTableError
 from eval.markup import data_image, png, text
+from eval.npz import read_npz
 from eval.runs import Run
+
+NUMBERS = "fiu"
+"""Kinds of dtype that are drawn."""
 
 
 def pictures_of(run: Run) -> str:
@@ -37,9 +41,8 @@ def _picture(path: Path) -> str:
 def _drawn(path: Path, said: list[str]) -> str:
     """The picture or the strip in a file; what its maps are is added to `said`."""
     try:
-        with np.load(path, allow_pickle=False) as data:
-            found: dict[str, NDArray[Any]] = {name: np.asarray(data[name]) for name in data}
-    except (ValueError, OSError) as error:
+        found = read_npz(path)
+    except ScoreTableError as error:
         raise RunError(f"{path} holds no picture: {error}") from error
     if "strip" in found:
         return _strip(path, found)
@@ -55,20 +58,23 @@ def _drawn(path: Path, said: list[str]) -> str:
 
 def _maps(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
     """One image with its caption, and once a map, darkened where its weight is small."""
-    image, weights = found["image"], np.asarray(found["weights"], dtype=np.float64)
+    image, weights = found["image"], found["weights"]
     words = [str(word) for word in np.atleast_1d(found["words"])]
+    is_image = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
     if (
-        image.dtype != np.uint8
-        or image.ndim != 3
+        not is_image
         or weights.shape[:1] != (len(words),)
         or weights.ndim != 3
+        or not weights.size
+        or weights.dtype.kind not in NUMBERS
     ):
         raise RunError(
             f"{path} must hold image (H, W, 3) uint8 and weights (words, rows, columns), but they are {image.dtype} "
-            f"{image.shape} and {weights.shape} for {len(words)} words"
+            f"{image.shape} and {weights.dtype} {weights.shape} for {len(words)} words"
         )
+    weights = weights.astype(np.float64)
     caption = str(found["caption"]) if "caption" in found else " ".join(words)
-    score = f" · score {float(found['score']):.3f}" if "score" in found else ""
+    score = f" · score {_score(path, found['score']):.3f}" if "score" in found else ""
     height, width = image.shape[:2]
     small = " pixels" if max(height, width) < 160 else ""
     looks = [
@@ -86,6 +92,15 @@ def _maps(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
     )
 
 
+def _score(path: Path, found: NDArray[Any]) -> float:
+    """One number."""
+    if found.ndim or found.dtype.kind not in NUMBERS:
+        raise RunError(
+            f"{path} must hold one number as score, but it is {found.dtype} of shape {found.shape}"
+        )
+    return float(found)
+
+
 def _verdict(found: Mapping[str, NDArray[Any]]) -> str:
     """What the head made of the picture, where the file says it."""
     words = str(found.get("verdict", ""))
@@ -99,13 +114,15 @@ def _verdict(found: Mapping[str, NDArray[Any]]) -> str:
 
 def _strip(path: Path, found: Mapping[str, NDArray[Any]]) -> str:
     """Rows of numbers as rows of colour, clear at 0."""
-    strip = np.abs(np.asarray(found["strip"], dtype=np.float64))
+    strip = found["strip"]
     names = [str(name) for name in np.atleast_1d(found.get("words", np.array([])))]
-    if strip.ndim != 2 or len(names) != len(strip):
+    usable = strip.ndim == 2 and strip.size and strip.dtype.kind in NUMBERS
+    if not usable or len(names) != len(strip):
         raise RunError(
-            f"{path} must hold strip (rows, numbers) and a word for each row, but they are {strip.shape} and "
-            f"{len(names)} words"
+            f"{path} must hold strip (rows, numbers) and a word for each row, but they are {strip.dtype} "
+            f"{strip.shape} and {len(names)} words"
         )
+    strip = np.abs(strip.astype(np.float64))
     top = float(strip.max(initial=0)) or 1.0
     rows: list[str] = []
     for name, row in zip(names, strip, strict=True):

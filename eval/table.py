@@ -63,15 +63,14 @@ def refuse_nan(
     if scores.max(initial=-np.inf) < np.inf:  # NaN is not; this needs no memory
         return
     bad = np.isnan(scores) | np.isposinf(scores)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        row, column = where[0], where[1]
-        name = f" ({plain(query[row])})" if query else ""
-        raise ScoreTableError(
-            f"the score of query {first + row}{name} with column {column} ({plain(candidate[column])}) "
-            f"is {scores[where]}, one of {int(bad.sum())} that are NaN or +inf: scores must be finite, or -inf for "
-            "'not a candidate'. Look for a division by a zero norm in the head."
-        )
+    where = tuple(int(i) for i in np.argwhere(bad)[0])
+    row, column = where[0], where[1]
+    name = f" ({plain(query[row])})" if query else ""
+    raise ScoreTableError(
+        f"the score of query {first + row}{name} with column {column} ({plain(candidate[column])}) "
+        f"is {scores[where]}, one of {int(bad.sum())} that are NaN or +inf: scores must be finite, or -inf for "
+        "'not a candidate'. Look for a division by a zero norm in the head."
+    )
 
 
 def checked_facts(split: str, space: str, ids: Sequence[str], n: int) -> tuple[str, ...]:

@@ -505,6 +505,14 @@ def test_chance_equals_the_documented_lines():
     assert maps[0] < 1e-4
 
 
+def test_a_gallery_smaller_than_every_k_of_the_protocol_is_refused():
+    asked = ComposedQueries(["1"], ["a"], (("c",),), "circo", "val", "unlabeled2017")
+    table = ComposedScores(np.eye(1, 4), tuple("abcd"), asked, "cosine")
+    with pytest.raises(ScoreTableError, match=r"circo measures at K = 5, 10, 25, 50.* more than 4"):
+        composed.evaluate(table)
+    assert composed.evaluate(table, ks=[4])["recall@4"] == 1
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

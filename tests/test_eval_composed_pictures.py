@@ -246,6 +246,29 @@ def test_an_empty_histogram_is_an_empty_plot() -> None:
     assert "nan" not in svg
 
 
+def test_of_very_many_kinds_the_most_frequent_are_drawn_and_all_are_in_the_csv(
+    tmp_path: Path,
+) -> None:
+    """44 kinds and their total, of which 40 and the total are drawn; kind 3 is the rarest."""
+    run = write_run(tmp_path)
+    counts = np.arange(50, 94)
+    counts[3] = 1
+    kinds = [f"kind{i:02d}" for i in range(44)]
+    routing(
+        run,
+        kinds=np.array([*kinds, "all queries"]),
+        counts=np.array([*counts, counts.sum()]),
+        shares=np.full((45, 2, 2), 0.5),
+    )
+    html = page(run)
+    assert "The 40 of most" in html
+    assert "are drawn, of 44." in html
+    (svg,) = re.findall(r"<svg[^>]*Share of 2 experts.*?</svg>", html, re.DOTALL)
+    drawn = set(re.findall(r"kind\d\d", svg.replace("mota", "")))
+    assert drawn == set(kinds) - {"kind00", "kind01", "kind02", "kind03"}
+    assert len({row[0] for row in table(html, "experts")[1:]}) == 45
+
+
 @pytest.mark.parametrize(
     ("write", "change", "message"),
     [

@@ -220,6 +220,17 @@ def test_what_needs_every_score_says_so():
         table.pruned(0.5)
 
 
+@pytest.mark.parametrize("column", [-2, 12])
+@pytest.mark.parametrize("name", ["seen_columns", "unseen_columns"])
+def test_a_summary_that_names_no_column_is_refused(name, column):
+    """Of 12 columns: -1 is padding, 11 the last."""
+    summary = summary_of(large())
+    columns = getattr(summary, name).copy()
+    columns[..., 0] = column
+    with pytest.raises(ScoreTableError, match=f"{name} names a column beyond 0 to 11"):
+        dataclasses.replace(summary, **{name: columns})
+
+
 def test_a_score_that_is_no_number_is_named_by_image_and_pair():
     for bad in (np.nan, np.inf):
         table = large()

@@ -190,6 +190,9 @@ def test_what_is_no_feasibility_file_is_refused(tmp_path):
     np.savez(path, rho=np.zeros(2))
     with pytest.raises(ScoreTableError, match=r"is no feasibility file.*format"):
         Feasibility.load(path)
+    np.savez(path, format="word vectors", rho=np.zeros(2))
+    with pytest.raises(ScoreTableError, match=r"\(its format is .*'word vectors'.*, not '"):
+        Feasibility.load(path)
     np.savez(path, format=np.array([{"a": 1}], dtype=object))
     with pytest.raises(
         ScoreTableError, match=r"is no feasibility file.*would have to be unpickled"

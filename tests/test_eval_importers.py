@@ -199,6 +199,18 @@ def test_a_list_that_does_not_fit_is_named(change, message, lists, tmp_path):
         load(tmp_path / "s.npy", **lists, **FACTS)
 
 
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [(TARGET.astype(np.float32), r"float32 of shape \(7,\)"), (TARGET[:, None], r"int64 of shape \(7, 1\)")],
+)  # fmt: skip
+def test_targets_that_are_no_places_are_named(target, found, lists, tmp_path):
+    np.save(tmp_path / "s.npy", SCORES)
+    np.save(tmp_path / "targets.npy", target)
+    lists["targets"] = tmp_path / "targets.npy"
+    with pytest.raises(ScoreTableError, match=f"7 whole numbers, but are {found}"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+
+
 @pytest.mark.parametrize("name", ["pairs", "train_pairs", "targets", "split", "space", "world"])
 def test_what_nobody_says_is_asked_for(name, lists, tmp_path):
     np.save(tmp_path / "s.npy", SCORES)
@@ -206,6 +218,25 @@ def test_what_nobody_says_is_asked_for(name, lists, tmp_path):
     del told[name]
     with pytest.raises(ScoreTableError, match=f"--{name.replace('_', '-')}"):
         load(tmp_path / "s.npy", **told)
+
+
+@pytest.mark.parametrize(("name", "what"), [("pairs", "file of pairs"), ("targets", "array")])
+def test_a_list_that_is_not_there_is_named(name, what, lists, tmp_path):
+    np.save(tmp_path / "s.npy", SCORES)
+    lists[name] = tmp_path / "none.npy"
+    with pytest.raises(ScoreTableNotFound, match=rf"no {what} at .*none\.npy, or no regular file"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+
+
+def test_a_list_too_large_to_be_one_is_refused_before_it_is_read(lists, tmp_path, monkeypatch):
+    np.save(tmp_path / "s.npy", SCORES)
+    monkeypatch.setattr("eval.pair_files.BYTES", 20)
+    with pytest.raises(ScoreTableError, match=r"pairs\.txt has 44 bytes, more than the 20"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
+    monkeypatch.undo()
+    monkeypatch.setattr("eval.given.LINE_LIMIT", 8)
+    with pytest.raises(ScoreTableError, match=r"pairs\.txt line 2 has more than 8 characters"):
+        load(tmp_path / "s.npy", **lists, **FACTS)
 
 
 def test_what_is_said_twice_must_agree_and_what_is_useless_is_refused(lists, tmp_path):
@@ -230,6 +261,12 @@ def test_our_own_tables_come_through_and_are_held_to_what_is_given(tmp_path):
         load(path, world="open")
     with pytest.raises(ScoreTableError, match="--pairs was given"):
         load(path, pairs="pairs.txt")
+    run = RetrievalScores(SCORES, SCORES > 0, "cosine", "test")
+    path = score_io.save(run, tmp_path / "r.zarr")
+    with pytest.raises(
+        ScoreTableError, match=r"--world was given, but .*r\.zarr is a table without one"
+    ):
+        load(path, world="closed")
     with pytest.raises(ScoreTableNotFound, match="no score table at"):
         load(tmp_path / "none.zarr")
 
@@ -246,6 +283,7 @@ def test_our_own_tables_come_through_and_are_held_to_what_is_given(tmp_path):
         ({"scores": SCORES, "positives": TARGET, **SHORT}, "positives .* must be bool, or 0 and 1"),
         ({"scores": SCORES.astype(np.float16), "positives": SCORES > 0, **SHORT}, "float16"),
         ({"scores": SCORES, "pairs": TARGET}, r"must be \(C, 2\)"),
+        ({"scores": SCORES, "pairs": np.array([*PAIRS[:4], PAIRS[1]]), **FACTS}, "two columns of the pair .*blue"),
     ],
 )  # fmt: skip
 def test_arrays_that_are_no_table_are_named(arrays, message, tmp_path):
@@ -315,6 +353,14 @@ def test_a_header_that_claims_other_than_what_is_there_is_refused(shape, dtype, 
         archive.writestr("scores.npy", header(shape, dtype, body))
     with pytest.raises(ScoreTableError, match=r"claims|no array of numpy"):
         read_npz(tmp_path / "s.npz")
+
+
+def test_a_structured_array_whose_names_need_unicode_is_refused(tmp_path):
+    """numpy writes it in a version of its own, which no table has."""
+    with pytest.warns(UserWarning, match="format 3.0"):
+        np.save(tmp_path / "s.npy", np.zeros(3, [("größe", "<f4"), ("名", "<f4")]))
+    with pytest.raises(ScoreTableError, match=r"has version \(3, 0\): a structured array"):
+        read_npy(tmp_path / "s.npy")
 
 
 def test_a_zip_of_other_things_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from eval import bootstrap, formats, pairwise, score_io
 from eval.bootstrap import Distribution
 from eval.comparison import compare, metrics
+from eval.cost_plots import Point, score_against_cost
 from eval.costs import COSTS, cost_of, mean_cost, pareto, size
 from eval.leaderboard import leaderboard
 from eval.matching import MatchingScores
@@ -294,7 +296,14 @@ def test_a_page_of_old_runs_says_that_costs_are_unknown(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1536, "1.5 KiB"), (1181696, "1.13 MiB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (1536, "1.5 KiB"),
+        (1181696, "1.13 MiB"),
+        (1.5 * 2**40, "1.54e+03 GiB"),
+    ],
 )
 def test_bytes_are_shown_with_three_digits(value, shown):
     assert size(float(value)) == shown
@@ -343,3 +352,40 @@ def test_a_table_says_how_it_was_scored(tmp_path):
         "<dt>scores scores-other.zarr</dt><dd><code>headstart score &lt;it&gt;</code></dd>" in text
     )
     assert "<dt>scores scores-test.zarr</dt><dd>– (not recorded)</dd>" in text
+
+
+def test_many_rows_have_no_matrix_and_too_few_draws_decide_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairwise, "MOST_RESAMPLES", 1000)  # as where items and seeds are very many
+    for i in range(13):
+        write_run(tmp_path / "runs", f"m{i}", "clip:demo", 0, table(i, 0.2 * i))
+    text = report([tmp_path / "runs"], tmp_path / "r.html")[0].read_text(encoding="utf-8")
+    assert "The differences between all 13 rows, with p-values, are in the CSV" in text
+    assert "With 78 pairs and so many draws no p can be smaller than 0.16: nothing" in text
+
+
+# ── score against cost ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def axis_of(costs, value=0.5) -> tuple[list[str], list[str]]:
+    """What stands below a plot of rows of these costs, and at its side."""
+    points = [Point("row", c, value, value, value, 0, 0, i) for i, c in enumerate(costs, 1)]
+    svg = score_against_cost(points, "cost", "free", "{:g}".format, "label")
+    assert "nan" not in svg
+    below = re.findall(r'y="262" text-anchor="middle">([^<]*)<', svg)
+    return below, re.findall(r'text-anchor="end">([^<]*)<', svg)
+
+
+def test_an_axis_over_many_decades_is_marked_at_powers_of_ten():
+    assert axis_of([1.0, 1e5])[0] == ["1", "10", "100", "1000", "10000", "100000"]
+    assert axis_of([1.0, 1e8])[0] == ["1", "100", "10000", "1e+06", "1e+08"]
+
+
+def test_rows_that_cost_nothing_stand_at_the_edge_of_a_bare_axis():
+    assert axis_of([0.0, 0.0])[0] == ["free"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_scores_at_the_end_of_the_scale_have_a_point_of_room(value):
+    side = [float(percent) for percent in axis_of([1.0, 2.0], value)[1]]
+    assert 100 * value in side
+    assert max(side) - min(side) == pytest.approx(1)

@@ -160,6 +160,17 @@ def test_one_seed_of_each_of_two_trained_rows_never_reads_as_plain_holds() -> No
     assert "| holds (one seed) |" in text
 
 
+def test_claims_that_nothing_measures_leave_the_sentences_alone() -> None:
+    notes = ["Not measured: <a> over b."]
+    assert (
+        orderings_format.as_markdown([], notes)
+        == "### Claimed orderings\n\nNote: Not measured: <a> over b.\n"
+    )
+    assert orderings_format.as_html([], notes) == (
+        '<p class="note">Not measured: &lt;a&gt; over b.</p>'
+    )
+
+
 def test_seeds_of_one_row_vary_beside_a_row_of_one_seed() -> None:
     """Five seeds against one: the five are drawn, as if the one had no variation of its own."""
     ours, theirs = [items(share(0.5 + s / 20, s)) for s in range(5)], items(share(0.4, 9))

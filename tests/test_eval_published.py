@@ -14,9 +14,11 @@ import pytest
 from eval import cli, published, score_io
 from eval.comparison import Comparison, compare
 from eval.composition import CompositionScores
+from eval.czsl_summary import summarise
 from eval.matching import MatchingScores
 from eval.published import Beside, beside, rows
 from eval.published_format import as_html, as_markdown
+from eval.reduction import Layout
 from eval.retrieval import RetrievalScores
 from eval.runs import Run
 
@@ -176,6 +178,17 @@ def test_rows_of_the_same_question_stand_beside_ours():
     assert "| chance |" in shown
     assert beside(replace(c, curve="exact")) is None
     assert as_markdown(c, None) == as_html(c, None) == ""
+
+
+def test_beside_a_table_that_keeps_the_best_scores_it_is_said_what_published_numbers_need():
+    table = czsl_table(world="open")
+    layout = Layout.of(table.seen, None, ())
+    facts = {"split": "test", "space": "logit"}
+    summary = summarise([table.scores], layout, table.target, table.pairs, keep=1, **facts)
+    (c,) = compare([run(summary, "mit_states")])
+    b = found(c)
+    assert not b.published
+    assert "keeps the best ones; score again with --dense" in b.why
 
 
 OFFICIAL = czsl_table()

@@ -607,13 +607,29 @@ def test_a_veil_is_clear_at_the_largest_weight_and_dark_at_the_smallest():
     [
         ({"weights": None}, "weights"),
         ({"weights": np.zeros((3, 2, 3))}, r"\(3, 2, 3\) for 2 words"),
+        ({"weights": np.zeros((2, 0, 3))}, r"\(2, 0, 3\) for 2 words"),
+        ({"weights": np.full((2, 2, 3), "x")}, r"<U1 \(2, 2, 3\) for 2 words"),
         ({"image": np.zeros((8, 12, 3))}, "float64"),
+        ({"image": np.zeros((8, 12, 2), np.uint8)}, r"uint8 \(8, 12, 2\)"),
+        ({"image": np.zeros((0, 12, 3), np.uint8)}, r"uint8 \(0, 12, 3\)"),
+        ({"score": np.zeros(2)}, r"one number as score, but it is float64 of shape \(2,\)"),
+        ({"strip": np.zeros((2, 0))}, r"strip \(rows, numbers\).* float64 \(2, 0\) and 2 words"),
+        ({"strip": np.full((2, 3), "x")}, r"strip \(rows, numbers\).* <U1 \(2, 3\) and 2 words"),
     ],
 )
 def test_a_picture_that_cannot_be_drawn_is_named(change, message, tmp_path):
     run = write_run(tmp_path / "runs", "tf_local")
     attention(run / "pictures" / "a.npz", **change)
     with pytest.raises(RunError, match=rf"a\.npz.*{message}"):
+        report([run], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 cut off", b"\x93NUMPY\x01\x00"])
+def test_a_picture_file_that_is_damaged_is_named(content, tmp_path):
+    run = write_run(tmp_path / "runs", "tf_local")
+    attention(run / "pictures" / "a.npz")
+    (run / "pictures" / "a.npz").write_bytes(content)
+    with pytest.raises(RunError, match=r"a\.npz holds no picture: .* is damaged or no \.npz"):
         report([run], tmp_path / "r.html")
 
 

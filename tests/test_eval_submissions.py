@@ -106,6 +106,17 @@ def test_the_file_of_circo_holds_numbers_and_comes_back(tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_a_list_is_held_to_the_gallery_where_one_is_given(tmp_path):
+    table = circo()
+    path = submit_circo(table, tmp_path / "c.json", check="none")
+    fewer = [name for name in NUMBERS if name != "77"]
+    with pytest.raises(ScoreTableError, match="'77'"):
+        read_circo(path, table.queries, fewer, check="none")
+    assert read_circo(path, table.queries, check="none") == read_circo(
+        path, table.queries, NUMBERS, check="none"
+    )
+
+
 def test_names_keep_their_letters(tmp_path):
     """UTF-8 as it is, no escapes."""
     table = cirr(1)
