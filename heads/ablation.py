@@ -178,7 +178,7 @@ def _check(ablation: Ablation, place: str) -> None:
     for row in ablation.row:
         if not (row.method or ablation.method):
             raise ConfigError(
-                f"row {row.label} of {place} names no method, and neither does the file; write `method` into one of them"
+                f"row {row.label} of {place} names no method, and neither does the file; write `method` into one"
             )
         if row.family and row.method is None:
             raise ConfigError(
