@@ -80,7 +80,8 @@ def test_the_commands_of_a_run_make_it_again(
     assert score_io.load(table).meta["run"]["command"] == first.record["command"]
     run_line(line.replace(str(first.path), str(tmp_path / "b")), monkeypatch)
     tables: Any = [score_io.load(path) for path in (tmp_path / "b" / table.name, table)]
-    np.testing.assert_array_equal(*(np.asarray(one.scores) for one in tables))
+    again, before = (np.asarray(one.scores) for one in tables)
+    np.testing.assert_array_equal(again, before)
 
 
 def test_costs_are_bytes_of_what_is_read_and_seconds_of_all_building(
