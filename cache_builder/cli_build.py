@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -154,20 +153,14 @@ def _build(args: argparse.Namespace) -> None:
     out = args.out or Path("caches", f"{args.dataset}-{_file_name(args.backbone)}.zarr")
     begun = _begun(out)
     storage = args.store
-    choice = partial(
-        cache_spec,
-        dataset,
-        backbone,
-        streams=args.streams,
-        order_seed=args.order_seed,
-        crops=args.crops,
-    )
+    choice: dict[str, Any] = {"streams": args.streams, "order_seed": args.order_seed}
+    choice |= {"crops": args.crops}
     if storage == "auto":
-        plain = choice(storage="fp16")
+        plain = cache_spec(dataset, backbone, storage="fp16", **choice)
         if begun:
             print(f"{at(out)} was begun with --store {begun.spec.storage} and keeps it")
         storage = begun.spec.storage if begun else chosen_storage(dataset, backbone, plain)
-    spec = choice(storage=storage)
+    spec = cache_spec(dataset, backbone, storage=storage, **choice)
     if not rank:
         announce(dataset, backbone, spec, counting=args.dry_run)
     if args.dry_run:
@@ -198,6 +191,7 @@ def _build(args: argparse.Namespace) -> None:
             backbone,
             out,
             **choice,
+            storage=storage,
             batch_size=batch_size,
             append=args.append,
             strict=args.strict,

@@ -181,12 +181,13 @@ def score_paths(
     Args and errors as for `score_run`.
     """
     record = read_run(run)
-    task = task or record["task"]
+    trained: str = record["task"]
+    task = task or trained
     directions: Sequence[Direction | None] = DIRECTIONS if task == "retrieval" else (None,)
     other = cache.digest() != record["cache"]["digest"]
     parts: list[str] = [
         *([cache.place.name.removesuffix(".zarr")] if other else []),
-        *([task] if task != record["task"] else []),
+        *([task] if task != trained else []),
         split,
         *(["open"] if world == "open" and task == "czsl" else []),
     ]

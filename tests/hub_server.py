@@ -3,7 +3,7 @@
 import base64
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,7 +36,7 @@ def is_private(given: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def hub() -> Iterator[Hub]:
+def hub() -> Generator[Hub]:
     """A hub for one user, who has a token."""
     found = Hub()
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ class Others:
     """Three threads that help, each with a journal of its own."""
 
     @contextmanager
-    def helping(self, passes: Passes) -> Iterator[None]:
+    def helping(self, passes: Passes) -> Generator[None]:
         def help_out(number: int) -> None:
             writer = f"helper{number}x{os.getpid()}"
             cache = FeatureCache(passes.cache.place, passes.cache.header, writer=writer)

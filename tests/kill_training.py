@@ -24,8 +24,10 @@ from heads.cli import main
 
 torch.set_num_threads(1)
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
-SETTINGS = "head.layers=1 head.dim=8 head.heads=2 head.ffn=12 head.dropout=0.3 train.accumulate=2"
-SETTINGS += " train.epochs=2 train.batch_size=4 train.lr=0.01 train.device=cpu"
+SETTINGS = (
+    "head.layers=1 head.dim=8 head.heads=2 head.ffn=12 head.dropout=0.3 train.accumulate=2 "
+    "train.epochs=2 train.batch_size=4 train.lr=0.01 train.device=cpu"
+)
 OWN = ("seconds", "data_wait", "data_wait_seconds", "commit", "command")
 """What of a record or of a line of history is the clock's, or the tree's."""
 

@@ -9,7 +9,7 @@ import random
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,7 +22,7 @@ FAULTS = ("busy", "dropped before", "dropped after")
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
+def s3_server() -> Generator[str]:
     """`host:port` of a server with an empty bucket."""
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
@@ -39,7 +39,7 @@ def s3_server() -> Iterator[str]:
 
 
 @contextmanager
-def strict_about_keys(server: str) -> Iterator[None]:
+def strict_about_keys(server: str) -> Generator[None]:
     """While this lasts, the server refuses access keys that it does not know; it knows none."""
 
     def without_keys(requests: str) -> None:
@@ -56,7 +56,7 @@ def strict_about_keys(server: str) -> Iterator[None]:
 
 
 @contextmanager
-def answering(status: int, body: str) -> Iterator[str]:
+def answering(status: int, body: str) -> Generator[str]:
     """`host:port` of a server that has one answer to everything."""
 
     class Always(BaseHTTPRequestHandler):
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def failing(target: str, share: float, seed: int = 0) -> Iterator[Proxy]:
+def failing(target: str, share: float, seed: int = 0) -> Generator[Proxy]:
     """A proxy before a server."""
     proxy = Proxy(target, share, seed)
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def caches(fast_folder: Path) -> list[FeatureCache]:
 @contextmanager
 def served(
     caches: list[FeatureCache], folder: Path, *options: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+) -> Generator[tuple[subprocess.Popen[str], str]]:
     """The verb in a process of its own, and the address that it prints."""
     command = [sys.executable, "-m", "heads.cli", "browse", *(str(c.path) for c in caches)]
     process = subprocess.Popen(
@@ -358,7 +358,7 @@ def test_nothing_sticks_out_and_colours_follow_the_system(
 
 
 @contextmanager
-def alone(browser: Any, cache: FeatureCache, folder: Path) -> Iterator[Watched]:
+def alone(browser: Any, cache: FeatureCache, folder: Path) -> Generator[Watched]:
     """The page of one cache."""
     with served([cache], folder) as (process, url):
         page = browser.new_page()

@@ -193,7 +193,8 @@ def test_a_half_downloaded_set_says_what_is_missing_where_and_how_to_get_it(
     module: ModuleType, missing: str, tmp_path: Path
 ) -> None:
     root = module.miniature(tmp_path / "m")
-    (root / "_images").exists() and (root / "_images").rename(tmp_path / "elsewhere")
+    if (root / "_images").exists():
+        (root / "_images").rename(tmp_path / "elsewhere")
     (root / missing).rename(tmp_path / "away")
     with pytest.raises(DatasetNotFound) as caught:
         module.load(root)
@@ -296,7 +297,8 @@ def test_the_annotation_files_alone_give_the_same_samples(
     assert "images missing" not in whole.counts
     assert module.load(root, require_images=False).images[0].open().size == (40, 36)
     for folder in ("images", "_images"):
-        (root / folder).exists() and (root / folder).rename(tmp_path / folder)
+        if (root / folder).exists():
+            (root / folder).rename(tmp_path / folder)
     with pytest.raises(DatasetNotFound, match=r"looked in .* for images/"):
         module.load(root)
     alone = module.load(root, require_images=False)

@@ -166,7 +166,8 @@ def test_row_groups_are_forgotten_beyond_a_budget_but_never_the_last_two(
     monkeypatch.setattr(parquet, "KEPT", 1)
     table = ParquetTable(six)
     for _ in range(3):  # an image and its negative, row by row
-        table.cell("image", 0), table.cell("struct", 0)
+        table.cell("image", 0)
+        table.cell("struct", 0)
     assert reads == [(0, "image"), (0, "struct.bytes")]
     table.cell("image", 2)
     table.cell("struct", 1)

@@ -4,7 +4,7 @@ The reference runs the library's whole stack on the same states, with hooks that
 the same batch: nothing may differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ sides = pytest.mark.parametrize("side", ["image", "text"])
 
 
 @contextmanager
-def overwritten(blocks: Any, at: int, rows: Tensor) -> Iterator[None]:
+def overwritten(blocks: Any, at: int, rows: Tensor) -> Generator[None]:
     """rows[j] stand at `at` … when block j begins, for j ≥ 1; the states of block 0 hold rows[0] already."""
     hooks = []
     for j in range(1, rows.shape[-3]):

@@ -67,9 +67,7 @@ def is_hit(row, target, seen, bias, k) -> bool:
 def slow_points(scores, target, seen, k):
     """(S, U) before, at and between all biases at which anything can change."""
     finite = [row[np.isfinite(row)] for row in scores]
-    changes = sorted(
-        {a - b for row, values in zip(scores, finite, strict=True) for a in values for b in values}
-    )
+    changes = sorted({a - b for values in finite for a in values for b in values})
     biases = [-1e6]
     for i, change in enumerate(changes):
         after = changes[i + 1] if i + 1 < len(changes) else change + 2

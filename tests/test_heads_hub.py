@@ -49,7 +49,8 @@ def caches(
         progress=False,
     )
     plain = make_drawn(fast_folder / "hub.zarr")
-    return lambda method: {"csp": live_cache("clip"), "eva": seen}.get(method, plain)
+    own: dict[str, FeatureCache] = {"csp": live_cache("clip"), "eva": seen}
+    return lambda method: own.get(method, plain)
 
 
 @pytest.fixture(scope="module")

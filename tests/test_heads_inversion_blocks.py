@@ -77,10 +77,9 @@ CONTEXT_I2W: dict[str, tuple[int, ...]] = {
     "VT_Extractor.latents": (4, W),
     "VT_Extractor.norm.weight": (W,),
     "VT_Extractor.norm.bias": (W,),
-}
-for _i in range(6):
-    CONTEXT_I2W |= {
-        f"VT_Extractor.layers.{_i}.{key}": shape
+    **{
+        f"VT_Extractor.layers.{i}.{key}": shape
+        for i in range(6)
         for key, shape in {
             "0.norm_media.weight": (W,),
             "0.norm_media.bias": (W,),
@@ -94,7 +93,8 @@ for _i in range(6):
             "1.1.weight": (4 * W, W),
             "1.3.weight": (W, 4 * W),
         }.items()
-    }
+    },
+}
 KEYS: dict[str, Any] = {"pic2word": PIC2WORD, "searle": SEARLE, "context_i2w": CONTEXT_I2W}
 
 

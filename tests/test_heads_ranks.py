@@ -31,8 +31,10 @@ KINDS: dict[str, list[str]] = {
 }
 
 
-CUT = ["eva", *CZSL, "--set", "head.top_k=8", "--set", "head.adapter_dropout=0"]
-CUT += ["--set", "head.cut=1", "--set", "train.clip=0.05"]
+CUT = [
+    *("eva", *CZSL, "--set", "head.top_k=8", "--set", "head.adapter_dropout=0"),
+    *("--set", "head.cut=1", "--set", "train.clip=0.05"),
+]
 
 
 class _Own:

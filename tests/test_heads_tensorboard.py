@@ -40,7 +40,7 @@ def read(run: Path) -> Read:
     """Tag → (step, value) of all that the files of a folder hold, in order."""
     found = EventAccumulator(str(run / FOLDER), size_guidance={"scalars": 0})
     found.Reload()
-    tags = found.Tags()["scalars"]
+    tags: Any = found.Tags()["scalars"]
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags}
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Alone:
     """An engine without helpers: the caller builds unit after unit."""
 
     @contextmanager
-    def helping(self, passes: Passes) -> Iterator[None]:
+    def helping(self, passes: Passes) -> Generator[None]:
         del passes
         yield
 

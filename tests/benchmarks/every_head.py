@@ -19,7 +19,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -257,7 +257,7 @@ def precision(runs: dict[str, dict[str, Run]], args: argparse.Namespace) -> Iter
 
 
 @contextmanager
-def closing(stacks: list[ExitStack]) -> Iterator[None]:
+def closing(stacks: list[ExitStack]) -> Generator[None]:
     try:
         yield
     finally:

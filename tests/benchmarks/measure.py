@@ -4,7 +4,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def pressure() -> str:
 @contextmanager
 def backbone(
     name: str, *, dtype: str = "float32", device: str = "cpu", compiled: bool = False
-) -> Iterator[Backbone]:
+) -> Generator[Backbone]:
     """A backbone by `family:checkpoint`, or `random:ARCH`: open_clip's architecture of true size, random weights.
 
     `random:llava` is LLaVA-1.5's vision tower and projector without its language model.
@@ -90,7 +90,7 @@ def backbone(
 
 
 @contextmanager
-def placed(name: str) -> Iterator[str]:
+def placed(name: str) -> Generator[str]:
     """The name under which a backbone loads: of `random:ARCH`, a folder for as long as the block lasts."""
     family, _, arch = name.partition(":")
     if family != "random":

@@ -36,6 +36,7 @@ from eval import bootstrap, score_io
 from eval.bootstrap import Interval
 from eval.comparison import evaluate
 from heads.compare import Entry, compare
+from heads.compare_engines import Processes
 from heads.demo import entries
 from heads.errors import CheckpointMismatch
 from heads.runs import score_run
@@ -166,7 +167,7 @@ def accuracy(caches: dict[str, FeatureCache], rows: Sequence[Entry], seeds: int,
     same = np.array_equal(caches["lossless"].read(PATCHES), caches["fp16"].read(PATCHES))
     print(f"lossless holds what fp16 holds: {same}")
     caches = {m: c for m, c in caches.items() if m not in UNTRAINED}
-    compare(caches, rows, range(seeds), out, workers=os.cpu_count() or 1)
+    compare(caches, rows, range(seeds), out, engine=Processes(os.cpu_count() or 1))
     lines: list[list[str]] = []
     for entry in rows:
         metric = METRICS.get(entry.label, "auc")

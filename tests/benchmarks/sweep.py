@@ -12,7 +12,7 @@ calls of `headstart train` are, would also import torch five times; that is left
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 @contextmanager
-def memory(limit: int) -> Iterator[None]:
+def memory(limit: int) -> Generator[None]:
     """As if so many bytes were to be had for rows."""
     with (
         mock.patch.object(source, "quarter_of_free_memory", return_value=limit),
