@@ -199,6 +199,8 @@ def test_a_stream_is_read_as_what_it_is(make_cache: Make) -> None:
         cache.read_ragged("image/pooled")
     with pytest.raises(IndexError, match=r"rows 0 … 12, asked for 4 … 13"):
         cache.read("image/pooled", np.array([4, 13]))
+    with pytest.raises(IndexError, match=r"numbers, in one axis, not int64\[1, 2\]"):
+        cache.read("image/pooled", np.array([[4, 12]]))
     assert cache.shape("text/tokens") == (11, 4)
     assert cache.shape("image/patches") == (5, 3)
 
