@@ -174,6 +174,16 @@ def test_a_torn_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
     assert file.read_text() == f"{line}\n"
 
 
+def test_a_journal_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    """A cache that was built again at the same place: nothing of the lines before is kept."""
+    file = tmp_path / "manifest.jsonl"
+    lines = [Entry(array="a", chunk=i, bytes=3, crc32c=crc32c(b"abc")) for i in range(4)]
+    journal = Journal(Folder(tmp_path), "manifest", Entry)
+    for now in (lines[:2], lines[:3], lines[2:]):
+        file.write_text("".join(line.model_dump_json() + "\n" for line in now))
+        assert journal.lines() == now
+
+
 def test_the_checksum_is_crc32c() -> None:
     assert crc32c(b"123456789") == "e3069283"  # the check value of RFC 3720, appendix B.4
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,6 +273,63 @@ def test_a_killed_build_is_taken_over_when_its_lock_no_longer_beats(
     cache = make(url)
     assert time.monotonic() - started > 0.8, "it did not wait for a sign of life"
     assert cache.digest() == local.header.digest
+
+
+ELSEWHERE = b"pid 1 on elsewhere 0badcafe 1234"
+"""A lock as another process puts it."""
+
+
+def test_who_lost_the_lock_writes_no_more_and_leaves_the_new_one(url: str) -> None:
+    mine, other = Bucket.named(url), Bucket.named(url)
+    with lock.locked(mine):
+        mine.write("tasks.json", b"before")
+        other.write("lock", ELSEWHERE)
+        for _ in range(600):  # until the next beat
+            if mine.lost:
+                break
+            time.sleep(0.05)
+        with pytest.raises(CacheLocked, match=r"was taken over .* no sign of life"):
+            mine.write("tasks.json", b"after")
+    assert other.read("tasks.json") == b"before"
+    assert other.read("lock") == ELSEWHERE
+
+
+def test_a_lock_whose_holder_ends_while_it_is_watched_is_free(url: str) -> None:
+    other = Bucket.named(url)
+    other.write("lock", ELSEWHERE)
+    ending = threading.Timer(0.4, other.remove, ["lock"])
+    ending.start()
+    with lock.locked(Bucket.named(url)):
+        assert other.read("lock").startswith(f"pid {os.getpid()} on ".encode())
+    ending.join()
+    assert "lock" not in other.names()
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "given back"])
+def test_of_two_who_take_over_one_lock_the_later_is_refused(
+    url: str, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """The other one was there between the last look at the silent lock and the request that takes it."""
+    other, watch = Bucket.named(url), lock._silent_holder
+    other.write("lock", b"pid 2 on nowhere 0badcafe 1234")
+
+    def watched(bucket: Bucket) -> str | None:
+        tag = watch(bucket)
+        if taken:
+            other.write("lock", ELSEWHERE)
+        else:
+            other.remove("lock")
+        return tag
+
+    monkeypatch.setattr(lock, "_silent_holder", watched)
+    with (
+        pytest.raises(CacheLocked, match=r"was just taken over .* repeat the command"),
+        lock.locked(Bucket.named(url)),
+    ):
+        pass
+    assert ("lock" in other.names()) == taken
+    if taken:
+        assert other.read("lock") == ELSEWHERE
 
 
 def test_bad_bytes_are_seen_there_too(url: str) -> None:

@@ -199,8 +199,42 @@ def test_a_stream_is_read_as_what_it_is(make_cache: Make) -> None:
         cache.read_ragged("image/pooled")
     with pytest.raises(IndexError, match=r"rows 0 … 12, asked for 4 … 13"):
         cache.read("image/pooled", np.array([4, 13]))
+    with pytest.raises(IndexError, match=r"numbers, in one axis, not int64\[1, 2\]"):
+        cache.read("image/pooled", np.array([[4, 12]]))
     assert cache.shape("text/tokens") == (11, 4)
     assert cache.shape("image/patches") == (5, 3)
+
+
+def test_an_unfinished_cache_is_read_as_far_as_it_goes_and_not_sealed(make_cache: Make) -> None:
+    """The file of the chunk is there: only what the manifest lists is finished."""
+    whole = make_cache()
+    expected = whole.read("image/patches")
+    whole.unseal()
+    manifest = whole.path / "manifest.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    kept = [li for li in lines if not li.startswith(b'{"array":"image/patches","chunk":1,')]
+    assert len(kept) == len(lines) - 1
+    manifest.write_bytes(b"".join(kept))
+    cache = FeatureCache.open(whole.path, allow_building=True)
+    first = np.arange(cache.layout("image/patches").chunk)
+    np.testing.assert_array_equal(cache.read("image/patches", first), expected[first])
+    with pytest.raises(CacheIncomplete, match=r"chunk 1 of image/patches is missing .* repeat the"):
+        cache.read("image/patches")
+    assert cache.pending() == [("image/patches", 1)]
+    with pytest.raises(CacheIncomplete, match=r"1 chunks of .* the first is chunk 1 of image/patc"):
+        cache.seal()
+    problems = "; ".join(cache.verify().problems)
+    assert "chunk 1 of image/patches was never finished" in problems
+    assert "was never sealed; repeat the build: headstart build" in problems
+    assert cache.state == "building"
+
+
+def test_metadata_that_is_no_object_is_named(make_cache: Make) -> None:
+    cache = make_cache()
+    (cache.path / "image/patches/zarr.json").write_text("[]")
+    with pytest.raises(CacheCorrupt, match=r"image/patches/zarr\.json is no object; restore"):
+        cache.read("image/patches")
+    assert any("zarr.json is no object" in problem for problem in cache.verify().problems)
 
 
 def test_a_flipped_byte_in_any_chunk_is_found(make_cache: Make) -> None:

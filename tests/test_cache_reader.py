@@ -1,6 +1,8 @@
 """Reading: page-aligned buffers, rows in any order, whole chunks, and arrays that somebody re-encoded."""
 
+import errno
 import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +103,25 @@ def test_a_wrong_buffer_is_refused(make_cache: Make) -> None:
         reader.read_chunk(0, np.empty((5, 3, 3), np.float16).swapaxes(0, 1))
     with pytest.raises(ValueError, match=r"out has 60 bytes, too few for 90"):
         reader.read_chunk(0, np.empty((2, 5, 3), np.float16))
+
+
+def test_a_failing_disk_is_named_and_any_other_error_stays_what_it_is(
+    make_cache: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_cache().place.open("tasks.json")
+    out = np.empty(file.size, np.uint8)
+    for number, kind, message in (
+        (errno.EIO, CacheCorrupt, r"tasks\.json cannot be read: the disk reports"),
+        (errno.ENOMEM, OSError, os.strerror(errno.ENOMEM)),
+    ):
+
+        def failing(*_: object, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(kind, match=message):
+            file.read_into(out, 0)
+    file.close()
 
 
 def test_arrays_without_rows_are_refused(make_cache: Make) -> None:
