@@ -10,9 +10,10 @@ exactly as it reads runs made by hand. Heads without randomness run under the fi
                goes on from where its training stood
 """
 
-import json
+import fcntl
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from eval.errors import ScoreTableError
 from heads.base import Head
 from heads.compare_engines import STOP, Engine, Processes
 from heads.errors import ConfigError, RunExists
-from heads.run_files import RECORD, Trained, read_run
+from heads.run_files import LOCK, RECORD, Trained
 from heads.runs import score_paths, score_run
-from heads.samples import refuse_differences
-from heads.sweep import Wanted, sound, train_runs
+from heads.samples import refuse_differences, refuse_unusable
+from heads.sweep import Wanted, check_standing, train_runs
 from heads.sweep_grid import trained_by
 
 THREADS = 1
@@ -88,10 +89,15 @@ class Job:
     asked: str | None = None
     command: str = ""
 
-    @property
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """As `train_run` takes them."""
-        return {"head": dict(self.entry.head), "train": {**self.entry.train, "seed": self.seed}}
+    def wanted(self, device: str | None = None) -> Wanted:
+        """The run as `train_runs` takes it, on a device if one is named."""
+        there = {} if device is None else {"device": device}
+        settings: dict[str, dict[str, Any]] = {
+            "head": dict(self.entry.head),
+            "train": {**self.entry.train, "seed": self.seed, **there},
+        }
+        entry = self.entry
+        return Wanted(entry.method, self.out, settings, entry.label, None, self.command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +138,8 @@ def compare(
         ConfigError: caches of different samples, or two entries of one label.
         RunExists: a run directory holds something else than was asked for.
     """
-    asked = {cache.asked and cache.asked.digest() for cache in caches.values()}
-    if len(asked) > 1 or None in asked:
+    asked = {name: cache.asked and cache.asked.to_json() for name, cache in caches.items()}
+    if len(set(asked.values())) > 1 or None in asked.values():
         refuse_differences(caches)
     rows = entries if isinstance(entries, Mapping) else dict.fromkeys(caches, entries)
     for labels in ([entry.label for entry in rows[name]] for name in caches):
@@ -141,26 +147,34 @@ def compare(
             raise ConfigError(
                 f"entries need labels of their own, but these were given: {', '.join(labels)}"
             )
+    for name, cache in caches.items():
+        for task in dict.fromkeys(q.task for entry in rows[name] for q in entry.asked):
+            refuse_unusable(cache, task, "test")
+    out = Path(out).absolute()  # wherever a worker stands
     jobs = [
         Job(
             cache.place.absolute(),
             entry,
             seed,
-            Path(out, name, f"{entry.label}-seed{seed}"),
-            *(() if cache.asked is None else (cache.asked.to_json(), command)),
+            out / name / f"{entry.label}-seed{seed}",
+            asked[name],
+            command if cache.asked is not None else "",
         )
         for name, cache in caches.items()
         for entry in rows[name]
         for seed in _seeds(entry, seeds)
     ]
+    if not jobs:
+        raise ConfigError("there is nothing to compare: no entry was given")
     opened = {cache.place.absolute(): cache for cache in caches.values()}
-    for job in jobs:
-        _check_place(job, opened[job.cache])
     passes: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
         passes.setdefault((job.cache, job.entry.task, job.seed), []).append(job)
+    for (place, task, _), part in passes.items():
+        check_standing(opened[place], [job.wanted() for job in part], task)
     failures: dict[Path, str] = {}
-    with tqdm(total=len(jobs), desc="training and scoring", unit="run") as bar:
+    bar = tqdm(total=len(jobs), desc="training and scoring", unit="run")
+    with _alone(out), bar:
         for part, failed in (engine or Processes()).run(_run, list(passes.values())):
             failures |= failed
             bar.set_postfix_str(f"{part[0].out.parent.name}, seed {part[0].seed}")
@@ -181,18 +195,15 @@ def _trained_and_scored(jobs: Sequence[Job], device: str | None) -> dict[Path, s
     cache = FeatureCache.open(jobs[0].cache, check="read")
     if jobs[0].asked is not None:
         cache = cache.asking(Tasks.from_json(jobs[0].asked))
-    missing = [job for job in jobs if not (job.out / RECORD).exists()]
-    wanted = [
-        Wanted(
-            job.entry.method, job.out, _on(job.settings, device), job.entry.label, None, job.command
-        )
-        for job in missing
-    ]
+    if all((job.out / RECORD).exists() and not _unanswered(job, cache) for job in jobs):
+        return {}
+    # All of them, also those that are finished: what a pass reads decides where rows are held, hence the order.
+    wanted = [job.wanted(device) for job in jobs]
     kept: dict[str, Any] = {"save_every": SAVE_EVERY, "resume": True, "stop": STOP}
     trained = train_runs(cache, wanted, task=jobs[0].entry.task, progress=False, **kept)
     heads: dict[Path, Head] = {}
     failures: dict[Path, str] = {}
-    for job, run in zip(missing, trained, strict=True):
+    for job, run in zip(jobs, trained, strict=True):
         if isinstance(run, Trained):
             heads[job.out] = run.head
         else:
@@ -200,6 +211,8 @@ def _trained_and_scored(jobs: Sequence[Job], device: str | None) -> dict[Path, s
     for job in jobs:
         if job.out in failures:
             continue
+        if STOP.is_set():
+            raise KeyboardInterrupt
         try:
             _score(job, cache, heads.get(job.out))
         except ScoreTableError as error:
@@ -209,52 +222,40 @@ def _trained_and_scored(jobs: Sequence[Job], device: str | None) -> dict[Path, s
 
 def _score(job: Job, cache: FeatureCache, head: Head | None) -> None:
     """Every question that is not answered yet."""
-    for asked in job.entry.asked:
-        options: dict[str, Any] = {"task": asked.task, "world": asked.world, "rerank": asked.rerank}
-        places = score_paths(job.out, cache, **options)
-        if all(place.exists() for place in places.values()):
-            continue
-        for place in places.values():  # one direction of two
+    for options, places in _unanswered(job, cache):
+        for place in places:  # one direction of two
             shutil.rmtree(place, ignore_errors=True)
         score_run(job.out, cache=cache, head=head, **options)
 
 
-def _on(settings: Mapping[str, Any], device: str | None) -> dict[str, Any]:
-    """Settings of a run on a device; as they are where none is named."""
-    there = {} if device is None else {"device": device}
-    return {**settings, "train": {**settings["train"], **there}}
+def _unanswered(job: Job, cache: FeatureCache) -> list[tuple[dict[str, Any], list[Path]]]:
+    """Questions without their tables: as `score_run` takes them, and where the tables go."""
+    found: list[tuple[dict[str, Any], list[Path]]] = []
+    for asked in job.entry.asked:
+        options: dict[str, Any] = {"task": asked.task, "world": asked.world, "rerank": asked.rerank}
+        places = list(score_paths(job.out, cache, **options).values())
+        if not all(place.exists() for place in places):
+            found.append((options, places))
+    return found
 
 
-def _check_place(job: Job, cache: FeatureCache) -> None:
-    """A finished run in a job's place must be what is asked for, down to the defaults in force."""
-    if not (job.out / RECORD).exists():
-        return
-    record = read_run(job.out)
-    entry = job.entry
-    wanted = sound(cache, Wanted(entry.method, job.out, job.settings), entry.task)
-    now: dict[str, Any] = {
-        "method": entry.method,
-        "task": entry.task,
-        "asked": json.loads(json.dumps(job.settings)),
-        "head": wanted.head_config.model_dump(mode="json"),
-        "train": wanted.train.model_dump(mode="json"),
-        "cache": cache.digest(),
-        "samples": cache.asked and cache.asked.digest(),
-    }
-    then: dict[str, Any] = {name: record.get(name) for name in now}
-    then |= {"cache": record["cache"]["digest"], "samples": record["cache"].get("asked")}
-    if wanted.kind.trained_by(wanted.head_config) == "closed_form":
-        then["head"] = now["head"]  # validation chose among configurations
-    for name in ("negatives", "select"):  # settled by the data
-        then["train"] = {**then["train"], name: now["train"][name]}
-    for settings in (now, then):  # where it was trained is no part of what it is
-        settings["asked"] = _on(settings["asked"], "")
-        settings["train"] = {**settings["train"], "device": ""}
-    if differ := [name for name in now if now[name] != then[name]]:
-        raise RunExists(
-            f"{job.out} holds a run that differs from what is asked for now in {', '.join(differ)}; choose another "
-            "--out, or remove it"
-        )
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a directory against other comparisons; the kernel lets go however this one ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunExists(
+                f"another comparison is at work in {out}; wait for it, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                out.rmdir()
 
 
 def _seeds(entry: Entry, seeds: Sequence[int]) -> Sequence[int]:

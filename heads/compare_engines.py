@@ -4,6 +4,7 @@ A pass is trained in one process with one thread, wherever that is, so who does 
 """
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -40,14 +41,12 @@ class Engine(Protocol):
     """Runs passes somewhere."""
 
     def run(self, work: Work, passes: Sequence[Pass]) -> Iterator[tuple[Pass, dict[Path, str]]]:
-        """What came of each pass, or of each part of one where there are more workers than passes, as they end."""
+        """What came of each pass, as they end.
+
+        A pass is never cut, though workers may then have nothing to do: what is read together decides where rows are
+        held, and that decides the order of batches where they do not all fit into memory.
+        """
         ...
-
-
-def cut(passes: Sequence[Pass], width: int) -> list[Pass]:
-    """Passes in parts, so that `width` workers all have something to do: each part reads the cache for itself."""
-    parts = -(-width // len(passes))
-    return [jobs[i::parts] for jobs in passes for i in range(min(parts, len(jobs)))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,10 @@ class Processes:
         width = len(self.devices) or self.workers
         if width == 1:
             with _until_ctrl_c(), _same_threads():
-                yield from ((jobs, work(jobs, *self.devices)) for jobs in passes)
+                for jobs in passes:
+                    yield jobs, work(jobs, *self.devices)
+                    if STOP.is_set():
+                        raise KeyboardInterrupt
             return
         context = multiprocessing.get_context("spawn")
         devices: Queue[str] = context.Queue()
@@ -80,7 +82,7 @@ class Processes:
         given = (devices if self.devices else None,)
         pool = ProcessPoolExecutor(width, mp_context=context, initializer=_begin, initargs=given)
         with pool:
-            running = {pool.submit(_on_mine, work, jobs): jobs for jobs in cut(passes, width)}
+            running = {pool.submit(_on_mine, work, jobs): jobs for jobs in passes}
             try:
                 for done in as_completed(running):
                     yield running[done], done.result()
@@ -161,9 +163,15 @@ class Ray:
             if not here:
                 ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
             has = ray.cluster_resources()
-            gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 1))
-            task: Any = ray.remote(num_cpus=1, num_gpus=min(1, gpus), max_retries=LIVES)(work)
-            running = {task.remote(jobs, None): jobs for jobs in cut(passes, max(1, gpus or cpus))}
+            gpus, here_now = int(has.get("GPU", 0)), Path.cwd()
+            options = {"num_cpus": 1, "num_gpus": min(1, gpus), "max_retries": LIVES}
+
+            def there(jobs: Pass) -> dict[Path, str]:
+                os.chdir(here_now)  # paths in settings are told from here
+                return work(jobs, None)
+
+            task: Any = ray.remote(**options)(there)
+            running = {task.remote(jobs): jobs for jobs in passes}
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 yield running.pop(done), ray.get(done)

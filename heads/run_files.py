@@ -187,6 +187,37 @@ def check_same(out: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> No
         )
 
 
+def anywhere(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run belongs to but for the name of its device: where it is trained is no part of what it is."""
+
+    def without(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name != "device"}
+
+    asked: Mapping[str, Any] = facts["asked"]
+    return {
+        **facts,
+        "asked": {**asked, "train": without(asked.get("train", {}))},
+        "train": without(facts["train"]),
+    }
+
+
+def check_finished(out: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a finished run, if it is what is asked for.
+
+    Args and errors as for `read_trained`.
+    """
+    record = read_run(out)
+    then = anywhere({"learned": record["task"], **record})
+    then["device"] = str(record["device"]).partition(":")[0]
+    then["processes"] = record.get("processes", 1)
+    then["cache"] = {name: record["cache"].get(name) for name in now["cache"]}
+    method = load_method(now["method"])
+    if method.Head.trained_by(parse(method.Config, now["head"], "head")) != "gradient":
+        then["head"] = now["head"]  # validation chose among configurations
+    check_same(out, {name: then.get(name) for name in now}, now)
+    return record
+
+
 def read_trained(
     out: Path, now: Mapping[str, Any], device: torch.device, backbone: str | None = None
 ) -> Trained:
@@ -202,15 +233,7 @@ def read_trained(
         RunExists: it is another one, and this says field by field what differs; or another process is about it.
         CheckpointMismatch: it is damaged.
     """
-    record = read_run(out)
-    then = {"learned": record["task"], **record}
-    then["device"] = str(record["device"]).partition(":")[0]
-    then["processes"] = record.get("processes", 1)
-    then["cache"] = {name: record["cache"].get(name) for name in now["cache"]}
-    method = load_method(now["method"])
-    if method.Head.trained_by(parse(method.Config, now["head"], "head")) != "gradient":
-        then["head"] = now["head"]  # validation chose among configurations
-    check_same(out, {name: then.get(name) for name in now}, now)
+    record = check_finished(out, now)
     with _locked(out):
         training_state.clear(out)  # it may have been killed right after its record was written
     lines = (out / HISTORY).read_text(encoding="utf-8").splitlines()

@@ -18,6 +18,7 @@ from cache_builder.datasets.base import (
     CompositionExample,
     CompositionTask,
     Gallery,
+    Pair,
     Tasks,
 )
 from heads.errors import ConfigError
@@ -70,16 +71,22 @@ class Shared:
             kept[kind] = tuple(
                 e for e in getattr(first, kind) if _name(e) in common and self._usable(e)
             )
-        galleries = {
-            name: Gallery(
-                tuple(i for i in gallery.images if i in self.images), gallery.with_reference
-            )
-            for name, gallery in first.galleries.items()
-            if all(name in tasks.galleries for tasks in everything)
-        }
-        return Tasks(
-            czsl=self._compositions([t.czsl for t in everything]), galleries=galleries, **kept
-        )
+        czsl = self._compositions([t.czsl for t in everything])
+        galleries = self._galleries([t.galleries for t in everything])
+        return Tasks(czsl=czsl, galleries=galleries, **kept)
+
+    def _galleries(self, found: Sequence[Mapping[str, Gallery]]) -> dict[str, Gallery]:
+        """Galleries that all have, of images that all of them list."""
+        common = set.intersection(*map(set, found))
+        rules = [{name: g.with_reference for name, g in galleries.items()} for galleries in found]
+        self._check_one_meaning("place of the reference in gallery", rules, common)
+        shared: dict[str, Gallery] = {}
+        for name, gallery in found[0].items():
+            if name in common:
+                listed = self.images.intersection(*(galleries[name].images for galleries in found))
+                images = tuple(i for i in gallery.images if i in listed)
+                shared[name] = Gallery(images, gallery.with_reference)
+        return shared
 
     def _compositions(self, found: Sequence[CompositionTask | None]) -> CompositionTask | None:
         """The czsl task: pairs that all list, with prompts that all hold, and the images that have them."""
@@ -97,20 +104,16 @@ class Shared:
             for pair, text in first.prompts.items()
             if text in self.texts and all(task.prompts.get(pair) == text for task in tasks)
         }
-        pairs = {
-            split: tuple(
-                p
-                for p in listed
-                if p in prompts and all(p in task.pairs.get(split, ()) for task in tasks)
-            )
-            for split, listed in first.pairs.items()
-        }
+        pairs: dict[str, tuple[Pair, ...]] = {}
+        for split, listed in first.pairs.items():
+            known = set(prompts).intersection(*(task.pairs.get(split, ()) for task in tasks))
+            pairs[split] = tuple(pair for pair in listed if pair in known)
+        candidates = {split: {*pairs.get("train", ()), *own} for split, own in pairs.items()}
+        images = self.images & common
         examples = tuple(
             e
             for e in first.examples
-            if e.image in common
-            and e.image in self.images
-            and (e.attr, e.obj) in (*pairs["train"], *pairs.get(e.split, ()))
+            if e.image in images and (e.attr, e.obj) in candidates.get(e.split, ())
         )
         return CompositionTask(examples, pairs, prompts) if examples else None
 
@@ -147,14 +150,41 @@ def refuse_differences(caches: Mapping[str, FeatureCache]) -> None:
             )
 
 
+def refuse_unusable(cache: FeatureCache, task: str, split: str) -> None:
+    """Refuse a split that cannot be scored whole, as some of its images are in quarantine.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    bad = cache.quarantined
+    if not bad or cache.asked is not None:
+        return
+    gone = {
+        image
+        for example in _examples(cache.tasks, task)
+        if example.split == split
+        for image in example.images
+        if image in bad
+    }
+    if gone:
+        first = sorted(gone)[0]
+        raise ConfigError(
+            f"{len(gone)} images of {task}'s {split} split are quarantined in {cache.place} ({first!r}: {bad[first]}); "
+            "repair them and build again, or compare without them: --intersect"
+        )
+
+
 def on_shared(caches: Mapping[str, FeatureCache]) -> dict[str, FeatureCache]:
     """The same caches, asked only what all of them can be asked; as they are where that is everything.
+
+    Images in quarantine are left out also where all caches have the same there.
 
     Raises:
         ConfigError: they share no sample, or are of different data under equal names.
     """
     names = list(caches)
-    if not any(_differences(caches[names[0]], caches[n], (names[0], n)) for n in names[1:]):
+    differ = any(_differences(caches[names[0]], caches[n], (names[0], n)) for n in names[1:])
+    if not differ and not any(cache.quarantined for cache in caches.values()):
         return dict(caches)
     shared = Shared(caches)
     if len({cache.spec.dataset.name for cache in caches.values()}) > 1:

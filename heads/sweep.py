@@ -39,6 +39,8 @@ from heads.run_files import (
     RECORD,
     Failed,
     Trained,
+    anywhere,
+    check_finished,
     check_places,
     check_same,
     read_trained,
@@ -325,7 +327,21 @@ def _belongs(run: Sound, cache: FeatureCache, batches: Loader | None = None) -> 
         },
         **({} if batches is None else {"order": batches.order}),
     }
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(anywhere(facts)))
+
+
+def check_standing(cache: FeatureCache, wanted: Sequence[Wanted], task: str) -> None:
+    """Refuse requests that are not sound, or in whose place something else was finished.
+
+    Args as of `train_runs`.
+
+    Raises:
+        RunExists, ConfigError, MissingStream, CheckpointMismatch: see their messages.
+    """
+    data = _Data(cache, task)
+    for w in wanted:
+        if (w.out / RECORD).exists():
+            check_finished(w.out, _belongs(_settled(sound(cache, w, task), data), cache))
 
 
 class _Data:

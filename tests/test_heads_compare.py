@@ -17,7 +17,7 @@ from cache_builder import FeatureCache, build, load_backbone, load_dataset
 from eval import score_io
 from heads.cli import main
 from heads.compare import Entry, Question, compare
-from heads.compare_engines import Processes, Ray, cut
+from heads.compare_engines import Processes, Ray
 from heads.errors import HeadError
 from heads.run_files import read_run
 
@@ -162,12 +162,6 @@ def test_a_ray_cluster_gives_what_one_process_gives(
     assert weights(tmp_path / "one") == weights(tmp_path / "ray")
     one, ray = tables(tmp_path / "one"), tables(tmp_path / "ray")
     assert all(np.array_equal(one[name], ray[name]) for name in one)
-
-
-def test_a_pass_is_cut_only_where_workers_would_have_nothing_to_do() -> None:
-    assert cut([[1, 2, 3], [4, 5]], 2) == [[1, 2, 3], [4, 5]]
-    assert cut([[1, 2, 3], [4]], 3) == [[1, 3], [2], [4]]
-    assert sorted(job for part in cut([[1, 2, 3], [4, 5]], 99) for job in part) == [1, 2, 3, 4, 5]
 
 
 def test_caches_of_other_samples_are_compared_on_what_they_share_if_asked(
