@@ -179,28 +179,16 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _draw(args: argparse.Namespace, tables: Sequence[Path]) -> None:
-    from cache_builder import FeatureCache, load_dataset
-    from eval import score_io
-    from eval.composed_table import ComposedScores
-    from heads.composed_pictures import save_composed_pictures
-    from heads.pictures import save_pictures
+    from cache_builder import FeatureCache
+    from heads.drawing import draw
     from heads.run_files import read_run
     from heads.runs import trained_cache
 
     record = read_run(args.run)
     cache = FeatureCache.open(args.cache, check="read") if args.cache else trained_cache(record)
-    dataset = load_dataset(
-        cache.spec.dataset.name, cache.header.root or None, **cache.header.options
-    )
     task = args.task or record["task"]
-    shared = {"n": args.pictures, "backbone": args.backbone}
-    if task == "composed":
-        table = score_io.load(tables[0])
-        assert isinstance(table, ComposedScores)
-        paths = save_composed_pictures(args.run, cache, dataset, table, **shared)
-    else:
-        paths = save_pictures(args.run, cache, dataset, task=task, split=args.split, **shared)
-    for path in paths:
+    given = {"task": task, "split": args.split, "n": args.pictures, "backbone": args.backbone}
+    for path in draw(args.run, cache, tables=tables, **given):
         print(f"wrote {path}")
 
 

@@ -102,6 +102,14 @@ def add_verb(verbs: Verbs) -> None:
         help="of caches that do not hold the same samples, compare on those that all of them hold and can use",
     )
     compare.add_argument(
+        "--pictures",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw for N examples where heads look, and what composed queries get: of the first seed of every row that "
+        "has something to show; reads the data set's images again",
+    )
+    compare.add_argument(
         "--workers", type=int, help="processes side by side, a core each (default: all cores)"
     )
     compare.add_argument(
@@ -152,6 +160,10 @@ def _compare(args: argparse.Namespace) -> None:
     )
     if not compared.runs:
         raise HeadError(f"no run was made. {'; '.join(compared.failures)}")
+    if args.pictures:
+        from heads.drawing import draw_first_seeds
+
+        draw_first_seeds(compared.runs, caches, args.pictures)
     paths = report(
         compared.runs,
         out / "report.html",

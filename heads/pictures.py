@@ -70,14 +70,19 @@ class Item:
     right: bool = False
 
 
+def has_pictures(method: str, task: str) -> bool:
+    """Has a method maps, or experts by attribute?"""
+    head = load_method(method).Head
+    return hasattr(head, "maps") or (task == "czsl" and hasattr(head, "routing"))
+
+
 def check_has_pictures(method: str, task: str) -> None:
     """Refuse a method that has nothing to draw.
 
     Raises:
         ConfigError: names those that have.
     """
-    head = load_method(method).Head
-    if not hasattr(head, "maps") and not (task == "czsl" and hasattr(head, "routing")):
+    if not has_pictures(method, task):
         raise ConfigError(
             f"{method} has no maps to draw (no method `maps`, see heads/maps.py); these have: "
             f"{', '.join(_with_maps())}; and eva has experts, of czsl"

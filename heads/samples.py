@@ -7,6 +7,7 @@ Nothing is ever compared on a part unless somebody asks for it: `refuse_differen
 they share; `on_shared` gives them back with nothing but that to be asked.
 """
 
+import textwrap
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,9 +130,10 @@ class Shared:
         for key in sorted(common, key=str):
             for name, mine in zip(names[1:], found[1:], strict=True):
                 if mine[key] != found[0][key]:
+                    one, other = (textwrap.shorten(repr(v), 90) for v in (found[0][key], mine[key]))
                     raise ConfigError(
-                        f"{names[0]} and {name} are of different data under equal names: the {what} {key!r} is "
-                        f"{found[0][key]!r} in one and {mine[key]!r} in the other; build both from the same data set"
+                        f"{names[0]} and {name} are of different data under equal names: the {what} {key!r} is {one} "
+                        f"in one and {other} in the other; build both from the same data set"
                     )
 
 

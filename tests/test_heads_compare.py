@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ import pytest
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
 from eval import score_io
+from heads import compare as comparing
 from heads.cli import main
 from heads.compare import Entry, Question, compare
 from heads.compare_engines import Processes, Ray
-from heads.errors import HeadError
+from heads.errors import HeadError, RunExists
 from heads.run_files import read_run
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +94,8 @@ def test_methods_on_two_backbones_in_one_command(
         f"tf_local={small}",
         "--seeds",
         2,
+        "--pictures",
+        1,
         "--out",
         out,
         "--workers",
@@ -107,6 +112,9 @@ def test_methods_on_two_backbones_in_one_command(
     assert "report.html" in said
     page = (out / "report.html").read_text()
     assert "Made by: headstart compare --caches" in page.replace("&#x27;", "'")
+    drawn = [p.parent.name for p in out.glob("*/*/pictures")]
+    assert drawn == ["tf_local-seed0"] * 2, "of the first seed of what has maps, once a backbone"
+    assert "What heads look at" in page
     record = read_run(out / "clip" / "tf_local-seed1")
     assert record["head"]["dim"] == 16
     assert record["costs"]["bytes_per_image"] > 0
@@ -173,8 +181,6 @@ def test_caches_of_other_samples_are_compared_on_what_they_share_if_asked(
 
     def broken() -> Any:
         raise ValueError("cut off")
-
-    from dataclasses import replace
 
     images = tuple(
         replace(i, open=broken, measure=None, path=None) if i.id == gone else i for i in lost.images
@@ -346,3 +352,91 @@ def test_the_records_of_a_comparison_are_those_of_runs_made_alone(
     assert (tmp_path / "alone" / "model.safetensors").read_bytes() == (
         run / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_test_image_in_quarantine_is_refused_before_training_or_left_out(
+    caches: dict[str, Path], fast_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where every cache has the same one there, so that the samples do not differ."""
+    found: list[Path] = []
+    for name in ("clip", "pe"):
+        path = fast_folder / "quarantined" / f"{name}.zarr"
+        build(without_one(), load_backbone(f"{name}:demo"), path, progress=False)
+        found.append(path)
+    words = ["--caches", *found, "--methods", "zero_shot", "--task", "czsl", "--workers", 1]
+    assert ran(*words, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "1 images of czsl's test split are quarantined in" in said
+    assert "--intersect" in said
+    assert not (tmp_path / "out").exists()
+    assert ran(*words, "--intersect", "--out", tmp_path / "out") == 0
+    _ = caches
+
+
+def without_one() -> Any:
+    """A small world in which one test picture is cut off."""
+    whole = load_dataset("toy_world", scale=0.01)
+    assert whole.tasks.czsl is not None
+    gone = next(e.image for e in whole.tasks.czsl.examples if e.split == "test")
+
+    def broken() -> Any:
+        raise ValueError("cut off")
+
+    images = tuple(
+        replace(i, open=broken, measure=None, path=None) if i.id == gone else i
+        for i in whole.images
+    )
+    return replace(whole, images=images)
+
+
+class Here:
+    """Does passes in this process, where things can be replaced."""
+
+    def run(self, work: Any, passes: Any) -> Any:
+        return ((jobs, work(jobs)) for jobs in passes)
+
+
+class After(Event):
+    """Set once it was asked so often."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_what_was_interrupted_goes_on_to_the_same_bits_on_another_device(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = {"clip": FeatureCache.open(caches["clip"], check="read")}
+    longer = tuple(replace(e, train={**e.train, "steps": 6}) if e.train else e for e in ENTRIES)
+    compare(opened, longer, (0, 1), tmp_path / "whole", engine=Here())
+    monkeypatch.setattr(comparing, "STOP", After(4))
+    with pytest.raises(KeyboardInterrupt):
+        compare(opened, longer, (0, 1), tmp_path / "again", engine=Here())
+    monkeypatch.undo()
+    assert list((tmp_path / "again").rglob("training-*.json")), "nothing was interrupted"
+    made = compare(opened, longer, (0, 1), tmp_path / "again", engine=Processes(devices=("cpu:0",)))
+    assert not made.failures
+    assert weights(tmp_path / "whole") == weights(tmp_path / "again")
+    whole, again = tables(tmp_path / "whole"), tables(tmp_path / "again")
+    assert whole.keys() == again.keys()
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+
+def test_one_comparison_at_a_time_works_in_a_place(caches: dict[str, Path], tmp_path: Path) -> None:
+    opened = {"clip": FeatureCache.open(caches["clip"], check="read")}
+    inner: list[str] = []
+
+    class Meanwhile:
+        def run(self, work: Any, passes: Any) -> Any:
+            with pytest.raises(RunExists, match="another comparison is at work") as caught:
+                compare(opened, ENTRIES[:1], (0,), tmp_path / "out", engine=Here())
+            inner.append(str(caught.value))
+            return Here().run(work, passes)
+
+    assert compare(opened, ENTRIES[:1], (0,), tmp_path / "out", engine=Meanwhile()).runs
+    assert inner
