@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import `stand_in`
 
@@ -23,6 +24,10 @@ from heads.base import Context
 from heads.miniature import live_context
 
 torch.set_num_threads(1)  # two threads spin on a busy two-core machine
+settings.register_profile(
+    "same", derandomize=True, deadline=None
+)  # nor is a busy machine a failure
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
