@@ -2,7 +2,8 @@
 
     photos.h5.headstart-part  ── all of it written and synced ──▶  photos.h5
 
-A kill leaves what lies aside, under a name that nothing else has; whoever writes there next replaces it.
+A kill leaves what lies aside, under a name that nothing else has; whoever writes there next replaces it. The lock of a
+folder lies beside it, so that it is held until the folder has its name.
 """
 
 import fcntl
@@ -18,8 +19,8 @@ from cache_builder.errors import CacheLocked, CacheMismatch
 PART = ".headstart-part"
 """Ends the name of an export that is not finished."""
 
-HELD = "lock"
-"""In a folder aside: held by whoever writes it; the kernel forgets it when that process ends."""
+HELD = "-lock"
+"""Ends the name of the file beside a folder aside that is held by whoever writes there."""
 
 
 @contextmanager
@@ -59,25 +60,26 @@ def new_folder(folder: Path) -> Generator[Path]:
     """
     make_folder(folder.parent)
     part = folder.with_name(f"{folder.name}{PART}")
-    part.mkdir(exist_ok=True)
-    number = os.open(part / HELD, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    held = part.with_name(f"{part.name}{HELD}")
+    number = os.open(held, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        _lock(number, part / HELD, folder)
+        _lock(number, held, folder)
         try:
+            part.mkdir(exist_ok=True)
             for old in part.iterdir():
-                if old.name != HELD:
-                    old.unlink()
+                old.unlink()
             yield part
             for file in part.iterdir():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-            (part / HELD).unlink()
             sync_folder(part)
             _check_free(folder)
             part.rename(folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+        finally:
+            held.unlink(missing_ok=True)
     finally:
         os.close(number)
     sync_folder(folder.parent)

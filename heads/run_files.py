@@ -25,6 +25,7 @@ from heads.base import Head
 from heads.config import describe_cache, git_commit, parse, versions
 from heads.errors import CheckpointMismatch, ConfigError, HeadError, RunExists
 from heads.learner import FitResult
+from heads.tensorboard import is_told, remove_orphans
 from heads.train_config import TrainConfig
 
 RECORD = "run.json"
@@ -66,9 +67,9 @@ def check_places(places: Sequence[Path], *, resume: bool = False) -> None:
         RunExists, ConfigError: names the place.
     """
     for out in places:
-        held = {p.name for p in out.iterdir()} - {LOCK} if out.is_dir() else set()
-        begun = bool(training_state.numbers(out)) or all(map(_is_unfinished, held))
-        if held and begun and RECORD not in held:
+        held = [p for p in out.iterdir() if p.name != LOCK] if out.is_dir() else []
+        begun = bool(training_state.numbers(out)) or all(map(_is_left, held))
+        if held and begun and not (out / RECORD).exists():
             if not resume:
                 raise RunExists(
                     f"{out} holds a training that was interrupted; go on with the same command and --resume, or remove "
@@ -91,7 +92,14 @@ def taken(places: Sequence[Path], *, resume: bool = False) -> Generator[None]:
         for out in places:
             held.enter_context(_locked(out))
         check_places(places, resume=resume)
+        for out in places:
+            remove_orphans(out, RECORD)
         yield
+
+
+def _is_left(path: Path) -> bool:
+    """May an interrupted training leave this?"""
+    return _is_unfinished(path.name) or is_told(path)
 
 
 def _is_unfinished(name: str) -> bool:

@@ -49,7 +49,7 @@ from heads.run_files import (
 )
 from heads.source import Source, check_roles, check_streams, context_of
 from heads.tasks import KINDS, TaskData, TripletData, load_task, rows_of, splits_of, task_of
-from heads.tensorboard import Events, open_for, remove_orphans
+from heads.tensorboard import Events, open_for
 from heads.train import fit_together
 from heads.train_config import TrainConfig
 from heads.validation import selection, validator
@@ -204,8 +204,6 @@ def train_runs(
     """
     finished = {w.out for w in wanted if resume and (w.out / RECORD).exists()}
     if ranks.is_first():
-        for w in wanted if resume else ():
-            remove_orphans(w.out, RECORD)
         check_places([w.out for w in wanted if w.out not in finished], resume=resume)
     among = frozenset(KINDS).intersection(*(load_method(w.method).Head.tasks for w in wanted))
     task = task_of(cache, task, among)

@@ -7,9 +7,8 @@ The history is the truth: it lasts through an interruption, and a training that 
 so that nothing is there twice, and nothing is missing. Needs the extra `tensorboard`.
 """
 
-import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from heads import training_state
 from heads.errors import ConfigError
 
 FOLDER = "tensorboard"
+EVENTS = "events.out.tfevents.*"
+"""What TensorBoard calls its files; nothing else in the folder is ever removed."""
 
 
 class Events:
@@ -67,7 +68,7 @@ class Events:
     def forget(self) -> None:
         """Remove the events of a run of which nothing is kept."""
         self.close()
-        shutil.rmtree(self.out / FOLDER, ignore_errors=True)
+        _remove(self.out / FOLDER)
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -93,13 +94,29 @@ def open_for(events: Iterable[Events], record: str) -> Generator[None]:
 def remove_orphans(out: Path, record: str) -> None:
     """Remove events of a training that left nothing to go on from, neither a state nor a `record`."""
     if not training_state.numbers(out) and not (out / record).exists():
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        _remove(out / FOLDER)
+
+
+def is_told(folder: Path) -> bool:
+    """Is it a run's folder of events, with nothing else in it?"""
+    if folder.name != FOLDER or folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(file.match(EVENTS) and file.is_file() for file in folder.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    """Remove the events in a folder, and the folder if nothing else is in it."""
+    if folder.is_dir() and not folder.is_symlink():
+        for file in folder.glob(EVENTS):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _writer(folder: Path) -> Any:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    old = [*folder.glob("events.out.tfevents.*")] if folder.is_dir() else []
+    old = [*folder.glob(EVENTS)] if folder.is_dir() else []
     # A TensorBoard that is open has read what is replaced here; from this step on it forgets that.
     writer = SummaryWriter(str(folder), purge_step=0)
     for file in old:

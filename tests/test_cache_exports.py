@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from pyarrow import parquet as pq
 from small_caches import shaped
 from stand_in import KeptStandIn, StandIn, WordStandIn, dataset
 
-from cache_builder import FeatureCache, exporting, npz, parquet_writing
+from cache_builder import FeatureCache, aside, exporting, npz, parquet_writing
 from cache_builder.aside import PART
 from cache_builder.cli import main
-from cache_builder.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch
+from cache_builder.errors import (
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+    CacheLocked,
+    CacheMismatch,
+)
 from cache_builder.foreign import import_features
 from cache_builder.npz import export_npz
 from cache_builder.parquet_writing import export_parquet
@@ -255,6 +262,33 @@ def test_a_damaged_chunk_or_a_full_disk_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         EXPORTS[form](cache, target)
     assert not [p for p in fast_path.iterdir() if p.name.startswith("out")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("at", ["sync_folder", "_check_free"])
+def test_two_exports_to_one_name_never_end_in_a_half_one(
+    at: str, fails: bool, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another comes between the last file and the name, whatever becomes of the first."""
+    target, plain, refused = fast_path / "out", getattr(aside, at), list[str]()
+
+    def other(place: Path) -> None:
+        if not refused:
+            refused.append("")
+            with pytest.raises(CacheLocked) as found, aside.new_folder(target):
+                pass
+            refused.append(str(found.value))
+            if fails:
+                raise OSError(28, "No space left on device")
+        plain(place)
+
+    monkeypatch.setattr(aside, at, other)
+    with suppress(OSError), aside.new_folder(target) as part:
+        for name in "ab":
+            (part / name).write_text(name)
+    assert "another process is exporting" in refused[1]
+    assert [p.name for p in fast_path.iterdir()] == ([] if fails else ["out"])
+    assert fails or {p.name for p in target.iterdir()} == {"a", "b"}
 
 
 def test_a_cache_that_is_not_finished_is_refused(make_cache: Make, fast_path: Path) -> None:

@@ -18,8 +18,8 @@ from test_heads_resume import SMALL, After, result, wanted
 from cache_builder import FeatureCache
 from heads import training_state
 from heads.cli import main
-from heads.errors import TrainingDiverged
-from heads.run_files import Failed, Trained
+from heads.errors import RunExists, TrainingDiverged
+from heads.run_files import Failed, Trained, taken
 from heads.sweep import Wanted, train_runs
 from heads.tensorboard import FOLDER, Events, scalars
 
@@ -163,6 +163,34 @@ def test_an_interruption_without_a_state_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         train(cache, [wanted(fast_path / "run", "tf_local", SMALL)])
     assert not (fast_path / "run").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("beside", [(), ("events.out.tfevents.1.theirs",)])
+def test_a_folder_of_somebody_else_is_kept(
+    cache: FeatureCache, fast_path: Path, resume: bool, beside: Sequence[str]
+) -> None:
+    out = fast_path / "run"
+    folder = out / FOLDER
+    folder.mkdir(parents=True)
+    for name in ("mine", *beside):
+        (folder / name).write_text("mine")
+    with pytest.raises(RunExists, match="already exists"):
+        train(cache, [wanted(out, "tf_local", SMALL)], resume=resume)
+    assert {p.name for p in folder.iterdir()} == {"mine", *beside}
+
+
+def test_events_of_a_training_that_is_held_by_another_are_kept(
+    cache: FeatureCache, fast_path: Path
+) -> None:
+    out = fast_path / "run"
+    with taken([out]):
+        (out / FOLDER).mkdir()
+        told = out / FOLDER / "events.out.tfevents.1.theirs"
+        told.write_text("theirs")
+        with pytest.raises(RunExists, match="another process is training"):
+            train(cache, [wanted(out, "tf_local", SMALL)], resume=True)
+        assert told.read_text() == "theirs"
 
 
 def test_only_numbers_are_told() -> None:
