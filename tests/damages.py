@@ -62,6 +62,7 @@ def part_of(name: str, arrays: set[str]) -> str:
     """Which part of a cache a file is."""
     named = {"zarr.json": "header", "tasks.json": "tasks", "lock": "lock"}
     named |= {"manifest.jsonl": "manifest", "quarantine.jsonl": "quarantine"}
+    named["builds.jsonl"] = "lock"  # for people, as the lock's name is: nothing depends on it
     if name in named:
         return named[name]
     if name.endswith("/zarr.json"):
@@ -127,8 +128,10 @@ def draw(
 
 def meaning(name: str, data: bytes | None) -> Any:
     """What a file says, so that blanks and the order of lines do not count as damage; the bytes if it says nothing."""
-    if data is None or name == "lock":
-        return None if name == "lock" else "gone"
+    if name in ("lock", "builds.jsonl"):
+        return None
+    if data is None:
+        return "gone"
     try:
         if name.endswith(".jsonl"):
             lines = [json.loads(line) for line in data.split(b"\n")[:-1]]

@@ -23,7 +23,7 @@ from small_caches import fixed, is_clear, observe
 from cache_builder import FeatureCache
 from cache_builder.errors import CacheError, CacheIncomplete, CacheLocked, CacheNotFound
 
-GONE = frozenset({"lock"})
+GONE = frozenset({"lock", "builds.jsonl"})
 
 
 @pytest.fixture(scope="module")

@@ -394,7 +394,7 @@ def test_a_user_s_error_is_one_sentence(
     captions = lines(tmp_path / "c.jsonl", {"image": "a.jpg", "caption": "a red cup on a box"})
     status, text = run("triplets", "--captions", captions, *words)
     assert status == 1
-    assert text.startswith("triplets: ")
+    assert text.startswith("python -m cache_builder triplets: ")
     assert message in text
     assert text.count("\n") == 1
 

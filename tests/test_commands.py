@@ -17,7 +17,7 @@ from cache_builder.plugins import names
 
 ROOT = Path(__file__).parent.parent
 ROOM_VERBS = {
-    "cache_builder": {"build", "triplets", "info", "verify", "export", "import"},
+    "cache_builder": {"plan", "browse", "build", "triplets", "info", "verify", "export", "import"},
     "eval": {"metrics", "report", "submit"},
 }
 
