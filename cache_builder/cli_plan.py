@@ -96,7 +96,7 @@ def add_plan(verbs: Verbs) -> None:
 def count(text: str) -> int:
     """A whole number, also as 100e6; `ValueError` makes argparse refuse it."""
     value = float(text)
-    if value < 0 or value != int(value):
+    if not (0 <= value < float("inf")) or value != int(value):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
     return int(value)
 

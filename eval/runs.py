@@ -106,10 +106,15 @@ def _dataset(facts: Mapping[str, Any]) -> str | None:
 
 def scored_on(run: Run, table: Table) -> str:
     """Name of the data set whose items a table holds: its own record of the cache, else the run's data set."""
+    return recorded_dataset(table) or run.dataset
+
+
+def recorded_dataset(table: Table) -> str | None:
+    """Name of the data set whose items a table holds, by its own record of the cache, if it has one."""
     record: dict[str, Any] = table.meta.get("run") or {}
     cache: dict[str, Any] = record.get("cache") or {}
     spec: dict[str, Any] = cache.get("dataset") or {}
-    return str(spec.get("name") or run.dataset)
+    return spec.get("name")
 
 
 @dataclass(frozen=True, slots=True, order=True)

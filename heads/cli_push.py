@@ -13,7 +13,7 @@ def add_verb(verbs: Verbs) -> None:
         help="a run to the Hugging Face hub, with a model card",
         description="Upload RUN's weights, configuration, run.json and a model card made of them and of its score "
         "tables, as one commit. run.json names paths of this machine. If there is a RUN/README.md, it is the card. The "
-        "card that is made states no licence.",
+        "card that is made states no licence; it replaces one that an earlier push made, but none that was edited.",
     )
     push.add_argument("run", type=Path, help="a run directory made by `headstart train`")
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub; made if need be")
@@ -24,4 +24,10 @@ def add_verb(verbs: Verbs) -> None:
 def _push(args: argparse.Namespace) -> None:
     from heads.hub import push_run
 
-    print(f"pushed {args.run}: {push_run(args.run, args.repo, private=args.private or None)}")
+    done = push_run(args.run, args.repo, private=args.private or None)
+    print(f"pushed {args.run}: {done.commit}")
+    if done.kept_card:
+        print(
+            f"the README.md of {args.repo} is not as headstart made it, so it was left alone and may describe other "
+            "weights; remove it there and push again for a new one, or put your own into the run"
+        )

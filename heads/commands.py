@@ -4,6 +4,7 @@ Only what was asked for is in it, not every default. Bits depend on the number o
 """
 
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ def train_command(
     backbone: str | None = None,
     threads: int,
 ) -> str:
-    """`headstart train`, which makes one run by itself.
+    """`headstart train`, which makes one run by itself; empty where a setting has a value that no command can say.
 
     Args:
         method: a file of `heads/methods`, or a dotted module.
@@ -36,6 +37,8 @@ def train_command(
     words = ["headstart", "train", method, "--cache", cache, "--task", task]
     for section, values in settings.items():
         for key, value in _flat(values):
+            if not _can_be_said(value):
+                return ""
             words += ["--set", f"{section}.{key}={_value(value)}"]
     words += ["--backbone", backbone] if backbone else []
     return f"OMP_NUM_THREADS={threads} {shlex.join([*words, '--out', str(out)])}"
@@ -51,12 +54,14 @@ def score_command(
     cache: str | None,
     dense: bool,
     keep: int | None,
+    allow_missing: bool = False,
+    backbone: str | None = None,
 ) -> str:
     """`headstart score`, which makes a table of a run.
 
     Args:
         run: its directory.
-        split, world, rerank, dense: as of `score_run`.
+        split, world, rerank, dense, allow_missing, backbone: as of `score_run`.
         task, cache: only where they are not those of the run.
         keep: of an open world, where it is not the usual one.
     """
@@ -67,6 +72,8 @@ def score_command(
     words += ["--cache", cache] if cache else []
     words += ["--dense"] if dense else []
     words += ["--keep", str(keep)] if keep is not None else []
+    words += ["--allow-missing"] if allow_missing else []
+    words += ["--backbone", backbone] if backbone else []
     return shlex.join(words)
 
 
@@ -77,6 +84,15 @@ def _flat(values: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{start}{key}.")
         else:
             yield f"{start}{key}", value
+
+
+def _can_be_said(value: Any) -> bool:
+    """Has TOML this value? It knows no None, and JSON's word for infinity would be read as a word."""
+    if isinstance(value, Mapping):
+        return all(map(_can_be_said, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_can_be_said, value))
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _value(value: Any) -> str:

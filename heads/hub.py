@@ -9,25 +9,39 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import HfApi
 
 from heads import checkpoint
 from heads.errors import HubError
-from heads.model_card import model_card
+from heads.model_card import is_made, model_card
 from heads.run_files import RECORD, read_run
 
 CARD = "README.md"
 
 
+class Pushed(NamedTuple):
+    """What became of a push.
+
+    Attributes:
+        commit: its address.
+        kept_card: a card of somebody else's was there, and stays.
+    """
+
+    commit: str
+    kept_card: bool
+
+
 def push_run(
     run: str | Path, repo: str, *, private: bool | None = None, token: str | None = None
-) -> str:
-    """Upload a finished run; returns the address of the commit.
+) -> Pushed:
+    """Upload a finished run.
 
     Args:
         run: its directory. A README.md in it is its card.
-        repo: OWNER/NAME; made if need be. A README.md that is there and that the run has not stays as it is.
+        repo: OWNER/NAME; made if need be. Where the run has no README.md, one that is there stays, unless it was made
+            by an earlier push and nobody has edited it.
         private: of a repository that is made now; None is what its owner's settings say.
         token: None takes that of `hf auth login`, or of the environment.
 
@@ -49,7 +63,7 @@ def push_run(
             model_card(description, record, tables, repo=repo).save(folder / CARD)
         with _said(repo):
             repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-            theirs = not (run / CARD).is_file() and api.file_exists(repo, CARD)
+            theirs = not (run / CARD).is_file() and _has_own_card(api, repo)
             if theirs:
                 (folder / CARD).unlink()
             done = api.upload_folder(
@@ -57,7 +71,16 @@ def push_run(
                 folder_path=folder,
                 commit_message=f"{record['method']} on {record['task']}, by headstart",
             )
-    return str(done.commit_url)
+    return Pushed(str(done.commit_url), theirs)
+
+
+def _has_own_card(api: HfApi, repo: str) -> bool:
+    """Is there a card that no push made, or that somebody has edited since?"""
+    if not api.file_exists(repo, CARD):
+        return False
+    with tempfile.TemporaryDirectory() as place:
+        page = Path(api.hf_hub_download(repo, CARD, local_dir=place)).read_bytes()
+    return not is_made(page.decode(errors="replace"))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Everything on it comes from the files of a run, so nothing is claimed that they 
 command, without score tables no figure. A licence is for whoever publishes to state.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ from cache_builder.spec import BackboneSpec
 from eval import comparison, score_io
 from eval.any_table import Table
 from eval.remarks import remarks
+from eval.runs import recorded_dataset
 from heads import load_method
 
 LIBRARY = "headstart"
 
 SCORED = ("czsl", "matching", "two_by_two", "retrieval")
 """Tasks in which images are scored against texts that nobody trained on."""
+
+MADE = "<!-- made by headstart; pushed again, it is made anew unless it was edited: sha256 {} -->\n"
+"""Ends a card that is made here, with the digest of all that stands before."""
 
 PIPELINE = "zero-shot-image-classification"
 """What the hub calls that; it has no name for composed queries."""
@@ -50,14 +55,15 @@ def model_card(
     method: str = description["method"]
     task: str | None = None if record is None else record["task"]
     name = f"{method}-{task}" if task else method
-    dataset = record and record["cache"]["dataset"]["name"]
+    trained_on = record and record["cache"]["dataset"]["name"]
+    datasets = {stem: str(recorded_dataset(of) or trained_on) for stem, of in tables.items()}
     results = [
         EvalResult(
             task_type=PIPELINE
             if score_io.kind(tables[stem]) in SCORED
             else score_io.kind(tables[stem]),
-            dataset_type=str(dataset),
-            dataset_name=str(dataset),
+            dataset_type=datasets[stem],
+            dataset_name=datasets[stem],
             dataset_config=stem,
             dataset_split=tables[stem].split,
             metric_type=metric,
@@ -78,11 +84,23 @@ def model_card(
         _what(method, backbone),
         _how_to(repo, whole=record is not None),
         *([_training(record)] if record else []),
-        *([_figures(tables, values)] if tables else []),
+        *([_figures(tables, values, datasets)] if tables else []),
         _citation(method),
         "## Licence\n\nNone is stated here. Whoever publishes this head adds `license:` to the head of this page.",
     ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n" + "\n\n".join(parts) + "\n")
+    page = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n" + "\n\n".join(parts) + "\n\n"
+    return ModelCard(page + MADE.format(_digest(page)))
+
+
+def is_made(page: str) -> bool:
+    """Is it a card as it was made here, which nobody has edited?"""
+    page = page.replace("\r\n", "\n")
+    text = page.rpartition(MADE.partition("{}")[0])[0]
+    return page == text + MADE.format(_digest(text))
+
+
+def _digest(page: str) -> str:
+    return hashlib.sha256(page.encode()).hexdigest()
 
 
 def hub_name(backbone: BackboneSpec) -> str | None:
@@ -150,11 +168,16 @@ def _training(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figures(tables: Mapping[str, Table], values: Mapping[str, Mapping[str, float]]) -> str:
+def _figures(
+    tables: Mapping[str, Table],
+    values: Mapping[str, Mapping[str, float]],
+    datasets: Mapping[str, str],
+) -> str:
     lines = ["## Scores", "", "Fractions in [0, 1], one run.", ""]
-    lines += ["| table | split | metric | value |", "|---|---|---|---|"]
+    lines += ["| table | data set | split | metric | value |", "|---|---|---|---|---|"]
     for stem, table in tables.items():
-        lines += [f"| {stem} | {table.split} | {m} | {v:.4f} |" for m, v in values[stem].items()]
+        where = f"{stem} | {datasets[stem]} | {table.split}"
+        lines += [f"| {where} | {m} | {v:.4f} |" for m, v in values[stem].items()]
     notes = [f"{stem}: {said}" for stem, table in tables.items() for said in remarks(table)]
     return "\n\n".join(["\n".join(lines), *notes])
 

@@ -151,6 +151,8 @@ def score_run(
             cache=scored["path"] if scored["path"] != record["cache"]["path"] else None,
             dense=dense,
             keep=keep if is_open and keep != KEEP else None,
+            allow_missing=allow_missing,
+            backbone=backbone,
         )
     shared: dict[str, Any] = {"block": block, "source": source}
     tables: dict[Direction | None, Table]

@@ -23,6 +23,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel
 
 from cache_builder import FeatureCache
 from heads import checkpoint, load_method, ranks, training_state
@@ -129,14 +130,19 @@ class Sound:
         return Batches(self.learned, config.batch_size, config.negatives, order, device)
 
     def command(self, cache: FeatureCache) -> str:
-        """The command that makes this run by itself."""
+        """The command that makes this run by itself; empty where none can say its settings."""
         wanted = self.wanted
+        configs = {"head": self.head_config, "train": self.train}
+        settings = {
+            name: _without_defaults(configs[name], values)
+            for name, values in wanted.settings.items()
+        }
         return wanted.command or train_command(
             wanted.method,
             wanted.out.absolute(),
             cache=cache.place.absolute(),
             task=self.task,
-            settings=wanted.settings,
+            settings=settings,
             backbone=wanted.backbone,
             threads=torch.get_num_threads(),
         )
@@ -145,6 +151,16 @@ class Sound:
         """Its head, freshly drawn."""
         seed_everything(self.train.seed)
         return self.kind(self.head_config, self.context).to(self.train.torch_device())
+
+
+def _without_defaults(config: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings less those None that say what is so anyway, since no command line has a word for None."""
+    fields = type(config).model_fields
+    return {
+        key: value
+        for key, value in values.items()
+        if value is not None or fields[key].get_default(call_default_factory=True) is not None
+    }
 
 
 def sound(cache: FeatureCache, wanted: Wanted, task: str) -> Sound:
@@ -278,7 +294,7 @@ def train_runs(
                     "task": task,
                     **({"learned": run.learned} if run.learned != task else {}),
                     "asked": run.wanted.settings,
-                    "command": run.command(cache),
+                    **({"command": line} if (line := run.command(cache)) else {}),
                     "costs": costs(cache, run.needs | run.training_needs),
                     "examples": {name: _n(split) for name, split in splits.items()},
                     "dropped": {

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from zlib import crc32
 
 OWNER, TOKEN = "me", "hf_tokenoftests"
 
@@ -54,14 +55,25 @@ def hub() -> Generator[Hub]:
                 self.wfile.write(data)
 
         def do_HEAD(self) -> None:
-            repo, _, file = self.path.strip("/").partition("/resolve/main/")
-            if file in found.repos.get(repo, {}):
-                self.answer(200, ETag='"1"', X_Repo_Commit="0" * 40)
+            repo, _, file = self.path.strip("/").partition("/resolve/")
+            file = file.partition("/")[2]
+            data = found.repos.get(repo, {}).get(file)
+            if data is not None:
+                self.send_response(200)
+                given = {"Content-Length": str(len(data)), "X-Repo-Commit": "0" * 40}
+                for name, value in {**given, "ETag": f'"{crc32(data)}"'}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(data)
             else:
                 missing = "EntryNotFound" if repo in found.repos else "RepoNotFound"
                 self.answer(404, X_Error_Code=missing)
 
         def do_GET(self) -> None:
+            if "/resolve/" in self.path:
+                self.do_HEAD()
+                return
             repo = self.path.removeprefix("/api/models/").partition("/revision/")[0]
             self.answer(200 if repo in found.repos else 404, {"id": repo, "sha": "0" * 40})
 

@@ -14,7 +14,7 @@ from cache_builder import FeatureCache, build, load_backbone, load_dataset
 from cache_builder.build_log import build_seconds, sessions
 from eval import score_io
 from heads.cli import main
-from heads.commands import train_command
+from heads.commands import score_command, train_command
 from heads.config import read_settings
 from heads.run_files import read_run
 from heads.runs import score_run, train_run
@@ -82,6 +82,38 @@ def test_the_commands_of_a_run_make_it_again(
     tables: Any = [score_io.load(path) for path in (tmp_path / "b" / table.name, table)]
     again, before = (np.asarray(one.scores) for one in tables)
     np.testing.assert_array_equal(again, before)
+
+
+@pytest.mark.parametrize("value", [None, float("inf"), [1, None], {"a": None}])
+def test_where_no_command_line_can_say_a_setting_there_is_no_command(value: object) -> None:
+    settings = {"head": {"a": value}}
+    given: dict[str, Any] = {"cache": "/c.zarr", "task": "czsl", "threads": 1}
+    assert train_command("csp", Path("/run"), settings=settings, **given) == ""
+
+
+def test_a_none_that_is_the_default_is_no_word_of_the_command(
+    cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "head": {"layers": 1, "dim": 16, "heads": 2, "ffn": 16},
+        "train": {"steps": 1, "order_seed": None},
+    }
+    run = train_run(
+        cache, "tf_local", tmp_path / "a", task="two_by_two", settings=settings, progress=False
+    )
+    assert "order_seed" not in run.record["command"]
+    run_line(run.record["command"], monkeypatch, out=str(tmp_path / "b"))
+
+
+def test_a_table_s_command_says_all_that_was_asked_for(cache: FeatureCache, tmp_path: Path) -> None:
+    run = train_run(cache, "zero_shot", tmp_path / "a", task="two_by_two", progress=False)
+    (table,) = score_run(run.path, allow_missing=True)
+    assert "--allow-missing" in shlex.split(score_io.load(table).meta["command"])
+    line = score_command(
+        run.path, split="test", world="closed", task=None, rerank=None, cache=None, dense=False, keep=None,
+        backbone="clip:/my files",
+    )  # fmt: skip
+    assert shlex.split(line)[-2:] == ["--backbone", "clip:/my files"]
 
 
 def test_costs_are_bytes_of_what_is_read_and_seconds_of_all_building(

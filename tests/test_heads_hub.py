@@ -167,9 +167,49 @@ def test_a_card_of_one_s_own_is_pushed_and_one_that_is_there_stays(
     assert server.repos["me/own"]["README.md"].endswith(b"mine\n")
     assert not server.private["me/own"]
     (run / "README.md").unlink()
-    assert push(run, "me/own", server, HF_TOKEN=TOKEN).returncode == 0
+    done = push(run, "me/own", server, HF_TOKEN=TOKEN)
+    assert done.returncode == 0
+    assert "the README.md of me/own is not as headstart made it" in done.stdout
     assert server.repos["me/own"]["README.md"].endswith(b"mine\n")
     assert server.commits[-1]["summary"] == "tf_local on czsl, by headstart"
+
+
+def test_a_card_that_a_push_made_is_made_anew_unless_it_was_edited(
+    runs: dict[str, Path], server: Hub
+) -> None:
+    first, second = runs["cache alone"], runs["live text tower"]
+    assert push(first, "me/again", server, HF_TOKEN=TOKEN).returncode == 0
+    assert b"# tf_local-czsl\n" in server.repos["me/again"]["README.md"]
+    done = push(second, "me/again", server, HF_TOKEN=TOKEN)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    made = server.repos["me/again"]["README.md"]
+    assert b"# csp-czsl\n" in made
+    edited = made.replace(b"---\n", b"---\nlicense: mit\n", 1)
+    server.repos["me/again"]["README.md"] = edited
+    done = push(first, "me/again", server, HF_TOKEN=TOKEN)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 2)
+    assert server.repos["me/again"]["README.md"] == edited
+
+
+def test_each_table_s_figures_stand_under_the_data_set_that_it_was_scored_on(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = runs["cache alone"]
+    (path,) = run.glob("scores-*.zarr")
+    record = json.loads((run / "run.json").read_text())
+    other = {**record["cache"], "dataset": {**record["cache"]["dataset"], "name": "elsewhere"}}
+    table = score_io.load(path)
+    score_io.save(table, tmp_path / "scores-other-test.zarr", run={**record, "cache": other})
+    card = model_card(checkpoint.describe(run), record, [path, tmp_path / "scores-other-test.zarr"])
+    results: Any = card.data.eval_results
+    trained_on = record["cache"]["dataset"]["name"]
+    assert {(r.dataset_config, r.dataset_name, r.dataset_type) for r in results} == {
+        ("scores-test", trained_on, trained_on),
+        ("scores-other-test", "elsewhere", "elsewhere"),
+    }
+    auc = f"{comparison.evaluate(table)['auc']:.4f}"
+    assert f"| scores-test | {trained_on} | test | auc | {auc} |" in card.text
+    assert f"| scores-other-test | elsewhere | test | auc | {auc} |" in card.text
 
 
 @pytest.mark.parametrize(
