@@ -366,6 +366,15 @@ def test_something_else_there_is_refused_and_not_touched(url: str) -> None:
         make(other, append=True)
 
 
+def test_nothing_is_linked_to_or_from_a_store(url: str, tmp_path: Path) -> None:
+    folder, bucket = Folder(tmp_path), Bucket.named(url)
+    bucket.write("tasks.json", b"{}")
+    (tmp_path / "lock").touch()
+    assert not folder.link(bucket, "tasks.json")
+    assert not bucket.link(folder, "lock")
+    assert (folder.names(), bucket.names()) == (["lock"], ["tasks.json"])
+
+
 def test_a_url_names_a_bucket_and_anything_else_a_folder() -> None:
     assert isinstance(at("s3://b/x.zarr"), Bucket)
     assert str(at(Path("s3://b/x.zarr"))) == "s3://b/x.zarr"  # pathlib swallows a slash

@@ -110,6 +110,10 @@ def test_a_failing_disk_is_named_and_any_other_error_stays_what_it_is(
 ) -> None:
     file = make_cache().place.open("tasks.json")
     out = np.empty(file.size, np.uint8)
+    with pytest.raises(
+        CacheCorrupt, match=rf"tasks\.json ends at byte {file.size}, before what was"
+    ):
+        file.read_into(out, 3)
     for number, kind, message in (
         (errno.EIO, CacheCorrupt, r"tasks\.json cannot be read: the disk reports"),
         (errno.ENOMEM, OSError, os.strerror(errno.ENOMEM)),
