@@ -83,7 +83,9 @@ def _says(pairs: Pairs) -> str:
     if m - unknown <= 1:
         correction = "No more than one pair has a p, so nothing is corrected"
     else:
-        correction = f"p is corrected by Holm for the {m - unknown} pairs of this table that have one"
+        correction = (
+            f"p is corrected by Holm for the {m - unknown} pairs of this table that have one"
+        )
     return (
         f"{TIED}: cannot be told apart from the best. {correction}: {decided} decided (p ≤ {LEVEL}, coloured), "
         f"{m - decided} undecided. Intervals are of each difference alone; p, which gives few seeds their due, may leave "

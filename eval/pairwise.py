@@ -14,7 +14,8 @@ Holm (1979): of m p-values in ascending order the i-th is multiplied by m − i 
 before it. A pair is *decided* where the product is at most 0.05. `scipy.stats` has Benjamini and Hochberg's correction,
 which lets a share of the decided ones be wrong; a leaderboard needs the stricter one.
 
-SIMULATED
+Simulated (`tests/test_eval_leaderboard.py`): of reports on 2 or 5 equal rows with 100 or 2,000 items and 2, 3 or 5 seeds,
+whose std is 7 points, fewer than 5 of 100 have a false decision; on equal untrained rows about 4 of 100.
 
 A row that is trained (`Group.varies`) under one seed has an unknown v: its pairs have no p and are never decided.
 
@@ -138,7 +139,9 @@ def pairs(shown: Sequence[Distribution], metric: str, varies: Sequence[bool]) ->
     return Pairs(
         metric,
         tuple(
-            Difference(i, j, interval, *((float(of_pair), next(corrected)) if has else (None, None)))
+            Difference(
+                i, j, interval, *((float(of_pair), next(corrected)) if has else (None, None))
+            )
             for (i, j), interval, of_pair, has in zip(both, intervals, p, known, strict=True)
         ),
     )
