@@ -18,7 +18,7 @@ underestimated; read the listed values of each seed too.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -59,10 +59,20 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Distribution:
-    """Resampled metrics of one method: metric → its estimate, and metric → (R,) values."""
+    """Resampled metrics of one method.
+
+    Attributes:
+        estimate: metric → its value on the items as they are, averaged over seeds.
+        values: metric → (R,) values, items and seeds drawn.
+        items: the same with every seed once, so that only items vary.
+        seeds: metric → (S,) values of each seed on the items as they are; empty of a difference.
+
+    """
 
     estimate: dict[str, float]
     values: dict[str, Float[np.ndarray, " r"]]
+    items: dict[str, Float[np.ndarray, " r"]]
+    seeds: dict[str, Float[np.ndarray, " s"]] = field(default_factory=dict)
 
 
 def intervals(
@@ -144,14 +154,16 @@ def distribution(
         len(tables), np.full(len(tables), 1 / len(tables)), size=resamples
     )
     values: dict[str, Float[np.ndarray, " r"]] = {}
+    items: dict[str, Float[np.ndarray, " r"]] = {}
     for name in once[0]:
         of_seeds = np.stack(
             [np.concatenate([part[s][name] for part in parts]) for s in range(len(tables))]
         )
         values[name] = (of_seeds * chosen.T).sum(0) / len(tables)
-    return Distribution(
-        {name: float(np.mean([o[name][0] for o in once])) for name in once[0]}, values
-    )
+        items[name] = of_seeds.mean(0)
+    seeds = {name: np.array([o[name][0] for o in once]) for name in once[0]}
+    estimate = {name: float(np.mean(found)) for name, found in seeds.items()}
+    return Distribution(estimate, values, items, seeds)
 
 
 def percentiles(resampled: Distribution, level: float = 0.95) -> dict[str, Interval]:
@@ -170,6 +182,7 @@ def subtract(ours: Distribution, theirs: Distribution) -> Distribution:
     return Distribution(
         {name: ours.estimate[name] - theirs.estimate[name] for name in names},
         {name: ours.values[name] - theirs.values[name] for name in names},
+        {name: ours.items[name] - theirs.items[name] for name in names},
     )
 
 

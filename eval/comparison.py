@@ -20,7 +20,6 @@ from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
 from eval.costs import costs_of
 from eval.czsl import CurveKind
-from eval.draws import strata
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
 from eval.pairwise import Pairs
@@ -189,7 +188,7 @@ def compare(runs: Sequence[Run], *, k: int = 1) -> list[Comparison]:
         found = [[_ranks(table) for table in group.tables] for group in groups]
         rows = _rows(groups, k, found)
         lines, notes = chance(first, k, found[0][0]), _notes(groups)
-        pairs = _pairs(rows, k)
+        pairs = _pairs(rows)
         comparisons.append(Comparison(asked, k, curve, rows, lines, counts(first), notes, pairs))
         if isinstance(first, CompositionScores) and k <= first.seen.sum():
             comparisons.append(_legacy(comparisons[-1], k))
@@ -244,20 +243,12 @@ def _rows(
     return tuple(rows)
 
 
-def _pairs(rows: Sequence[Row], k: int) -> Pairs | None:
+def _pairs(rows: Sequence[Row]) -> Pairs | None:
     """Differences of the headline between all rows, which are on the same items by their question."""
-
-    def redraw(resamples: int) -> list[Distribution]:
-        return [
-            bootstrap.distribution(row.group.tables, k=k, resamples=resamples, found=row.ranks)
-            for row in rows
-        ]
-
     for row in rows[1:]:
         bootstrap.same_items(rows[0].group.tables[0], row.group.tables[0])
     shown = [row.resampled for row in rows if row.resampled is not None]
-    items = len(strata(rows[0].group.tables[0])) * sum(len(row.group.tables) for row in rows)
-    return pairwise.pairs(shown, _headline(rows[0].cells), redraw, items)
+    return pairwise.pairs(shown, _headline(rows[0].cells), [row.group.varies for row in rows])
 
 
 def _legacy(exact: Comparison, k: int) -> Comparison:

@@ -10,6 +10,7 @@ from eval.bootstrap import Interval
 from eval.comparison import Comparison, Row
 from eval.costs import COSTS, mean_cost, seed_costs
 from eval.leaderboard import leaderboard
+from eval.pairwise import Pairs
 from eval.table import plain
 
 CSV_HEAD = (
@@ -62,6 +63,26 @@ def points(difference: float) -> str:
     """A difference in points with its sign; none for what rounds to 0."""
     shown = f"{100 * difference:+.1f}"
     return "0.0" if float(shown) == 0 else shown
+
+
+def p_words(p: float | None) -> str:
+    """A p-value for people, who need not tell small ones apart."""
+    if p is None:
+        return "no p (one seed)"
+    if p < 0.001:
+        return "p < 0.001"
+    return "p = 1" if p >= 0.995 else f"p = {p:.2g}"
+
+
+def unknown_pairs(pairs: Pairs) -> str:
+    """That some pairs, or all, cannot be decided, and why; nothing where all can."""
+    if not pairs.unknown:
+        return ""
+    which = "All" if pairs.unknown == len(pairs.all) else f"{pairs.unknown} of the {len(pairs.all)}"
+    return (
+        f"{which} pairs have no p and are never decided: a row of theirs is trained under one seed, so that what "
+        "training varies is unknown. Train further seeds."
+    )
 
 
 def signed(gain: Interval, digits: int = 1) -> str:
@@ -137,7 +158,7 @@ def _board(c: Comparison) -> list[str]:
         line = [f"{entry.place}{' ≈' * entry.is_tied}", group.backbone, group.method]
         line.append(_cell(c, entry.row, c.headline))
         for found in (entry.behind, entry.gain):
-            line += [signed(found.interval), f"{found.corrected:.2g}"] if found else ["–", "–"]
+            line += [signed(found.interval), _p(found.corrected)] if found else ["–", "–"]
         for cost in COSTS:
             value = mean_cost(group, cost.name)
             line.append("–" if value is None else cost.shown(value))
@@ -146,12 +167,18 @@ def _board(c: Comparison) -> list[str]:
     return [
         f"#### Leaderboard by {name}",
         "",
-        f"≈ cannot be told apart from the best; p by Holm over all {m} pairs ({c.pairs.resamples:,} draws), of which "
-        f"{decided} {'is' if decided == 1 else 'are'} decided",
+        f"≈ cannot be told apart from the best; p by Holm over the {m - c.pairs.unknown} pairs that have one; of "
+        f"{m} pairs {decided} {'is' if decided == 1 else 'are'} decided",
         "",
+        *([unknown_pairs(c.pairs), ""] if c.pairs.unknown else []),
         *markdown_table([head, *body], right=[0, *range(3, len(head))]),
         "",
     ]
+
+
+def _p(p: float | None) -> str:
+    """Of a column that is called p."""
+    return "–" if p is None else p_words(p).removeprefix("p ").removeprefix("= ")
 
 
 def _cell(comparison: Comparison, row: Row, metric: str) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from eval.comparison import Comparison
 from eval.costs import COSTS, mean_cost
-from eval.formats import points
+from eval.formats import p_words, points, unknown_pairs
 from eval.leaderboard import Entry, leaderboard
 from eval.markup import cell, chip, table, text
-from eval.pairwise import LEVEL, Difference, Pairs, smallest_p
+from eval.pairwise import LEVEL, Difference, Pairs
 from eval.tables_html import Anchors, heading, metric_cell, row_head, seeds_cell
 
 TIED = "≈"
@@ -62,7 +62,7 @@ def _difference(found: Difference | None, none: str) -> str:
     return cell(
         f'<span class="{_colour(found)}">{points(found.interval.estimate)}</span>'
         f"<small class=soft>{_interval(found)}</small>"
-        f"<small class=soft>{p_words(found.corrected)}</small>",
+        f"<small class=soft>{text(p_words(found.corrected))}</small>",
         found.interval.estimate,
     )
 
@@ -76,29 +76,20 @@ def _colour(found: Difference) -> str:
     return ("up" if found.interval.estimate > 0 else "down") if found.is_decided else ""
 
 
-def p_words(p: float) -> str:
-    """A p-value for people."""
-    return "p = 1" if p >= 0.995 else f"p = {p:.2g}"
-
-
 def _says(pairs: Pairs) -> str:
-    """What was compared, how, and how fine it can be."""
-    m = len(pairs.all)
+    """What was compared and how, and which pairs cannot be decided."""
+    m, unknown = len(pairs.all), pairs.unknown
     decided = sum(found.is_decided for found in pairs.all)
-    if m == 1:
-        correction = "There is one pair, so nothing is corrected"
+    if m - unknown <= 1:
+        correction = "No more than one pair has a p, so nothing is corrected"
     else:
-        correction = f"p is corrected by Holm for all {m} pairs of this table"
-    limit = ""
-    if not pairs.can_decide:
-        limit = (
-            f" With {m} pairs and so many draws no p can be smaller than {m * smallest_p(pairs.resamples):.2g}: "
-            "nothing can be decided here. Report on fewer rows."
+        correction = (
+            f"p is corrected by Holm for the {m - unknown} pairs of this table that have one"
         )
     return (
         f"{TIED}: cannot be told apart from the best. {correction}: {decided} decided (p ≤ {LEVEL}, coloured), "
-        f"{m - decided} undecided. Intervals are of each difference alone. p comes from {pairs.resamples:,} draws and "
-        f"is, uncorrected, never below {smallest_p(pairs.resamples):.2g}.{limit}"
+        f"{m - decided} undecided. Intervals are of each difference alone; p, which gives few seeds their due, may leave "
+        f"undecided what an interval separates from 0. {unknown_pairs(pairs)}"
     )
 
 
@@ -133,6 +124,6 @@ def _square(found: Difference) -> str:
     """Points and p-value; the interval is its title."""
     return cell(
         f'<span class="{_colour(found)}" title="{_interval(found)}">{points(found.interval.estimate)}</span>'
-        f"<small class=soft>{p_words(found.corrected)}</small>",
+        f"<small class=soft>{text(p_words(found.corrected))}</small>",
         found.interval.estimate,
     )

@@ -18,7 +18,6 @@ from typing import Literal
 
 from eval.bootstrap import Interval, percentiles, same_items, subtract
 from eval.comparison import Comparison, Row
-from eval.runs import Group
 
 Decision = Literal["holds", "does not hold", "not decided"]
 DECISIONS: tuple[Decision, ...] = ("holds", "does not hold", "not decided")
@@ -115,15 +114,10 @@ def _in_comparison(comparison: Comparison, ordering: Ordering) -> list[Verdict]:
                 continue
             groups = better.group, than.group
             seeds = len(better.group.runs), len(than.group.runs)
-            single = seeds == (1, 1) and all(map(_is_trained, groups))
+            single = seeds == (1, 1) and all(group.varies for group in groups)
             spaces = (better.group.space, than.group.space) if len(pairs) > 1 else None
             found.append(Verdict(ordering, comparison, backbone, interval, seeds, single, spaces))
     return found
-
-
-def _is_trained(group: Group) -> bool:
-    """Could another seed have come out otherwise? Not of a baseline, nor where nothing is trained by steps."""
-    return not group.is_baseline and group.runs[0].facts.get("parameters") != 0
 
 
 def _difference(better: Row, than: Row, metric: str) -> Interval | None:

@@ -179,6 +179,12 @@ class Group:
         """Is this what the backbone does by itself?"""
         return self.runs[0].method == "zero_shot"
 
+    @property
+    def varies(self) -> bool:
+        """Could another seed have come out otherwise? Not of a baseline, nor where nothing is trained by steps."""
+        facts = self.runs[0].facts
+        return not self.is_baseline and 0 not in (facts.get("parameters"), facts.get("steps"))
+
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """All runs, in the order given; a directory without run.json stands for the runs directly below it.
