@@ -88,8 +88,8 @@ def _says(pairs: Pairs) -> str:
         )
     return (
         f"{TIED}: cannot be told apart from the best. {correction}: {decided} decided (p ≤ {LEVEL}, coloured), "
-        f"{m - decided} undecided. Intervals are of each difference alone; p, which gives few seeds their due, may leave "
-        f"undecided what an interval separates from 0. {unknown_pairs(pairs)}"
+        f"{m - decided} undecided. Intervals are of each difference alone; p, which gives few seeds their due, may "
+        f"leave undecided what an interval separates from 0. {unknown_pairs(pairs)}"
     )
 
 

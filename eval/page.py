@@ -135,8 +135,8 @@ of all metrics it is coloured where its interval does not contain 0, without any
 <p>Leaderboards correct for many comparisons. p weighs a paired difference against the variance of its items and that of
 each row’s seeds, the latter with Student’s quantile: with two or three seeds only large differences are decided. A row
 trained under one seed has no p towards any other, as nothing is known of what training varies; it is never told apart.
-Holm’s procedure then makes all pairs of one table hold together: in simulations of up to five equal rows with 100 or 2,000
-items and two, three or five seeds fewer than 5 of 100 tables had a false decision. It is made for each table by
+Holm’s procedure then makes all pairs of one table hold together: in simulations of up to five equal rows with 100 or
+2,000 items and two, three or five seeds fewer than 5 of 100 tables had a false decision. It is made for each table by
 itself, for its headline only, not for categories, other metrics or tables.</p>
 <p><b>chance</b> is what random scores get. <span class="below">{BELOW}</span> marks a mean below it. “–” is a metric
 that does not exist for the data.</p>

@@ -3,19 +3,19 @@
     d    difference of two rows' metrics, each the mean over its seeds
     v₀   its variance over draws of the items (`eval.bootstrap`), every seed as it is
     v₁   variance of a row's seeds (divisor S − 1), over S; v₂ that of the other row
-    p    where d² = Σ qᵢ(p)² · vᵢ, qᵢ two-sided quantiles: the normal one for v₀, Student's with S − 1 degrees for v₁, v₂
+    p    where d² = Σ qᵢ(p)² · vᵢ, qᵢ two-sided quantiles: normal for v₀, Student's with S − 1 degrees for v₁ and v₂
 
 Each variance has the quantile of how well it is known (Banerjee 1961): for normal variation that keeps the level
-whichever variance is the larger. Two simpler ways do not do. Draws of S seeds cannot leave the range of these S; and one
-t of Welch's and Satterthwaite's degrees of freedom comes out wrong in up to 25 of 100 simulated reports with two seeds a
-row, as seeds that agree by chance pass for small variance. Seeds of two rows count as independent.
+whichever variance is the larger. Two simpler ways do not do. Draws of S seeds cannot leave the range of these S; and
+one t of Welch's and Satterthwaite's degrees of freedom comes out wrong in up to 25 of 100 simulated reports with two
+seeds a row, as seeds that agree by chance pass for small variance. Seeds of two rows count as independent.
 
 Holm (1979): of m p-values in ascending order the i-th is multiplied by m − i + 1, and none may be smaller than the one
 before it. A pair is *decided* where the product is at most 0.05. `scipy.stats` has Benjamini and Hochberg's correction,
 which lets a share of the decided ones be wrong; a leaderboard needs the stricter one.
 
-Simulated (`tests/test_eval_leaderboard.py`): of reports on 2 or 5 equal rows with 100 or 2,000 items and 2, 3 or 5 seeds,
-whose std is 7 points, fewer than 5 of 100 have a false decision; on equal untrained rows about 4 of 100.
+Simulated (`tests/test_eval_leaderboard.py`): of reports on 2 or 5 equal rows with 100 or 2,000 items and 2, 3 or 5
+seeds, whose std is 7 points, fewer than 5 of 100 have a false decision; on equal untrained rows about 4 of 100.
 
 A row that is trained (`Group.varies`) under one seed has an unknown v: its pairs have no p and are never decided.
 
