@@ -148,9 +148,11 @@ def pairs(shown: Sequence[Distribution], metric: str, varies: Sequence[bool]) ->
 
 
 def _only(resampled: Distribution, metric: str) -> Distribution:
-    parts = resampled.estimate, resampled.values, resampled.items
-    estimate, values, items = ({metric: part[metric]} for part in parts)
-    return Distribution(estimate, values, items)
+    return Distribution(
+        {metric: resampled.estimate[metric]},
+        {metric: resampled.values[metric]},
+        {metric: resampled.items[metric]},
+    )
 
 
 def p_values(

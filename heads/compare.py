@@ -12,7 +12,7 @@ exactly as it reads runs made by hand. Heads without randomness run under the fi
 
 import fcntl
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,7 +240,7 @@ def _unanswered(job: Job, cache: FeatureCache) -> list[tuple[dict[str, Any], lis
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _alone(out: Path) -> Generator[None]:
     """Hold a directory against other comparisons; the kernel lets go however this one ends."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as file:

@@ -164,7 +164,11 @@ class Ray:
                 ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
             has = ray.cluster_resources()
             gpus, here_now = int(has.get("GPU", 0)), Path.cwd()
-            options = {"num_cpus": 1, "num_gpus": min(1, gpus), "max_retries": LIVES}
+            options: dict[str, Any] = {
+                "num_cpus": 1,
+                "num_gpus": min(1, gpus),
+                "max_retries": LIVES,
+            }
 
             def there(jobs: Pass) -> dict[Path, str]:
                 os.chdir(here_now)  # paths in settings are told from here

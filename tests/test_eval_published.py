@@ -183,8 +183,8 @@ def test_rows_of_the_same_question_stand_beside_ours():
 def test_beside_a_table_that_keeps_the_best_scores_it_is_said_what_published_numbers_need():
     table = czsl_table(world="open")
     layout = Layout.of(table.seen, None, ())
-    facts = {"split": "test", "space": "logit"}
-    summary = summarise([table.scores], layout, table.target, table.pairs, keep=1, **facts)
+    given = ([table.scores], layout, table.target, table.pairs)
+    summary = summarise(*given, keep=1, split="test", space="logit")
     (c,) = compare([run(summary, "mit_states")])
     b = found(c)
     assert not b.published

@@ -201,7 +201,8 @@ def test_each_table_s_figures_stand_under_the_data_set_that_it_was_scored_on(
     table = score_io.load(path)
     score_io.save(table, tmp_path / "scores-other-test.zarr", run={**record, "cache": other})
     card = model_card(checkpoint.describe(run), record, [path, tmp_path / "scores-other-test.zarr"])
-    results: Any = card.data.eval_results
+    data: Any = card.data
+    results = data.eval_results
     trained_on = record["cache"]["dataset"]["name"]
     assert {(r.dataset_config, r.dataset_name, r.dataset_type) for r in results} == {
         ("scores-test", trained_on, trained_on),
