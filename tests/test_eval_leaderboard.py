@@ -226,7 +226,8 @@ def test_rows_of_all_backbones_are_ranked_and_only_the_undecided_are_tied(runs):
     assert [e.place for e in entries] == [1 + sum(m > mean for m in means) for mean in means]
     names = [e.row.group.label for e in entries]
     assert names[0].startswith(("a · pe", "b · pe"))
-    assert [e.is_tied for e in entries] == [False, True, False, False, False]
+    # The fourth's seeds differ so much that, being few, they leave it undecided.
+    assert [e.is_tied for e in entries] == [False, True, False, True, False]
     assert entries[0].behind is None
     assert c.pairs is not None
     assert len(c.pairs.all) == 10
@@ -270,7 +271,7 @@ def test_the_csv_has_costs_places_and_every_pair(runs):
     across = next(r for r in pairs if r["backbone"] == "clip:demo minus pe:demo")
     assert " minus " in across["method"]
     places = {r["place"]: r["tied"] for r in rows if r["metric"] == "group_score"}
-    assert places == {"1": "0", "2": "1", "3": "0", "4": "0", "5": "0"}
+    assert places == {"1": "0", "2": "1", "3": "0", "4": "1", "5": "0"}
     costs = {
         r["metric"]: r for r in rows if (r["backbone"], r["method"]) == ("pe:demo", "b") and r["metric"] in
         {cost.name for cost in COSTS}
@@ -375,7 +376,7 @@ def test_every_row_leads_to_its_runs_and_their_commands(runs, tmp_path):
         assert f'href="#run-{number}"' in text
         block = text.partition(f'id="run-{number}"')[2].partition("</article>")[0]
         assert f"<dt>trained by</dt><dd><code>{run.facts['command']}</code></dd>" in block
-    assert text.count('<tr class="tied">') == 2
+    assert text.count('<tr class="tied">') == 3
     assert "No correction" not in text
 
 
