@@ -169,24 +169,24 @@ class Ray:
                 "num_gpus": min(1, gpus),
                 "max_retries": LIVES,
             }
-
-            def there(jobs: Pass) -> dict[Path, str]:
-                os.chdir(here_now)  # paths in settings are told from here
-                return work(jobs, None)
-
-            task: Any = ray.remote(**options)(there)
-            running = {task.remote(jobs): jobs for jobs in passes}
+            task: Any = ray.remote(**options)(_there)
+            running = {task.remote(work, jobs, here_now): jobs for jobs in passes}
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 yield running.pop(done), ray.get(done)
         except (RayError, ConnectionError, ValueError) as error:
-            cause = error.cause if isinstance(error, RayTaskError) else None
-            if isinstance(cause, HeadError):
-                raise cause from error
-            reason = cause or str(error).strip().splitlines()[-1]
+            if isinstance(error, RayTaskError):  # what was raised there is told as if it were here
+                raise error.cause from None
+            reason = str(error).strip().splitlines()[-1]
             raise HeadError(
                 f"the Ray cluster failed: {reason}; what is finished is kept: repeat the command"
             ) from error
         finally:
             if not here:
                 ray.shutdown()
+
+
+def _there(work: Work, jobs: Pass, folder: Path) -> dict[Path, str]:
+    """Of a cluster's task: paths in settings are told from where the comparison was started."""
+    os.chdir(folder)
+    return work(jobs, None)

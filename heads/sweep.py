@@ -337,7 +337,7 @@ def _belongs(run: Sound, cache: FeatureCache, batches: Loader | None = None) -> 
         "cache": {
             "fingerprint": cache.fingerprint,
             "digest": cache.digest(),
-            **({} if cache.asked is None else {"asked": cache.asked.digest()}),
+            "asked": cache.asked and cache.asked.digest(),
         },
         **({} if batches is None else {"order": batches.order}),
     }
