@@ -220,7 +220,7 @@ def check_finished(out: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     then["processes"] = record.get("processes", 1)
     then["cache"] = {name: record["cache"].get(name) for name in now["cache"]}
     method = load_method(now["method"])
-    if method.Head.trained_by(parse(method.Config, now["head"], "head")) != "gradient":
+    if method.Head.trained_by(parse(method.Config, now["head"], "head")) == "closed_form":
         then["head"] = now["head"]  # validation chose among configurations
     check_same(out, {name: then.get(name) for name in now}, now)
     return record

@@ -41,7 +41,7 @@ SEED, POINTS, MOMENTS = 5, 7, 2
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12, "dropout": 0.3}
 LEARNED = {"learn_context": True, "dropout": 0.2, "train_candidates": 5}
 TRAIN = {"epochs": 2, "batch_size": 5, "lr": 1e-2, "device": "cpu"}
-TIMES = ("data_wait", "seconds", "data_wait_seconds")
+TIMES = ("command", "data_wait", "seconds", "data_wait_seconds")
 
 
 class After(Event):
