@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -222,66 +223,79 @@ def test_caches_of_other_samples_are_compared_on_what_they_share_if_asked(
 def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    slow = tmp_path / "slow.toml"
-    slow.write_text("[train]\nsteps = 100000\n")
-    quick = tmp_path / "quick.toml"
-    quick.write_text("[train]\nsteps = 3\n")
-    out = tmp_path / "out"
+    """One worker: the first backbone is done and the second is being trained when the signal comes."""
+    config, out = tmp_path / "csp.toml", tmp_path / "out"
+    config.write_text("[train]\nsteps = 40\n")
 
-    def command(file: Path) -> list[str]:
+    def command(file: Path = config, place: Path = out) -> list[str]:
         words = [
+            sys.executable,
             "-m",
             "heads.cli",
             "compare",
             "--caches",
-            str(caches["clip"]),
+            *map(str, caches.values()),
+        ]
+        words += [
             "--methods",
             "zero_shot",
             "csp",
-        ]
-        words += [
             "--task",
             "czsl",
             "--seeds",
             "1",
             "--workers",
-            "2",
-            "--config",
-            f"csp={file}",
-            "--out",
-            str(out),
+            "1",
         ]
-        return [sys.executable, *words]
+        return [*words, "--config", f"csp={file}", "--out", str(place)]
+
+    def state(place: Path) -> dict[str, str]:
+        names = ("run.json", "model.safetensors")
+        return {name: sha256((place / name).read_bytes()).hexdigest() for name in names}
 
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    going = {"env": env, "cwd": tmp_path, "text": True}
     running = subprocess.Popen(
-        command(slow),
-        env=env,
-        cwd=tmp_path,
+        command(),
+        **going,
         stderr=subprocess.PIPE,
-        text=True,
+        stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 180
-    done = out / "clip" / "zero_shot-seed0" / "run.json"
-    while (
-        not (done.exists() and (out / "clip" / "csp-seed0").exists())
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.2)
-    time.sleep(3)
+    first, second = (out / name / "csp-seed0" for name in caches)
+    begun = time.monotonic()
+    while not second.exists():
+        assert running.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < begun + 180
+        time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=120)
     assert running.returncode == 130, said
     assert "Traceback" not in said, said
-    assert done.exists()
-    # where the interrupted training stood is there, so a changed request is refused and the same one goes on
-    again = subprocess.run(
-        command(quick), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    assert (first / "scores-test.zarr").exists()
+    assert not (second / "run.json").exists()
+    kept = {path.name for path in second.iterdir()}
+    assert any(name.startswith("training-") for name in kept), kept
+    done = state(first)
+
+    # where the interrupted training stood is there, so a changed request is refused, and the same one goes on
+    other = tmp_path / "other.toml"
+    other.write_text("[train]\nsteps = 3\n")
+    changed = subprocess.run(command(other), **going, capture_output=True, timeout=300)
+    assert changed.returncode == 1
+    assert "was begun otherwise" in changed.stderr
+    assert "Traceback" not in changed.stderr
+    assert {path.name for path in second.iterdir()} == kept
+
+    again = subprocess.run(command(), **going, capture_output=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert state(first) == done
+    whole = subprocess.run(
+        command(place=tmp_path / "whole"), **going, capture_output=True, timeout=300
     )
-    assert again.returncode == 1
-    assert "was begun otherwise" in again.stderr
-    assert "Traceback" not in again.stderr
+    assert whole.returncode == 0, whole.stderr
+    of_whole = tmp_path / "whole" / second.relative_to(out)
+    assert state(second)["model.safetensors"] == state(of_whole)["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_from_training_to_the_map_of_experts(
     trained = train_run(cache, "eva", run, task="czsl", settings=settings, progress=False)
     assert trained.record["remarks"]["of the dual encoder"] > 0
     score_run(run, cache=cache)
-    monkeypatch.setattr("cache_builder.load_dataset", lambda *_a, **_k: drawn())
+    monkeypatch.setattr("heads.drawing.load_dataset", lambda *_a, **_k: drawn())
     assert main(["score", str(run), "--split", "val", "--pictures", "3"]) == 0
     with np.load(run / "pictures" / "routing.npz") as found:
         kinds, counts, shares = found["kinds"].tolist(), found["counts"], found["shares"]

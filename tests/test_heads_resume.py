@@ -581,15 +581,17 @@ def test_other_files_beside_a_state_stay_and_unfinished_ones_are_cleared(
     assert not [name for name in files(run) if name.startswith("training")]
 
 
-def test_a_comparison_trains_anew_what_was_interrupted(
+def test_a_comparison_refuses_what_was_begun_otherwise_and_keeps_it(
     cache: FeatureCache, fast_path: Path, ctrl_c: Callable[..., None]
 ) -> None:
+    run = fast_path / "run"
     ctrl_c(2)
-    assert train(cache, fast_path / "run") == 130
+    assert train(cache, run) == 130
+    before = {name: (run / name).read_bytes() for name in files(run)}
     entry = Entry("local", "tf_local", "czsl", (Question("czsl"),), SMALL, TRAIN)
-    job = Compared(str(cache.path), entry, 4, fast_path / "run")
-    assert _run([job]) == {}
-    assert json.loads((fast_path / "run" / "run.json").read_text())["seed"] == 4
+    with pytest.raises(RunExists, match=r"train\.seed was 42 and is 4"):
+        _run([Compared(str(cache.path), entry, 4, run)])
+    assert {name: (run / name).read_bytes() for name in files(run)} == before
 
 
 @pytest.fixture(scope="module")

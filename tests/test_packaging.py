@@ -46,7 +46,10 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add((node.module or "").partition(".")[0])
-    return found
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
+            (named,) = [one.value for one in node.args if isinstance(one, ast.Constant)] or [""]
+            found.add(str(named).partition(".")[0])
+    return found - {""}
 
 
 def test_everything_that_is_imported_is_declared_and_nothing_else() -> None:
