@@ -1,53 +1,20 @@
 """What goes wrong most, side by side: an item a row, what each row of the comparison answers to it in a column.
 
-Pictures and edits stand where a run of the comparison holds them (`headstart score … --pictures N`); ids elsewhere.
+Pictures and words stand where a run of the comparison holds them (`headstart compare … --pictures N`); ids elsewhere.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
-
+from eval.album import Album, album_of
 from eval.comparison import Comparison
-from eval.composed_pictures import QUERY, Found, read_query
-from eval.composed_table import ComposedScores
 from eval.correctness import RULES
 from eval.failures import SHOWN, Answer, Failure, hardest
 from eval.figures import names_of
 from eval.formats import csv_table, percent
-from eval.markup import cell, chip, data_image, data_link, png, table, text
+from eval.markup import cell, chip, data_link, table, text
 
 LISTED = 200
 """Items in the CSV, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Album:
-    """Pictures that runs hold of a comparison's queries.
-
-    Attributes:
-        images: image id → picture, as a data URI, each once.
-        edits: query id → words.
-
-    """
-
-    images: dict[str, str] = field(default_factory=dict[str, str])
-    edits: dict[str, str] = field(default_factory=dict[str, str])
-
-    def style(self) -> str:
-        """Every picture once, under the name that `thumb` uses."""
-        return "".join(f"--shot-{n}:url({uri});" for n, uri in enumerate(self.images.values()))
-
-    def thumb(self, image: str, says: str) -> str:
-        """A small picture; the id alone where no run holds it, and nothing where `says` is empty then."""
-        below = f"<small class=soft>{says}</small>" if says else ""
-        if image not in self.images:
-            return f"<small class=soft>{says}: {text(image)}</small>" if says else ""
-        number = list(self.images).index(image)
-        return (
-            f'<span class="thumb"><span role="img" aria-label="{text(f"{says} {image}".strip())}" '
-            f'title="{text(image)}" style="background-image:var(--shot-{number})"></span>{below}</span>'
-        )
 
 
 def failures_of(c: Comparison, series: Mapping[str, int]) -> str:
@@ -57,7 +24,7 @@ def failures_of(c: Comparison, series: Mapping[str, int]) -> str:
         return ""
     names = names_of(c)
     shown = found[:SHOWN]
-    album = _album(c, shown) if c.question.kind == "composed" else Album()
+    album = album_of(c, shown)
     head = [
         f"<th>{_ASKED[c.question.kind]}</th>",
         "<th>wrong<small class=soft>% of rows</small></th>",
@@ -77,7 +44,7 @@ def failures_of(c: Comparison, series: Mapping[str, int]) -> str:
         for row, a in zip(c.rows, f.answers, strict=True)
     ]
     return (
-        f'<h3>What goes wrong most</h3><p class="soft">{_says(c, len(shown))} '
+        f'<h3>What goes wrong most</h3><p class="soft">{_says(c, len(shown), album)} '
         f"{data_link('failures', csv_table(csv))} of the first {len(found)}</p>"
         f'<div class="asked" style="{album.style()}">{table(head, lines, f"What goes wrong most, {c.title}")}</div>'
     )
@@ -88,35 +55,52 @@ _ANSWERS = {
     "czsl": "A cell is the pair that is predicted.",
     "matching": "A cell says which comparisons are lost or tied: “image 1 → caption 2” where image 1 does not prefer "
     "its own caption.",
-    "composed": "A cell is the image ranked first, and where the best right one ranks. Pictures are shown where a run "
-    "holds them (headstart score … --pictures N).",
+    "composed": "A cell is the image ranked first, and where the best right one ranks.",
 }
+_CAPTIONS = ("true caption", "false caption")
+_NO_PICTURES = " Pictures are shown where a run holds them (headstart compare … --pictures N)."
 _ONE_IMAGE = "A cell says whether the true caption is preferred; where both are alike it is not."
 
 
-def _says(c: Comparison, n: int) -> str:
+def _says(c: Comparison, n: int, album: Album) -> str:
     """How the items were chosen, and how to read a cell."""
     pairs = c.question.kind == "matching" and not c.question.variant.startswith("2×2")
     reads = _ONE_IMAGE if pairs else _ANSWERS[c.question.kind]
     return (
         f"The {n} items that are wrong most often, over the seeds of each row and then over rows; of equal ones those "
         f"whose answers are furthest off, then the first. Right: {RULES[c.question.kind]}. "
-        f"{reads} Cells are of each row’s first seed."
+        f"{reads} Cells are of each row’s first seed.{'' if album.images else _NO_PICTURES}"
     )
 
 
 def _line(failure: Failure, album: Album) -> str:
     """One item: what is asked, how often it is wrong, and all answers."""
-    asked = f"{text(failure.asked)}<small class=soft>{text(failure.name)}</small>"
-    if failure.reference:
-        edit = album.edits.get(failure.name)
-        words = f"“{text(edit)}”" if edit else text(failure.asked)
-        pictures = album.thumb(failure.reference, "reference")
-        pictures += album.thumb(failure.target, "right")
-        asked = f'{words}<span class="thumbs">{pictures}</span><small class=soft>{text(failure.name)}</small>'
-    cells = [f"<th scope=row>{asked}</th>", cell(percent(failure.wrong, 0), failure.wrong)]
+    cells = [
+        f"<th scope=row>{_asked(failure, album)}</th>",
+        cell(percent(failure.wrong, 0), failure.wrong),
+    ]
     cells += [_answer(answer, album) for answer in failure.answers]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _asked(failure: Failure, album: Album) -> str:
+    """What is asked, in words and pictures, and the item's id."""
+    words = text(failure.asked)
+    says, shows = album.says.get(failure.name, ()), album.shows.get(failure.name, ())
+    if failure.reference:
+        words = f"“{text(says[0])}”" if says else words
+        pictures = album.thumb(failure.reference, "reference")
+        pictures += album.thumb(failure.target, "right")
+    else:
+        names = [f"image {n}" for n in range(1, len(shows) + 1)] if len(shows) > 1 else [""]
+        pictures = "".join(map(album.thumb, shows, names))
+        captions = _CAPTIONS if len(shows) == 1 else ("caption 1", "caption 2")
+        words += "".join(
+            f"<small>{name}: “{text(said)}”</small>"
+            for name, said in zip(captions, says, strict=False)
+        )
+    pictures = f'<span class="thumbs">{pictures}</span>' if pictures else ""
+    return f"{words}{pictures}<small class=soft>{text(failure.name)}</small>"
 
 
 def _answer(answer: Answer, album: Album) -> str:
@@ -127,32 +111,3 @@ def _answer(answer: Answer, album: Album) -> str:
     shown = album.thumb(answer.image, "")
     name = "" if shown else f" {text(answer.image)}"
     return cell(f"{mark}{name}{shown}<small class=soft>{text(answer.words)}</small>", None, "words")
-
-
-def _album(c: Comparison, shown: Sequence[Failure]) -> Album:
-    """Pictures of the images that are shown, from the runs of the comparison that were scored on the same data set."""
-    wanted = {f.reference for f in shown} | {f.target for f in shown}
-    wanted |= {a.image for f in shown for a in f.answers}
-    reference: dict[str, str] = {}
-    scored = c.rows[0].group.tables[0]
-    if isinstance(scored, ComposedScores):
-        reference = dict(zip(scored.ids, scored.queries.reference, strict=True))
-    album = Album()
-    for run in (run for row in c.rows for run in row.group.runs):
-        for path in run.pictures:
-            if QUERY.fullmatch(path.name):
-                _collect(read_query(path), wanted, reference, album)
-    return album
-
-
-def _collect(found: Found, wanted: set[str], reference: Mapping[str, str], album: Album) -> None:
-    """Add what a file holds of the pictures wanted, and its edit."""
-    query = str(found.get("id", ""))
-    if query not in reference:
-        return
-    album.edits[query] = " / ".join(str(words) for words in np.atleast_1d(found["edit"]))
-    images = [(reference[query], found["reference"])]
-    images += zip(found["names"].tolist(), found["images"], strict=True)
-    for name, pixels in images:
-        if name in wanted and name not in album.images:
-            album.images[name] = data_image(png(pixels))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
+from eval.album import FAILURES
 from eval.composed_pictures import is_composed
 from eval.errors import RunError, ScoreTableError
 from eval.markup import data_image, png, text
@@ -19,8 +20,8 @@ NUMBERS = "fiu"
 
 
 def pictures_of(run: Run) -> str:
-    """All pictures of a run but those of composed queries, below what its maps are."""
-    mine = [path for path in run.pictures if not is_composed(path)]
+    """All pictures of a run but those of composed queries and of failures, below what its maps are."""
+    mine = [path for path in run.pictures if path.name != FAILURES and not is_composed(path)]
     if not mine:
         return ""
     said: list[str] = []

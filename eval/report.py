@@ -6,11 +6,11 @@ marked.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval import orderings_format, page
-from eval.comparison import compare, metrics
+from eval.comparison import Comparison, compare, metrics
 from eval.errors import ScoreTableError
 from eval.formats import markdown, to_csv
 from eval.orderings import Ordering, judge
@@ -29,6 +29,7 @@ def report(
     orderings: Sequence[Ordering] = (),
     legend: str = "",
     notes: Sequence[str] = (),
+    draw: Callable[[Sequence[Comparison]], object] | None = None,
 ) -> list[Path]:
     """Write the page `out`, and beside it the same tables as .md, .csv and, seed by seed, .json.
 
@@ -42,6 +43,7 @@ def report(
         orderings: claims to hold against the runs, in a section of their own (`eval/orderings.py`).
         legend: of their sources.
         notes: sentences on what was compared, such as which rows are missing, and why.
+        draw: is called with the comparisons before the page is made, to add pictures of what they show to their runs.
 
     Returns:
         The four files: the page, .md, .csv, .json.
@@ -59,6 +61,8 @@ def report(
         )
     found = read_runs(runs)
     comparisons = compare(found, k=k)
+    if draw is not None:
+        draw(comparisons)
     theirs: list[Beside | None] = [beside(c) if published else None for c in comparisons]
     pairs = list(zip(comparisons, theirs, strict=True))
     verdicts = judge(comparisons, orderings)

@@ -9,6 +9,7 @@
       pictures/*.npz       image (H, W, 3) uint8, words, weights (words, rows, columns), and if known caption, score,
                            says, verdict, right; or strip (words, numbers), words, says; optional
       pictures/query-*.npz, routing.npz, modality.npz      of composed retrieval, optional: `eval.composed_pictures`
+      pictures/failures.npz                                items that go wrong, optional: `eval.album`
       pictures/*.png       optional
 
 Tables share a comparison when data set, task, split, world and the very items are equal; seeds of one backbone, method
@@ -45,7 +46,6 @@ class Run:
         facts: run.json.
         tables: file name → score table.
         history: lines of history.jsonl, in order.
-        pictures: files below pictures/, sorted.
 
     """
 
@@ -53,7 +53,11 @@ class Run:
     facts: Mapping[str, Any]
     tables: Mapping[str, Table] = field(default_factory=dict[str, Table])
     history: Sequence[Mapping[str, Any]] = ()
-    pictures: Sequence[Path] = ()
+
+    @property
+    def pictures(self) -> list[Path]:
+        """Files below pictures/ as they are now, sorted."""
+        return sorted(p for p in self.path.glob("pictures/*") if p.suffix in (".png", ".npz"))
 
     @property
     def method(self) -> str:
@@ -238,8 +242,7 @@ def read_run(path: Path) -> Run:
             _json(line, f"{path / 'history.jsonl'} line {i}") for i, line in enumerate(lines, 1)
         ]
     tables = {p.name: score_io.load(p) for p in sorted(path.glob("scores*.zarr"))}
-    pictures = sorted(p for p in path.glob("pictures/*") if p.suffix in (".png", ".npz"))
-    return Run(path, facts, tables, history, pictures)
+    return Run(path, facts, tables, history)
 
 
 def _text(path: Path) -> str:

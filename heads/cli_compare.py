@@ -8,7 +8,8 @@ headstart compare --ablate simfp --caches clip.zarr pe.zarr --seeds 5
 import argparse
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from heads.errors import ConfigError, HeadError
 
 if TYPE_CHECKING:
     from cache_builder import FeatureCache
+    from eval.comparison import Comparison
     from heads.ablation import Ablation
     from heads.compare_engines import Engine
 
@@ -106,8 +108,8 @@ def add_verb(verbs: Verbs) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="draw for N examples where heads look, and what composed queries get: of the first seed of every row that "
-        "has something to show; reads the data set's images again",
+        help="draw for N examples where heads look, and what composed queries get, of the first seed of every row that "
+        "has something to show; and show the pictures of what goes wrong most. Reads the data set's images again",
     )
     compare.add_argument(
         "--workers", type=int, help="processes side by side, a core each (default: all cores)"
@@ -160,10 +162,13 @@ def _compare(args: argparse.Namespace) -> None:
     )
     if not compared.runs:
         raise HeadError(f"no run was made. {'; '.join(compared.failures)}")
+    draw: Callable[[Sequence[Comparison]], object] | None = None
     if args.pictures:
         from heads.drawing import draw_first_seeds
+        from heads.failure_pictures import save_failures
 
         draw_first_seeds(compared.runs, caches, args.pictures)
+        draw = partial(save_failures, caches=caches)
     paths = report(
         compared.runs,
         out / "report.html",
@@ -176,6 +181,7 @@ def _compare(args: argparse.Namespace) -> None:
             *_asked(caches),
             f"Made by: {command}",
         ],
+        draw=draw,
     )
     print(next(p for p in paths if p.suffix == ".md").read_text(encoding="utf-8"))
     for path in paths:

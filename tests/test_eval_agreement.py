@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,66 @@ def test_pictures_of_another_data_set_are_not_shown(tmp_path):
     text = report([run], tmp_path / "r.html")[0].read_text(encoding="utf-8")
     part = text[text.index("What goes wrong most") :].partition("</table>")[0]
     assert "--shot-" not in part
+
+
+def failures_file(run: Path, table: CompositionScores, **change) -> None:
+    """Every image of a table is red."""
+    items = np.asarray(table.ids)
+    arrays = {
+        "items": items,
+        "shows": items[:, None],
+        "says": np.empty((len(items), 0), str),
+        "names": items,
+        "images": np.full((len(items), 4, 4, 3), (250, 0, 0), np.uint8),
+        "task": np.array("czsl"),
+        "split": np.array("test"),
+        "dataset": np.array("toy_world"),
+    } | change
+    (run / "pictures").mkdir(exist_ok=True)
+    np.savez(
+        run / "pictures" / "failures.npz", **{k: v for k, v in arrays.items() if v is not None}
+    )
+
+
+def wrong_most(root: Path, out: Path) -> str:
+    text = report([root], out)[0].read_text(encoding="utf-8")
+    return text[text.index("What goes wrong most") :].partition("</table>")[0]
+
+
+def test_failures_of_any_task_have_their_pictures_if_they_are_of_its_items(tmp_path):
+    table = czsl_table(3)
+    table = replace(table, ids=[f"img<{i}>" for i in range(35)])
+    run = write_run(tmp_path / "runs", "a", "clip:demo", 0, table)
+    shown = hardest(compare(read_runs([run]))[0])
+    failures_file(run, table)
+    part = wrong_most(run, tmp_path / "r.html")
+    assert part.count('role="img"') == len(shown)
+    assert f'aria-label="img&lt;{shown[0].name[4:-1]}&gt;"' in part
+    assert len(re.findall(r"--shot-\d+:", part)) == len(shown)
+    for fact in ("task", "split", "dataset"):
+        failures_file(run, table, **{fact: np.array("another")})
+        assert "--shot-" not in wrong_most(run, tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "images is missing"),
+        ({"images": np.zeros((35, 4, 4, 3))}, r"must hold items .* but it holds .* images float64"),
+        ({"images": np.zeros((35, 4, 4, 1), np.uint8)}, r"images uint8 \(35, 4, 4, 1\)"),
+        ({"names": np.array(["a"])}, "must hold items"),
+        ({"shows": np.array(["a"] * 35)}, "must hold items"),
+        ({"says": np.empty((3, 0), str)}, "must hold items"),
+    ],
+)
+def test_a_damaged_file_of_failures_is_named(tmp_path, change, message):
+    run = write_run(tmp_path / "runs", "a", "clip:demo", 0, czsl_table(3))
+    failures_file(run, replace(czsl_table(3), ids=[f"i{i}" for i in range(35)]), **change)
+    with pytest.raises(RunError, match=rf"failures\.npz .*{message}"):
+        report([run], tmp_path / "r.html")
+    (run / "pictures" / "failures.npz").write_bytes(b"no zip")
+    with pytest.raises(RunError, match="holds no pictures of items"):
+        report([run], tmp_path / "r.html")
 
 
 def test_failures_as_csv_hold_every_row_s_answer(runs, tmp_path):

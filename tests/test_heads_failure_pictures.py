@@ -1,0 +1,125 @@
+"""What goes wrong most, with its pictures and words: written by a comparison, shown by its page and by later ones."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ImageOps
+
+from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from eval.comparison import compare
+from eval.failures import hardest
+from eval.report import report
+from eval.runs import read_runs
+from heads.cli import main
+from heads.failure_pictures import SIDE, save_failures
+
+TASKS = ("czsl", "two_by_two", "matching", "composed")
+
+
+@pytest.fixture(scope="module")
+def cache(fast_folder: Path) -> FeatureCache:
+    return build(
+        load_dataset("toy_world", scale=0.02),
+        load_backbone("clip:demo"),
+        fast_folder / "failing" / "clip.zarr",
+        streams=["image/pooled", "text/pooled"],
+        backbone_name="clip:demo",
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(cache: FeatureCache, fast_folder: Path) -> dict[str, Path]:
+    """A comparison of each task, with pictures."""
+    out = {task: fast_folder / "failing" / task for task in TASKS}
+    asked = fast_folder / "failing" / "asked.toml"
+    asked.write_text('[head]\nquery = "sum"\n')
+    for task, place in out.items():
+        words = ["--caches", str(cache.path), "--methods", "zero_shot", "--task", task]
+        more = {
+            "czsl": ["--world", "closed", "open"],
+            "composed": ["--config", f"zero_shot={asked}"],
+        }
+        words += more.get(task, [])
+        assert main(["compare", *words, "--pictures", "2", "--out", str(place)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_failure_that_is_shown_has_its_pictures_and_words(
+    task: str, made: dict[str, Path], cache: FeatureCache
+) -> None:
+    run = made[task] / "clip" / "zero_shot-seed0"
+    found = dict(np.load(run / "pictures" / "failures.npz"))
+    shown = {
+        f.name: f for c in compare(read_runs([run])) if c.curve != "legacy" for f in hardest(c)
+    }
+    assert list(found["items"]) == list(shown)
+    assert len(shown) >= 2
+
+    dataset = load_dataset("toy_world", scale=0.02)
+    pixels = {record.id: record for record in dataset.images}
+    assert found["images"].shape == (len(found["names"]), SIDE, SIDE, 3)
+    for name, image in zip(found["names"], found["images"], strict=True):
+        want = ImageOps.pad(pixels[str(name)].open().convert("RGB"), (SIDE, SIDE))
+        assert np.array_equal(image, np.asarray(want))
+
+    tasks, texts = dataset.tasks, {t.id: t.text for t in dataset.texts}
+    assert {str(name) for name in found["shows"].ravel()} <= set(found["names"].tolist())
+    for item, shows, says in zip(
+        *(found[k].tolist() for k in ("items", "shows", "says")), strict=True
+    ):
+        if task == "czsl":
+            assert (shows, says) == ([item], [])
+        elif task == "composed":
+            (query,) = [e for e in tasks.composed if e.id == item]
+            assert shows == [query.reference, query.targets[0]]
+            assert says == [texts[query.modifications[0]]]
+            assert {a.image for a in shown[item].answers} <= set(found["names"].tolist())
+        else:
+            (example,) = [e for e in getattr(tasks, task) if e.id == item]
+            assert shows == list(example.images)
+            assert says == [texts[i] for i in example.captions]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_page_shows_them_also_when_it_is_made_again(
+    task: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    first = (made[task] / "report.html").read_text()
+    again = report([made[task] / "clip"], tmp_path / "r.html")[0].read_text()
+    for page in (first, again):
+        parts = page.split("What goes wrong most</h3>")[1:]
+        assert len(parts) == (2 if task == "czsl" else 1)
+        for part in parts:
+            body = part[: part.index("</table>")]
+            defined = set(re.findall(r"--shot-(\d+):url\(data:image/png", body))
+            assert defined == set(re.findall(r"var\(--shot-(\d+)\)", body))
+            rows = body[body.index("<tbody>") :].split("<tr>")[1:]
+            assert all('role="img"' in row for row in rows)
+            assert "holds them" not in body
+            if task == "two_by_two":
+                assert all("caption 2: “" in row and "image 2" in row for row in rows)
+            if task == "matching":
+                assert all("true caption: “" in row and "false caption: “" in row for row in rows)
+
+
+def test_composed_queries_are_drawn_of_the_first_seed(made: dict[str, Path]) -> None:
+    names = [p.name for p in (made["composed"] / "clip" / "zero_shot-seed0" / "pictures").iterdir()]
+    assert sum(name.startswith("query-") for name in names) == 2
+
+
+def test_without_pictures_the_page_says_how_to_get_them(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    words = ["--caches", str(cache.path), "--methods", "zero_shot", "--task", "czsl"]
+    assert main(["compare", *words, "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "headstart compare … --pictures N" in page
+    assert not list((tmp_path / "out").rglob("pictures"))
+
+
+def test_a_row_that_gets_everything_right_has_no_file(cache: FeatureCache) -> None:
+    assert save_failures([], {"clip": cache}) == []
