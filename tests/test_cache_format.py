@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from stand_in import SPEC, dataset
 
 from cache_builder import FeatureCache
 from cache_builder import format as fmt
 from cache_builder.cache import Contents
-from cache_builder.codec import decode_strings, encode_strings
+from cache_builder.codec import decode_strings, decompress, encode_chunk, encode_strings
 from cache_builder.datasets.base import Tasks
 from cache_builder.durable import crc32c
-from cache_builder.errors import UnknownName
-from cache_builder.format import Entry
+from cache_builder.errors import CacheCorrupt, UnknownName
+from cache_builder.format import Entry, Layout
 from cache_builder.journal import Journal
 from cache_builder.metadata import metadata_problem
 from cache_builder.place import Folder
@@ -30,6 +32,13 @@ from cache_builder.spec import BackboneSpec, CacheSpec, DatasetSpec
 
 Make = Callable[..., FeatureCache]
 ROOT = Path(__file__).parent.parent
+LAYOUT: dict[str, Any] = {
+    "name": "image/x",
+    "shape": (8, 4),
+    "chunk": 8,
+    "dtype": "uint16",
+    "dims": (),
+}
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
@@ -117,6 +126,63 @@ def test_any_content_survives_the_way_to_disk(
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=7))
 def test_strings_survive(strings: list[str]) -> None:
     assert decode_strings(encode_strings(strings), len(strings)) == strings
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(words, min_size=1, max_size=4), st.data())
+def test_damaged_strings_are_refused_or_read_as_what_they_say(
+    strings: list[str], draw: st.DataObject
+) -> None:
+    """A changed byte may spell another text, which the checksum above notices; it never reads beyond the data."""
+    data = bytearray(encode_strings(strings))
+    at = draw.draw(st.integers(0, len(data) - 1))
+    data[at] ^= draw.draw(st.integers(1, 255))
+    with suppress(CacheCorrupt):
+        assert encode_strings(decode_strings(bytes(data), len(strings))) == bytes(data)
+
+
+def test_strings_of_another_count_or_length_are_refused() -> None:
+    data = encode_strings(["a", "bc"])
+    for broken, why in (
+        (data[:3], "another count"),
+        (b"\xff\xff\xff\x7f", "another count"),
+        (data[:-1], "beyond the end"),
+        (data + b"x", "behind the last string"),
+        (data[:-1] + b"\xff", "invalid start byte"),
+    ):
+        with pytest.raises(CacheCorrupt, match=why):
+            decode_strings(broken, 2 if broken[:1] != b"\xff" else 2**31 - 1)
+
+
+def test_a_frame_that_lies_about_its_length_is_refused_before_it_is_unpacked() -> None:
+    layout = Layout(**LAYOUT | {"shape": (8, 400)}, compressed=True)
+    values = (np.arange(3200, dtype=np.uint16) // 100).reshape(8, 400)
+    frame = bytes(encode_chunk(layout, values))
+    out = np.zeros(values.nbytes, np.uint8)
+    decompress(layout, frame, out)
+    assert len(frame) < values.nbytes
+    assert np.array_equal(out.view(np.uint16).reshape(8, 400), values)
+    huge = frame[:4] + (2**31 - 1).to_bytes(4, "little") + frame[8:]
+    for broken in (huge, frame[:-1], frame + b"x", b""):
+        with pytest.raises(CacheCorrupt, match="is no frame of 6,400 bytes"):
+            decompress(layout, broken, out)
+    mangled = frame[:16] + bytes(b ^ 0xFF for b in frame[16:])
+    with pytest.raises(CacheCorrupt, match=r"cannot be decompressed|holds"):
+        decompress(layout, mangled, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"shape": (2**40, 2**30)}, "more than can be addressed"),
+        ({"shape": (2**40,), "chunk": 1}, "chunks, more than"),
+        ({"inner": 3}, "shards of 8 rows in parts of 3"),
+        ({"dtype": "string"}, "strings along 2 axes"),
+    ],
+)
+def test_impossible_layouts_are_refused(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        Layout(**(LAYOUT | change))
 
 
 def test_plain_zarr_reads_every_array_with_its_axes_named(make_cache: Make) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import submissions
+from eval import score_io, submissions
+from eval.cli import main
 from eval.composed_queries import ComposedQueries
 from eval.composed_table import ComposedScores
 from eval.errors import ScoreTableError, ScoreTableExists, ScoreTableNotFound
+from eval.matching import MatchingScores
 from eval.submissions import (
     Metric,
     read_circo,
@@ -46,7 +48,12 @@ def cirr(n=3, **meta) -> ComposedScores:
 def circo(n=3, **meta) -> ComposedScores:
     rng = np.random.default_rng(1)
     asked = ComposedQueries(
-        [str(i) for i in range(n)], NUMBERS[:n], (), "circo", "test", "unlabeled2017"
+        [str(i) for i in range(n)],
+        [NUMBERS[i % 60] for i in range(n)],
+        (),
+        "circo",
+        "test",
+        "unlabeled2017",
     )
     scores = rng.integers(0, 5, size=(n, 60)).astype(np.float32)
     return ComposedScores(scores, NUMBERS, asked, "cosine", meta)
@@ -346,3 +353,37 @@ def test_files_of_cirr_test1_have_its_keys_and_stay_below_the_limit(tmp_path):
     lists = read_cirr(recall, asked, gallery, metric="recall")
     few = read_cirr(subset, asked, gallery, metric="recall_subset")
     assert (len(lists), len(few)) == (4148, 4148)
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command_writes_what_the_functions_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of queries as many as the servers want, so that nothing is left unchecked."""
+    sizes = {"cirr": 4148, "circo": 800}
+    score_io.save(cirr(sizes["cirr"]), tmp_path / "cirr.zarr")
+    score_io.save(circo(sizes["circo"]), tmp_path / "circo.zarr")
+    out = tmp_path / "deep" / "sent"
+    assert main(["submit", str(tmp_path / "cirr.zarr"), "--out", str(out)]) == 0
+    assert main(["submit", str(tmp_path / "circo.zarr"), "--out", str(out)]) == 0
+    names = ["recall.json", "recall_subset.json", "circo.json"]
+    assert capsys.readouterr().out.splitlines() == [f"wrote {out / name}" for name in names]
+    submit_cirr(cirr(sizes["cirr"]), tmp_path / "r.json", tmp_path / "s.json")
+    submit_circo(circo(sizes["circo"]), tmp_path / "c.json")
+    for mine, theirs in zip(names, ("r.json", "s.json", "c.json"), strict=True):
+        assert (out / mine).read_bytes() == (tmp_path / theirs).read_bytes()
+
+
+def test_the_command_says_which_tables_have_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matching = MatchingScores(np.ones((2, 2, 2)), np.array(["a", "b"]), "cosine", "test")
+    score_io.save(matching, tmp_path / "m.zarr")
+    own = replace(cirr().queries, protocol="own", subset=(), targets=[[NAMES[1]]] * 3)
+    score_io.save(replace(cirr(), queries=own), tmp_path / "own.zarr")
+    for name, kind in (("m", "matching"), ("own", "own")):
+        assert main(["submit", str(tmp_path / f"{name}.zarr"), "--out", str(tmp_path / "out")]) == 1
+        assert f"is a table of {kind}; servers exist for cirr" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
