@@ -17,8 +17,8 @@
     metric = "best_hm"
     source = "…"
 
-The packaged ones are heads/ablations/<method>.toml, one method's parts, and <task>.toml, all heads of a task; a path
-names one of your own. `of_methods` makes one of a command line.
+The packaged ones are heads/ablations/<method>.toml, one method's parts, and heads/comparisons/<task>.toml, all methods
+of a task; they are read by name, and a path names one of your own. `of_methods` makes one of a command line.
 """
 
 import tomllib
@@ -132,32 +132,35 @@ class Plan:
     left_out: list[str]
 
 
-def names() -> list[str]:
-    """Packaged ablations, sorted."""
-    folder = files("heads") / "ablations"
-    return sorted(
-        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
-    )
+FOLDERS = ("ablations", "comparisons")
+"""Of packaged files; no name occurs in both."""
+
+
+def names(folder: str = "ablations") -> list[str]:
+    """Packaged files of a folder, sorted."""
+    found = (files("heads") / folder).iterdir()
+    return sorted(p.name.removesuffix(".toml") for p in found if p.name.endswith(".toml"))
 
 
 def read(which: str) -> Ablation:
-    """A packaged ablation by its method's name, or a file by its path.
+    """A packaged file by its name, or one by its path.
 
     Raises:
-        ConfigError: no such ablation, unreadable TOML, an unknown key, labels that occur twice, an ordering of rows
+        ConfigError: no such plan, unreadable TOML, an unknown key, labels that occur twice, an ordering of rows
             that are not there or in a metric that nothing asked has.
         FileNotFoundError: a path at which there is no file.
     """
     if which.endswith(".toml"):
         place, text = which, Path(which).read_bytes()
-    elif which in names():
-        place = f"{which}.toml"
-        text = (files("heads") / "ablations" / place).read_bytes()
     else:
-        raise ConfigError(
-            f"no ablation {which!r}{nearest(which, names())}; packaged are {', '.join(names())}, and a path that ends "
-            "in .toml names one of your own"
-        )
+        packaged = {name: folder for folder in FOLDERS for name in names(folder)}
+        if which not in packaged:
+            raise ConfigError(
+                f"no plan {which!r}{nearest(which, packaged)}; packaged are {', '.join(packaged)}, and a path that "
+                "ends in .toml names one of your own"
+            )
+        place = f"{which}.toml"
+        text = (files("heads") / packaged[which] / place).read_bytes()
     try:
         found = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

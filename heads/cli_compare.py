@@ -56,7 +56,7 @@ def add_verb(verbs: Verbs) -> None:
         "--ablate",
         metavar="FILE",
         help="a .toml that lists the rows (form: heads/ablation.py), or the name of a packaged one: a method for its "
-        "ablation, a task for all its heads",
+        "ablation, a task for all its methods",
     )
     compare.add_argument(
         "--task",

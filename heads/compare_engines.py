@@ -3,6 +3,7 @@
 A pass is trained in one process with one thread, wherever that is, so who does it changes no result.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from heads.errors import ConfigError, HeadError
+from heads.source import share_memory
 
 Pass = Sequence[Any]
 """Jobs of `heads.compare`, as another process understands them."""
@@ -79,7 +81,7 @@ class Processes:
         devices: Queue[str] = context.Queue()
         for device in self.devices:
             devices.put(device)
-        given = (devices if self.devices else None,)
+        given = (devices if self.devices else None, min(width, len(passes)))
         pool = ProcessPoolExecutor(width, mp_context=context, initializer=_begin, initargs=given)
         with pool:
             running = {pool.submit(_on_mine, work, jobs): jobs for jobs in passes}
@@ -119,10 +121,11 @@ def _same_threads() -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _begin(devices: "Queue[str] | None") -> None:
-    """Of a worker: take a device, and let Ctrl-C end the step in hand instead of the process."""
+def _begin(devices: "Queue[str] | None", beside: int) -> None:
+    """Of a worker: take a device and a part of the memory, and let Ctrl-C end the step instead of the process."""
     global _device
     _device = None if devices is None else devices.get()
+    share_memory(beside)
     signal.signal(signal.SIGINT, _stop)
 
 
@@ -170,7 +173,9 @@ class Ray:
                 "max_retries": LIVES,
             }
             task: Any = ray.remote(**options)(_there)
-            running = {task.remote(work, jobs, here_now): jobs for jobs in passes}
+            slots = gpus or int(has.get("CPU", 1))
+            beside = min(len(passes), math.ceil(slots / len(ray.nodes())))
+            running = {task.remote(work, jobs, here_now, beside): jobs for jobs in passes}
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 yield running.pop(done), ray.get(done)
@@ -186,7 +191,8 @@ class Ray:
                 ray.shutdown()
 
 
-def _there(work: Work, jobs: Pass, folder: Path) -> dict[Path, str]:
+def _there(work: Work, jobs: Pass, folder: Path, beside: int) -> dict[Path, str]:
     """Of a cluster's task: paths in settings are told from where the comparison was started."""
     os.chdir(folder)
+    share_memory(beside)
     return work(jobs, None)

@@ -41,11 +41,20 @@ ROWS = {"crop": "image", "segment": "text"}
 Side = Literal["image", "text"]
 
 
+_beside = 1
+
+
+def share_memory(processes: int) -> None:
+    """Say that so many processes of this machine train beside each other, this one among them, each by itself."""
+    global _beside
+    _beside = processes
+
+
 def quarter_of_free_memory() -> int:
     """A quarter of the memory the system calls available, in bytes; 1 GiB where it does not say.
 
-    Of several processes that train together each has its part, and all have the same: where rows are held decides
-    their order.
+    Of several processes that train together, or beside each other (`share_memory`), each has its part. Those that train
+    together have the same: where rows are held decides their order.
     """
     try:
         with open("/proc/meminfo") as lines:
@@ -53,7 +62,7 @@ def quarter_of_free_memory() -> int:
         found = int(sizes["MemAvailable"].split()[0]) * 1024 // 4
     except (OSError, KeyError, ValueError):
         found = 1 << 30
-    return ranks.least(found // ranks.n_ranks())
+    return ranks.least(found // ranks.n_ranks() // _beside)
 
 
 def check_streams(cache: FeatureCache, needs: Needs, who: str) -> None:

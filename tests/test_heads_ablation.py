@@ -89,16 +89,16 @@ CASES = [
 ]
 
 
-def test_seven_methods_have_an_ablation_and_the_czsl_task_a_table() -> None:
-    assert names() == [
-        *("branch_blocks", "csp", "czsl", "eva", "mota", "simfp", "tf_local", "trident"),
-    ]
+def test_seven_methods_have_an_ablation_and_each_task_a_comparison() -> None:
+    assert names() == ["branch_blocks", "csp", "eva", "mota", "simfp", "tf_local", "trident"]
+    assert names("comparisons") == ["composed", "czsl", "czsl_heads", "two_by_two"]
+    assert not set(names()) & set(names("comparisons")), "a name means one file"
 
 
 @pytest.mark.parametrize("name", names())
 def test_a_packaged_ablation_is_for_its_method_and_says_how_to_run_it(name: str) -> None:
     ablation = read(name)
-    assert ablation.method == name or name == ablation.task
+    assert ablation.method == name
     text = (Path(__file__).parent.parent / "heads/ablations" / f"{name}.toml").read_text()
     header = text[: text.index("\n\n")]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -263,7 +263,7 @@ def test_a_field_that_no_method_has_is_named_with_its_row(
 
 
 def test_an_unknown_ablation_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no ablation 'tridnet'; did you mean 'trident'\?.*csp"):
+    with pytest.raises(ConfigError, match=r"no plan 'tridnet'; did you mean 'trident'\?.*csp"):
         read("tridnet")
     with pytest.raises(FileNotFoundError):
         read("nowhere.toml")

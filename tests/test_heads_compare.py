@@ -19,10 +19,11 @@ import pytest
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
 from eval import score_io
 from heads import compare as comparing
+from heads import source
 from heads.cli import main
 from heads.compare import Entry, Question, compare
 from heads.compare_engines import Processes, Ray
-from heads.errors import HeadError, RunExists
+from heads.errors import ConfigError, HeadError, RunExists
 from heads.run_files import read_run
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +174,40 @@ def test_a_ray_cluster_gives_what_one_process_gives(
     assert all(np.array_equal(one[name], ray[name]) for name in one)
 
 
+@pytest.mark.slow
+def test_a_cluster_works_in_the_folder_of_the_command_and_its_errors_are_those_of_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def where(jobs: Any, device: str | None = None) -> dict[Path, str]:
+        del device
+        if jobs == ["wrong"]:
+            raise ConfigError("said as it is")
+        free = source.quarter_of_free_memory()
+        source.share_memory(1)
+        return {Path.cwd(): str(source.quarter_of_free_memory() / free)}
+
+    monkeypatch.chdir(tmp_path)
+    for _, found in Ray().run(where, [[1], [2]]):
+        assert list(found) == [tmp_path]
+        (ratio,) = found.values()
+        assert float(ratio) == pytest.approx(min(2, os.cpu_count() or 1), rel=0.3)
+    with pytest.raises(ConfigError, match=r"^said as it is$"):
+        list(Ray().run(where, [["wrong"]]))
+
+
+def _share(jobs: Any, device: str | None = None) -> dict[Path, str]:
+    del jobs, device
+    mine = source.quarter_of_free_memory()
+    source.share_memory(1)
+    return {Path("ratio"): str(source.quarter_of_free_memory() / mine)}
+
+
+def test_workers_share_the_memory_and_one_pass_has_all_of_it() -> None:
+    for passes, share in (([[1], [2]], 2), ([[1]], 1)):
+        ((_, found), *_) = Processes(3).run(_share, passes)
+        assert float(found[Path("ratio")]) == pytest.approx(share, rel=0.3)
+
+
 def test_caches_of_other_samples_are_compared_on_what_they_share_if_asked(
     caches: dict[str, Path], fast_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,7 +354,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
         ),
         (["--caches", "A", "--methods", "no_such"], "no_such"),
         (["--caches", "A", "--methods", "csp", "--config", "tf_local=x.toml"], "x.toml"),
-        (["--caches", "A", "--plan", "no_such"], "no ablation 'no_such'"),
+        (["--caches", "A", "--plan", "no_such"], "no plan 'no_such'"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(
