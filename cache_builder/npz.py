@@ -3,8 +3,9 @@
     image/id  image/split  image/attr …      strings, one an image          image/pooled   (n, D)
     image/patches + image/offsets            where rows differ in length    text/tokens    (total, V) + text/offsets
 
-Arrays are written a block at a time, uncompressed, so that memory does not grow with the cache, and numpy reads one
-without the others. Numbers are what `FeatureCache.read` gives: float16 and float32 as stored, all else as float32.
+Arrays are written a block at a time, so that memory does not grow with the cache, and numpy reads one without the
+others. Numbers are what `FeatureCache.read` gives, float16 and float32 as stored, all else as float32, and are not
+compressed; strings are, as numpy has all of an array as long as the longest.
 """
 
 import io
@@ -125,7 +126,8 @@ def _write_strings(members: zipfile.ZipFile, name: str, strings: list[str]) -> N
     check_strings(name, strings, ".npz")
     dtype = np.dtype(f"<U{max(map(len, strings), default=1) or 1}")
     blocks = (strings[i : i + STRINGS] for i in range(0, len(strings), STRINGS))
-    _write(members, name, (len(strings),), dtype, (np.array(b, dtype) for b in blocks))
+    arrays = (np.array(block, dtype) for block in blocks)
+    _write(members, name, (len(strings),), dtype, arrays, packed=zipfile.ZIP_DEFLATED)
 
 
 def _write(
@@ -135,13 +137,16 @@ def _write(
     dtype: np.dtype[Any],
     blocks: Iterable[NDArray[Any]],
     tell: Callable[[int], object] = int,
+    packed: int = zipfile.ZIP_STORED,
 ) -> None:
-    """One array as a member of the archive, as `np.savez` writes it."""
+    """One array as a member of the archive, as `np.savez` writes it, or `np.savez_compressed`."""
     header = io.BytesIO()
     dtype = dtype.newbyteorder("<")
     said = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, said)
-    with members.open(zipfile.ZipInfo(f"{name}.npy", ANCIENT), "w", force_zip64=True) as out:
+    member = zipfile.ZipInfo(f"{name}.npy", ANCIENT)
+    member.compress_type = packed
+    with members.open(member, "w", force_zip64=True) as out:
         out.write(header.getvalue())
         for block in blocks:
             data = np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data

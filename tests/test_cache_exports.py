@@ -171,6 +171,16 @@ def test_an_export_does_not_depend_on_how_it_is_cut(
     assert export_npz(cache, fast_path / "cut.npz").read_bytes() == whole
 
 
+def test_one_long_text_among_short_ones_costs_little(make_cache: Make, fast_path: Path) -> None:
+    texts = ["a", "b" * 50_000, *(f"c{i}" for i in range(98))]
+    cache = make_cache(dataset=dataset(texts=texts))
+    file = export_npz(cache, fast_path / "c.npz")
+    with np.load(file) as held:
+        assert held["text/string"].tolist() == texts
+        assert held["text/string"].nbytes == 4 * 50_000 * 100
+    assert file.stat().st_size < 1_000_000
+
+
 @pytest.mark.parametrize("storage", ["fp16", "bf16", "int8-channel"])
 def test_an_npz_comes_back_by_the_mapping_of_the_documents(
     storage: str, make_cache: Make, fast_path: Path

@@ -155,7 +155,7 @@ def test_strings_of_another_count_or_length_are_refused() -> None:
 
 
 def test_a_frame_that_lies_about_its_length_is_refused_before_it_is_unpacked() -> None:
-    layout = Layout(**LAYOUT | {"shape": (8, 400)}, compressed=True)
+    layout = Layout(**{**LAYOUT, "shape": (8, 400), "compressed": True})
     values = (np.arange(3200, dtype=np.uint16) // 100).reshape(8, 400)
     frame = bytes(encode_chunk(layout, values))
     out = np.zeros(values.nbytes, np.uint8)
