@@ -195,6 +195,13 @@ def test_a_cluster_works_in_the_folder_of_the_command_and_its_errors_are_those_o
         list(Ray().run(where, [["wrong"]]))
 
 
+def test_nothing_to_compare_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
+    opened = {"clip": FeatureCache.open(caches["clip"], check="read")}
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare(opened, (), (0,), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def _share(jobs: Any, device: str | None = None) -> dict[Path, str]:
     del jobs, device
     mine = source.quarter_of_free_memory()

@@ -150,3 +150,78 @@ def test_shared_texts_must_say_the_same(
     other = made(replace(dataset, texts=texts), fast_path / "c.zarr")
     with pytest.raises(ConfigError, match=r"the text .* 'something else' in the other"):
         _ = Shared({"whole": whole, "other": other}).tasks
+
+
+def cut(dataset: Dataset, folder: Path, **tasks: Any) -> FeatureCache:
+    """The same pictures and texts, of which other things are asked."""
+    return made(replace(dataset, tasks=replace(dataset.tasks, **tasks)), folder)
+
+
+def test_galleries_are_what_all_list_whoever_is_named_first(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    full = dataset.tasks.galleries["test"]
+    needed = {
+        i for e in dataset.tasks.composed if e.split == "test" for i in (e.reference, *e.targets)
+    }
+    spare = [i for i in full.images if i not in needed][:4]
+    smaller = {
+        name: {**dataset.tasks.galleries, "test": replace(full, images=kept)}
+        for name, kept in {
+            "a": tuple(i for i in full.images if i not in spare[:3]),
+            "b": tuple(i for i in full.images if i not in spare[2:]),
+        }.items()
+    }
+    caches = {n: cut(dataset, fast_path / f"{n}.zarr", galleries=g) for n, g in smaller.items()}
+    want = tuple(i for i in full.images if i not in spare)
+    for names in (("a", "b", "whole"), ("whole", "b", "a"), ("b", "whole", "a")):
+        everyone = {n: caches.get(n, whole) for n in names}
+        shared = Shared(everyone).tasks
+        assert shared.galleries["test"].images == want
+        assert shared.composed == dataset.tasks.composed
+    other = {**dataset.tasks.galleries, "test": replace(full, with_reference=True)}
+    ruled = cut(dataset, fast_path / "ruled.zarr", galleries=other)
+    message = "place of the reference in gallery 'test' is False in one and True in the other"
+    with pytest.raises(ConfigError, match=message):
+        on_shared({"whole": whole, "ruled": ruled})
+
+
+def test_pairs_and_images_are_those_that_all_can_be_asked(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    """Another cache has lost a pair of the test split; its images are asked of none, and it is no candidate."""
+    task = dataset.tasks.czsl
+    assert task is not None
+    seen = set(task.pairs["train"])
+    lost = next(p for p in task.pairs["test"] if p not in seen)
+    pairs = {split: tuple(p for p in listed if p != lost) for split, listed in task.pairs.items()}
+    examples = tuple(e for e in task.examples if (e.attr, e.obj) != lost)
+    fewer = replace(task, pairs=pairs, examples=examples)
+    other = cut(dataset, fast_path / "fewer.zarr", czsl=fewer)
+    for names in ((whole, other), (other, whole)):
+        found = Shared(dict(zip("ab", names, strict=True))).tasks.czsl
+        assert found is not None
+        assert found.pairs == pairs
+        assert found.examples == examples
+
+
+def test_a_task_that_one_lacks_is_asked_of_none(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    other = cut(dataset, fast_path / "no-czsl.zarr", czsl=None)
+    with pytest.raises(ConfigError, match=r"\d+ czsl examples and 0"):
+        refuse_differences({"whole": whole, "other": other})
+    for cache in on_shared({"whole": whole, "other": other}).values():
+        assert cache.tasks.czsl is None
+        assert cache.tasks.two_by_two == dataset.tasks.two_by_two
+
+
+def test_long_texts_are_cut_short_in_a_message(
+    whole: FeatureCache, dataset: Dataset, fast_path: Path
+) -> None:
+    texts = (replace(dataset.texts[0], text="many words " * 400), *dataset.texts[1:])
+    other = made(replace(dataset, texts=texts), fast_path / "long.zarr")
+    with pytest.raises(ConfigError, match="different data") as caught:
+        on_shared({"whole": whole, "other": other})
+    assert "many words" in str(caught.value)
+    assert len(str(caught.value)) < 500
