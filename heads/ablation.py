@@ -37,8 +37,8 @@ from heads.base import Head
 from heads.compare import Entry, Question
 from heads.config import nearest, parse, read_settings
 from heads.errors import ConfigError, MissingStream
-from heads.sweep import Wanted, sound
 from heads.tasks import task_of
+from heads.wanted import Wanted, sound
 
 LEGEND = "In brackets: P paper, C its released code, T third-party notes, D deduced, O ours."
 """Of the packaged sources, for people."""

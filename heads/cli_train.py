@@ -98,10 +98,11 @@ def _train(args: argparse.Namespace) -> None:
     from heads.config import parse
     from heads.errors import ConfigError, HeadError
     from heads.run_files import Failed, Trained
-    from heads.sweep import Wanted, train_runs
+    from heads.sweep import train_runs
     from heads.sweep_grid import config_files, points
     from heads.tasks import KINDS, task_of
     from heads.train_config import TrainConfig
+    from heads.wanted import Wanted
 
     if not 0 <= args.save_every < float("inf"):
         raise ConfigError(

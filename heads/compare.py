@@ -31,8 +31,9 @@ from heads.errors import ConfigError, RunExists
 from heads.run_files import LOCK, RECORD, Trained
 from heads.runs import score_paths, score_run
 from heads.samples import refuse_differences, refuse_unusable
-from heads.sweep import Wanted, check_standing, train_runs
+from heads.sweep import check_standing, train_runs
 from heads.sweep_grid import trained_by
+from heads.wanted import Wanted
 
 THREADS = 1
 """Of each worker: small heads gain nothing from a second one, and the same count gives the same bits everywhere."""

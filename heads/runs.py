@@ -33,8 +33,9 @@ from heads.errors import (
 from heads.overlap import TrainOverlap, train_overlap
 from heads.run_files import Failed, Trained, read_run
 from heads.score import Direction, score, score_both, score_open, source_of
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
 from heads.tasks import CompositionData, RetrievalData, load_task
+from heads.wanted import Wanted
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
 

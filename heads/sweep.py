@@ -13,29 +13,18 @@ by side, under the limits of memory that they began under.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import or_
-from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
-
-import torch
-from pydantic import BaseModel
+from typing import Any
 
 from cache_builder import FeatureCache
-from heads import checkpoint, load_method, ranks, training_state
-from heads.base import Context, Head, Needs
-from heads.commands import train_command
-from heads.config import parse
+from heads import load_method, ranks, training_state
 from heads.costs import costs
-from heads.errors import ConfigError, HeadError
+from heads.errors import HeadError
 from heads.keeper import Keeper, Kept
-from heads.learner import FitResult, Learner, seed_everything
+from heads.learner import FitResult, Learner
 from heads.loader import Loader
-from heads.plans import Negatives, usual_negatives
 from heads.run_files import (
     RECORD,
     Failed,
@@ -48,143 +37,11 @@ from heads.run_files import (
     taken,
     write,
 )
-from heads.source import Source, check_roles, check_streams, context_of
-from heads.tasks import KINDS, TaskData, TripletData, load_task, rows_of, splits_of, task_of
+from heads.shared_rows import SharedRows, Splits, settled
+from heads.tasks import KINDS, task_of
 from heads.tensorboard import Events, open_for
 from heads.train import fit_together
-from heads.train_config import TrainConfig
-from heads.validation import selection, validator
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A run that is to be made; fields as the arguments of `heads.runs.train_run`.
-
-    `command` is the command line that makes it, where it is not `headstart train` alone.
-    """
-
-    method: str
-    out: Path
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    label: str | None = None
-    backbone: str | None = None
-    command: str = ""
-
-
-class Batches(NamedTuple):
-    """What runs must have in common to take the same batches; `learned` is what they are trained on."""
-
-    learned: str
-    batch_size: int
-    negatives: Negatives
-    order_seed: int
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sound:
-    """A request that was looked at, and is in order.
-
-    Attributes:
-        wanted: the request.
-        task: what it is trained for.
-        kind: the method's head.
-        head_config, train: its settings.
-        context: what its head is built from.
-
-    """
-
-    wanted: Wanted
-    task: str
-    kind: type[Head]
-    head_config: Any
-    train: TrainConfig
-    context: Context
-
-    @property
-    def learns(self) -> bool:
-        """Does it want a train split?"""
-        return self.kind.trained_by(self.head_config) != "none"
-
-    @property
-    def learned(self) -> str:
-        """The task whose train split it is trained on."""
-        return self.kind.learns_from(self.head_config) or self.task
-
-    @property
-    def needs(self) -> Needs:
-        """Streams it reads when it scores."""
-        return self.kind.needs(self.head_config)
-
-    @property
-    def training_needs(self) -> Needs:
-        """Streams of its batches."""
-        return self.kind.training_needs(self.head_config)
-
-    @property
-    def batches(self) -> Batches:
-        """What it must have in common with others to take the same batches."""
-        config = self.train
-        order = config.seed if config.order_seed is None else config.order_seed
-        device = str(config.torch_device())
-        return Batches(self.learned, config.batch_size, config.negatives, order, device)
-
-    def command(self, cache: FeatureCache) -> str:
-        """The command that makes this run by itself; empty where none can say its settings."""
-        wanted = self.wanted
-        configs = {"head": self.head_config, "train": self.train}
-        settings = {
-            name: _without_defaults(configs[name], values)
-            for name, values in wanted.settings.items()
-        }
-        return wanted.command or train_command(
-            wanted.method,
-            wanted.out.absolute(),
-            cache=cache.place.absolute(),
-            task=self.task,
-            settings=settings,
-            backbone=wanted.backbone,
-            threads=torch.get_num_threads(),
-        )
-
-    def build(self) -> Head:
-        """Its head, freshly drawn."""
-        seed_everything(self.train.seed)
-        return self.kind(self.head_config, self.context).to(self.train.torch_device())
-
-
-def _without_defaults(config: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings less those None that say what is so anyway, since no command line has a word for None."""
-    fields = type(config).model_fields
-    return {
-        key: value
-        for key, value in values.items()
-        if value is not None or fields[key].get_default(call_default_factory=True) is not None
-    }
-
-
-def sound(cache: FeatureCache, wanted: Wanted, task: str) -> Sound:
-    """Look at a request: its method, its settings, the streams it wants.
-
-    Raises:
-        ConfigError, MissingStream, CheckpointMismatch: what is wrong with it.
-    """
-    method, module = wanted.method, load_method(wanted.method)
-    head = module.Head
-    head_config = parse(module.Config, wanted.settings.get("head", {}), "head")
-    train = parse(TrainConfig, wanted.settings.get("train", {}), "train")
-    if task not in head.tasks:
-        raise ConfigError(f"{method} works on {', '.join(sorted(head.tasks))}, not on {task}")
-    needs = head.needs(head_config)
-    if head.trained_by(head_config) != "none":
-        check_streams(cache, head.training_needs(head_config), method)
-    if task in cache.tasks.kinds:
-        check_roles(needs, task, method)
-        check_streams(cache, needs, method)
-    if wanted.backbone is not None:
-        checkpoint.refuse_unused(bool(needs.live), method)
-    context = head.prepare(head_config, context_of(cache, wanted.backbone), cache)
-    return Sound(wanted, task, head, head_config, train, context)
+from heads.wanted import Batches, Sound, Wanted, sound
 
 
 def train_runs(
@@ -223,8 +80,8 @@ def train_runs(
         check_places([w.out for w in wanted if w.out not in finished], resume=resume)
     among = frozenset(KINDS).intersection(*(load_method(w.method).Head.tasks for w in wanted))
     task = task_of(cache, task, among)
-    data = _Data(cache, task)
-    runs = [_settled(sound(cache, w, task), data) for w in wanted]
+    data = Splits(cache, task)
+    runs = [settled(sound(cache, w, task), data) for w in wanted]
     done: dict[int, Trained | Failed] = {}
     for i, run in enumerate(runs):
         if run.wanted.out in finished:
@@ -233,7 +90,7 @@ def train_runs(
                 done[i] = read_trained(run.wanted.out, _belongs(run, cache), device, backbone)
             else:
                 done[i] = Trained(run.wanted.out, run.build(), FitResult())
-    sources = _Sources(runs, data)
+    sources = SharedRows(runs, data)
     learners = {
         i: Learner(run.build(), run.train, sources.validation(run))
         for i, run in enumerate(runs)
@@ -288,26 +145,31 @@ def train_runs(
                     continue
                 if i in events:
                     events[i].end(result.history)
-                splits = {"train": data.train(run), "val": data.held_out(run)}
                 facts = {
-                    **({"label": run.wanted.label} if run.wanted.label else {}),
-                    "task": task,
-                    **({"learned": run.learned} if run.learned != task else {}),
-                    "asked": run.wanted.settings,
-                    **({"command": line} if (line := run.command(cache)) else {}),
-                    "costs": costs(cache, run.needs | run.training_needs),
-                    "examples": {name: _n(split) for name, split in splits.items()},
-                    "dropped": {
-                        name: _n(split and split.dropped) for name, split in splits.items()
-                    },
-                    **data.filtered(run),
-                    "selected_on": data.selected_on(run),
+                    **_facts(run, cache, data),
                     "beside": len(groups[common]) - 1,
                     "processes": ranks.n_ranks(),
                     "held": sources.places(run),
                 }
                 done[i] = write(out, learner.head, run.train, result, cache, facts)
     return [done[i] for i in range(len(runs))]
+
+
+def _facts(run: Sound, cache: FeatureCache, data: Splits) -> dict[str, Any]:
+    """What a run's record says of what was asked and of the examples there were."""
+    splits = {"train": data.train(run), "val": data.held_out(run)}
+    return {
+        **({"label": run.wanted.label} if run.wanted.label else {}),
+        "task": run.task,
+        **({"learned": run.learned} if run.learned != run.task else {}),
+        "asked": run.wanted.settings,
+        **({"command": line} if (line := run.command(cache)) else {}),
+        "costs": costs(cache, run.needs | run.training_needs),
+        "examples": {name: _n(split) for name, split in splits.items()},
+        "dropped": {name: _n(split and split.dropped) for name, split in splits.items()},
+        **data.filtered(run),
+        "selected_on": data.selected_on(run),
+    }
 
 
 def _abreast(
@@ -352,133 +214,10 @@ def check_standing(cache: FeatureCache, wanted: Sequence[Wanted], task: str) -> 
     Raises:
         RunExists, ConfigError, MissingStream, CheckpointMismatch: see their messages.
     """
-    data = _Data(cache, task)
+    data = Splits(cache, task)
     for w in wanted:
         if (w.out / RECORD).exists():
-            check_finished(w.out, _belongs(_settled(sound(cache, w, task), data), cache))
-
-
-class _Data:
-    """The splits that runs are trained and validated on, each joined with its rows once."""
-
-    def __init__(self, cache: FeatureCache, task: str) -> None:
-        self.cache, self.task = cache, task
-        self.loaded: dict[tuple[str, str], TaskData] = {}
-
-    def train(self, run: Sound) -> TaskData | None:
-        """What a run is trained on; None for a head without training."""
-        return self._load(run.learned, "train") if run.learns else None
-
-    def held_out(self, run: Sound) -> TaskData | None:
-        """What a run is validated on: its task's val split, or else that of its triplets, if there is one."""
-        for kind in dict.fromkeys((self.task, *({run.learned} & {"triplets"}))):
-            if "val" in splits_of(self.cache, kind):
-                return self._load(kind, "val")
-        return None
-
-    def filtered(self, run: Sound) -> dict[str, Any]:
-        """How many train examples were left out as not worth training on, by reason; nothing where none can be."""
-        train = self.train(run)
-        return {"filtered": train.filtered} if isinstance(train, TripletData) else {}
-
-    def selected_on(self, run: Sound) -> str | None:
-        """What chose a run's weights, in words."""
-        held_out = self.held_out(run)
-        if held_out is None or not run.learns:
-            return None
-        of = "" if held_out.kind == self.task else f" of {held_out.kind}"
-        return f"val {run.train.select}{of}"
-
-    def _load(self, kind: str, split: str) -> TaskData:
-        if (kind, split) not in self.loaded:
-            self.loaded[kind, split] = load_task(self.cache, kind, split, allow_missing=True)
-        return self.loaded[kind, split]
-
-
-class _Sources:
-    """The rows of both splits, held once, and what each run sees of them."""
-
-    def __init__(self, runs: Sequence[Sound], data: _Data) -> None:
-        self.data, self.runs = data, runs
-        self.sources: dict[tuple[str, str, str], Source] = {}
-
-    def _source(self, data: TaskData, device: str, room: Mapping[str, int] | None = None) -> Source:
-        """Rows of a split on a device, with the streams of all runs there that use it; held under limits, if given."""
-        key = (data.kind, data.split, device)
-        if key not in self.sources:
-            runs = [run for run in self.runs if run.batches.device == device]
-            uses = [_read(run, data) for run in runs if any(mine is data for mine in self._of(run))]
-            images, texts = rows_of(data)
-            limits = {
-                "ram_limit": None if room is None else room["memory"],
-                "device_limit": None if room is None else room["device"],
-            }
-            self.sources[key] = Source(
-                data.cache, reduce(or_, uses), images, texts, device=device, **limits
-            )
-        return self.sources[key]
-
-    def _of(self, run: Sound) -> tuple[TaskData | None, ...]:
-        return self.data.train(run), self.data.held_out(run)
-
-    def loader(
-        self, common: Batches, runs: Sequence[Sound], room: Mapping[str, int] | None = None
-    ) -> Loader | None:
-        """Batches for a group of runs; None where nothing is trained. With `room`, under limits that once were."""
-        learning = [run for run in runs if run.learns]
-        data = self.data.train(learning[0]) if learning else None
-        if data is None:
-            return None
-        needs = reduce(or_, (run.training_needs for run in learning))
-        return Loader(
-            data,
-            needs,
-            batch_size=common.batch_size,
-            seed=common.order_seed,
-            negatives=common.negatives,
-            ram_limit=None if room is None else room["pools"],
-            device=common.device,
-            source=self._source(data, common.device, room).only(needs),
-        )
-
-    def places(self, run: Sound) -> dict[str, list[str]]:
-        """Where the rows of a run's train split are held; others may share them."""
-        data = self.data.train(run)
-        if data is None:
-            return {}
-        source = self._source(data, run.batches.device).only(run.training_needs)
-        everywhere = {*source.queries, *source.candidates}
-        elsewhere = {*source.on_device, *source.on_disk}
-        return {
-            "device": sorted(source.on_device),
-            "memory": sorted(everywhere - elsewhere),
-            "disk": sorted(source.on_disk),
-        }
-
-    def validation(self, run: Sound) -> Callable[[Head], dict[str, float]] | None:
-        """`validate` of a run, if there is a val split."""
-        data = self.data.held_out(run)
-        if data is None:
-            return None
-        source = self._source(data, run.batches.device)
-        return validator(data, source.only(_read(run, data)))
-
-
-def _read(run: Sound, data: TaskData) -> Needs:
-    """Streams that a run reads of a split: those of its batches where it is what it learns from."""
-    return run.training_needs if data.kind == run.learned else run.needs
-
-
-def _settled(run: Sound, data: _Data) -> Sound:
-    """Replace "auto" and None by what they mean for these data, so that the record says what was done."""
-    negatives, select = run.train.negatives, run.train.select
-    train, held_out = data.train(run), data.held_out(run)
-    if negatives == "auto":
-        negatives = "none" if train is None else usual_negatives(train)
-    if select is None and held_out is not None:
-        select = selection(held_out)
-    settled = run.train.model_copy(update={"negatives": negatives, "select": select})
-    return replace(run, train=settled)
+            check_finished(w.out, _belongs(settled(sound(cache, w, task), data), cache))
 
 
 def _n(some: Sized | None) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -31,12 +32,22 @@ settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
-def fast_folder() -> Iterator[Path]:
+def memory() -> Iterator[Path]:
     """A folder in memory where there is one: building a small cache is all fsync, which a disk takes a second for."""
-    memory = Path("/dev/shm")
-    usable = memory.is_dir() and os.access(memory, os.W_OK)
-    with tempfile.TemporaryDirectory(dir=memory if usable else None) as made:
+    shared = Path("/dev/shm")
+    usable = shared.is_dir() and os.access(shared, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=shared if usable else None) as made:
         yield Path(made)
+
+
+@pytest.fixture(scope="module")
+def fast_folder(memory: Path) -> Iterator[Path]:
+    """A folder of a module's own; a new one where a worker comes back to the module and makes its fixtures again."""
+    made = Path(tempfile.mkdtemp(dir=memory))
+    yield made
+    shutil.rmtree(
+        made, ignore_errors=True
+    )  # what a test made unreadable goes with the folder above
 
 
 @pytest.fixture
@@ -64,9 +75,9 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Context]:
 
 
 @pytest.fixture(scope="session")
-def live_cache(fast_folder: Path) -> Callable[[str], FeatureCache]:
+def live_cache(memory: Path) -> Callable[[str], FeatureCache]:
     """The cache of `drawn()` under a family's miniature, built when first asked for."""
-    return functools.cache(lambda family: make_live(fast_folder / "drawn", family))
+    return functools.cache(lambda family: make_live(memory / "drawn", family))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

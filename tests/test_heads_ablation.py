@@ -18,8 +18,10 @@ from heads.cli import main
 from heads.compare import Entry
 from heads.config import parse
 from heads.errors import ConfigError, TaskError
-from heads.sweep import Trained, Wanted, train_runs
+from heads.run_files import Trained
+from heads.sweep import train_runs
 from heads.train_config import TrainConfig
+from heads.wanted import Wanted
 
 MINE = """
 method = "tf_local"

@@ -11,7 +11,8 @@ from cache_builder.build_log import sessions
 from heads.ablation import plan, read
 from heads.cli import main
 from heads.run_files import Trained
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
+from heads.wanted import Wanted
 
 FOLDER = Path(__file__).parent.parent / "heads" / "comparisons"
 PLANS = sorted(FOLDER.glob("*.toml"))

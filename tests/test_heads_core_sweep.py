@@ -20,7 +20,8 @@ from heads.errors import ConfigError, RunExists, TrainingDiverged
 from heads.loader import Loader
 from heads.run_files import Failed, Trained, read_run, taken
 from heads.runs import train_run
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
+from heads.wanted import Wanted
 
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "ffn": 12, "dropout": 0.3}
 TRAIN = {"epochs": 2, "batch_size": 6, "lr": 1e-2, "device": "cpu"}

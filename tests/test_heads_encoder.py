@@ -14,7 +14,8 @@ from heads.ablation import plan, read
 from heads.cli import main
 from heads.run_files import Trained
 from heads.runs import score_run, train_run
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
+from heads.wanted import Wanted
 
 SMALL = {"rank": 2, "n_experts": 3}
 TRAIN = {"steps": 2, "batch_size": 8}

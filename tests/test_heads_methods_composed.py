@@ -30,9 +30,10 @@ from heads.miniature import small_batch, small_features
 from heads.run_files import Trained
 from heads.score import score
 from heads.strings import STREAM, pack, unpack
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
 from heads.tasks import ComposedData, load_task
 from heads.testing import check_head
+from heads.wanted import Wanted
 
 FAMILIES = ("clip", "siglip2", "pe")
 INVERSION: list[dict[str, Any]] = [

@@ -31,10 +31,11 @@ from heads.learner import Learner, seed_everything
 from heads.loader import Loader
 from heads.run_files import Trained
 from heads.source import context_of
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
 from heads.tasks import load_task
 from heads.train import fit_together
 from heads.train_config import TrainConfig
+from heads.wanted import Wanted
 
 ROOT = Path(__file__).parent.parent
 SEED, POINTS, MOMENTS = 5, 7, 2

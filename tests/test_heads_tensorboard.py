@@ -20,8 +20,9 @@ from heads import training_state
 from heads.cli import main
 from heads.errors import RunExists, TrainingDiverged
 from heads.run_files import Failed, Trained, taken
-from heads.sweep import Wanted, train_runs
+from heads.sweep import train_runs
 from heads.tensorboard import FOLDER, Events, scalars
+from heads.wanted import Wanted
 
 Read = dict[str, list[tuple[int, float]]]
 

@@ -25,8 +25,10 @@ from safetensors.torch import load_file
 
 from cache_builder import FeatureCache
 from heads import loader, source
+from heads.run_files import Trained
 from heads.runs import train_run
-from heads.sweep import Trained, Wanted, train_runs
+from heads.sweep import train_runs
+from heads.wanted import Wanted
 
 SCORER = {"dim": 64, "heads": 4, "ffn": 128, "n_sampled": 2}
 HEADS: dict[str, dict[str, Any]] = {
