@@ -485,6 +485,31 @@ def test_what_was_interrupted_goes_on_to_the_same_bits_on_another_device(
     assert all(np.array_equal(whole[name], again[name]) for name in whole)
 
 
+def test_ctrl_c_between_two_scorings_keeps_what_is_scored(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = {"clip": FeatureCache.open(caches["clip"], check="read")}
+    stop, score = Event(), comparing._score
+
+    def once(*given: Any) -> None:
+        score(*given)
+        stop.set()
+
+    monkeypatch.setattr(comparing, "STOP", stop)
+    monkeypatch.setattr(comparing, "_score", once)
+    with pytest.raises(KeyboardInterrupt):
+        compare(opened, ENTRIES, (0,), tmp_path / "out", engine=Here())
+    monkeypatch.undo()
+    (first,) = (tmp_path / "out").rglob("scores-test.zarr")
+    before = {p: p.stat().st_mtime_ns for p in first.rglob("*")}
+    assert not compare(opened, ENTRIES, (0,), tmp_path / "out", engine=Here()).failures
+    assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == before
+    compare(opened, ENTRIES, (0,), tmp_path / "whole", engine=Here())
+    whole, again = tables(tmp_path / "whole"), tables(tmp_path / "out")
+    assert whole.keys() == again.keys()
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+
 def test_one_comparison_at_a_time_works_in_a_place(caches: dict[str, Path], tmp_path: Path) -> None:
     opened = {"clip": FeatureCache.open(caches["clip"], check="read")}
     inner: list[str] = []

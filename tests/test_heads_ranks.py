@@ -12,12 +12,14 @@ import pytest
 import torch
 from drawn import drawn
 from safetensors.torch import load_file
+from test_heads_tensorboard import history, read
 from torch import Tensor
 
 from cache_builder import FeatureCache, build
 from cache_builder.plugins import find
 from heads import ranks
 from heads.cli import main
+from heads.tensorboard import FOLDER
 
 RECIPE = ["--set", "train.epochs=2", "--set", "train.warmup_steps=0", "--set", "train.lr=1e-3"]
 CZSL = ["--task", "czsl", "--set", "train.batch_size=7", "--set", "head.chunk=4"]
@@ -83,8 +85,10 @@ def test_two_processes_end_in_the_weights_of_one(
     arguments = [*KINDS[kind], *RECIPE, "--cache", str(cache.place)]
     assert main(["train", *arguments, "--out", str(fast_path / "one")]) == 0
     capsys.readouterr()
-    said = finished(launched([*arguments, "--out", str(fast_path / "two")]))
+    said = finished(launched([*arguments, "--tensorboard", "--out", str(fast_path / "two")]))
     assert said.count("wrote") == 1  # one of them speaks
+    assert len(list((fast_path / "two" / FOLDER).iterdir())) == 1  # and tells TensorBoard
+    assert read(fast_path / "two") == history(fast_path / "two")
     one, two = (_history(fast_path / name) for name in ("one", "two"))
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=1e-5, rel=1e-5)
     mine, theirs = (load_file(fast_path / n / "model.safetensors") for n in ("one", "two"))
@@ -92,9 +96,8 @@ def test_two_processes_end_in_the_weights_of_one(
         assert torch.allclose(theirs[name].float(), value.float(), rtol=1e-4, atol=1e-4), name
     record = json.loads((fast_path / "two" / "run.json").read_text())
     assert record["processes"] == 2
-    assert sorted(p.name for p in (fast_path / "two").iterdir()) == sorted(
-        p.name for p in (fast_path / "one").iterdir()
-    )
+    names = {n: {p.name for p in (fast_path / n).iterdir()} for n in ("one", "two")}
+    assert names["two"] - {FOLDER} == names["one"]
 
 
 def test_an_interrupted_training_of_two_goes_on(
