@@ -47,6 +47,9 @@ SHOWN = 24
 TEXTS = 12
 """Texts that a search shows."""
 
+PICTURES = "/picture"
+"""Address of all pictures."""
+
 CSS = (Path(__file__).parent / "browse_page.css").read_text(encoding="utf-8")
 
 
@@ -59,18 +62,16 @@ class Browsed:
         spaces: the backbones.
         pictures: pixels, where they can be had.
         k: neighbours shown.
-        home: of picture addresses; a word that other pages cannot guess.
     """
 
     samples: Samples
     spaces: Sequence[Space]
     pictures: Pictures
     k: int
-    home: str
 
     def address(self, image: int, pixels: int = SMALL) -> str:
         """Of the picture of an image, whose longer side has so many pixels."""
-        return f"{self.home}/{pixels}/{image}"
+        return f"{PICTURES}/{pixels}/{image}"
 
 
 class Page:

@@ -1,22 +1,26 @@
-"""The server behind `headstart browse`: this machine's loopback address only, for pages of its own only.
+"""The server behind `headstart browse`: this machine's loopback address only, for who started it only.
 
-A web page of somebody else that runs in the same browser can also reach 127.0.0.1, so a request must name this machine
-as its host and, where it says so, come from a page that was served here; pictures lie under a word drawn anew each
-time. The browser is told to ask nobody else for anything.
+Everybody who is logged in on this machine can reach 127.0.0.1, so the address that is printed holds a key, drawn anew
+each time, which the browser gets as a cookie. A web page of somebody else in the same browser can reach it too, so a
+request must name this machine as its host and, where it says so, come from a page that was served here. The browser is
+told to ask nobody else for anything.
 """
 
 import secrets
 import socket
 from collections.abc import Sequence
+from http.cookies import CookieError, SimpleCookie
 from typing import Any
+from urllib.parse import parse_qs
 
 import uvicorn
 from fastapi import FastAPI, Response
+from fastapi.responses import RedirectResponse
 from nicegui import ui
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cache_builder.browse import Space
-from cache_builder.browse_page import Browsed, Page
+from cache_builder.browse_page import PICTURES, Browsed, Page
 from cache_builder.browse_pictures import LARGE, MEDIA, SMALL, Pictures, encoded, opened, scaled
 from cache_builder.browse_samples import Samples
 from cache_builder.errors import CacheError
@@ -34,15 +38,17 @@ PATIENCE = 1
 
 
 class Guarded:
-    """An application that answers only requests to loopback, from its own pages.
+    """An application that answers only requests to loopback, from its own pages, of who knows the key.
 
     Args:
         app: what answers.
         port: of this server.
+        key: what `/?key=…` must say once; afterwards the browser's cookie does.
     """
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, port: int, key: str) -> None:
+        self.app, self.key = app, key
+        self.cookie = f"headstart-{port}"  # browsers do not tell ports apart
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
         policy = POLICY.format(socket=" ".join(f"ws://{host}" for host in sorted(self.hosts)))
         self.headers = [
@@ -60,7 +66,20 @@ class Guarded:
         origin = given.get(b"origin")
         own = origin is None or origin.removeprefix("http://") in self.hosts
         if given.get(b"host") not in self.hosts or not own:
-            await self._refuse(scope, receive, send)
+            await self._refuse(
+                scope, receive, send, "only for pages of this server, on this machine"
+            )
+            return
+        asked = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
+        if scope["type"] == "http" and scope["path"] == "/" and self._is_key(asked):
+            enter = RedirectResponse("/", 303)
+            enter.set_cookie(self.cookie, self.key, httponly=True, samesite="strict")
+            await enter(scope, receive, send)
+            return
+        if not self._is_key(_cookie(given.get(b"cookie", ""), self.cookie)):
+            await self._refuse(
+                scope, receive, send, "open the address that headstart browse printed"
+            )
             return
 
         async def sent(message: Any) -> None:
@@ -70,14 +89,26 @@ class Guarded:
 
         await self.app(scope, receive, sent)
 
+    def _is_key(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self.key.encode())
+
     @staticmethod
-    async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(scope: Scope, receive: Receive, send: Send, why: str) -> None:
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        what = Response("only for pages of this server, on this machine", 403)
-        await what(scope, receive, send)
+        answer = Response(why, 403)
+        await answer(scope, receive, send)
+
+
+def _cookie(given: str, name: str) -> str:
+    """The value of a cookie in a request's header; empty where there is none."""
+    try:
+        found = SimpleCookie(given).get(name)
+    except CookieError:
+        return ""
+    return "" if found is None else found.value
 
 
 def listening(port: int) -> socket.socket:
@@ -105,12 +136,13 @@ def serve(
     pictures: Pictures,
     k: int,
     place: socket.socket,
+    key: str,
 ) -> None:
-    """Answer at `place` until stopped by Ctrl-C, which is raised as KeyboardInterrupt."""
-    browsed = Browsed(samples, spaces, pictures, k, f"/picture/{secrets.token_urlsafe(12)}")
+    """Answer at `place`, to who knows the key, until stopped by Ctrl-C, which is raised as KeyboardInterrupt."""
+    browsed = Browsed(samples, spaces, pictures, k)
     app = FastAPI(openapi_url=None)
 
-    @app.get(browsed.home + "/{pixels}/{image}")
+    @app.get(PICTURES + "/{pixels}/{image}")
     def picture(pixels: int, image: int) -> Response:
         if pixels not in (SMALL, LARGE) or not 0 <= image < len(samples.ids):
             return Response(status_code=404)
@@ -123,7 +155,7 @@ def serve(
         Page(browsed)
 
     ui.run_with(app, dark=None, tailwind=False, show_welcome_message=False, on_air=None)
-    guarded = Guarded(app, place.getsockname()[1])
+    guarded = Guarded(app, place.getsockname()[1], key)
     config = uvicorn.Config(
         guarded,
         log_level="warning",

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def _browse(args: argparse.Namespace) -> None:
         if pictures.missing:
             print(pictures.missing)
         host, port = place.getsockname()
-        print(f"http://{host}:{port}/  (only on this machine; Ctrl-C ends it)", flush=True)
+        key = secrets.token_urlsafe(16)
+        print(
+            f"http://{host}:{port}/?key={key}  (only on this machine; Ctrl-C ends it)", flush=True
+        )
         with suppress(KeyboardInterrupt):
-            serve(samples, spaces, pictures, args.k, place)
+            serve(samples, spaces, pictures, args.k, place, key)
         print("\nstopped", flush=True)

@@ -15,7 +15,8 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def served(
         said: list[str] = []
         for line in process.stdout:
             said.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+            if found := re.search(r"http://127\.0\.0\.1:\d+/\?key=[\w-]{20,}", line):
                 break
         else:
             pytest.fail("".join(said))
@@ -100,9 +101,16 @@ def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+def known(address: str) -> tuple[str, dict[str, str]]:
+    """The address without its key, and the cookie that a browser gets for it."""
+    url, _, key = address.partition("?key=")
+    return url, {"Cookie": f"another=1; headstart-{url.rstrip('/').rpartition(':')[2]}={key}"}
+
+
 def ask(url: str, **headers: str) -> tuple[int, bytes, Any]:
+    with_cookies = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
     try:
-        with urllib.request.urlopen(
+        with with_cookies.open(
             urllib.request.Request(url, headers=headers), timeout=PATIENCE
         ) as got:
             return got.status, got.read(), got.headers
@@ -137,8 +145,9 @@ def listeners(process: int) -> set[str]:
 def test_it_listens_on_loopback_only_and_ends_at_ctrl_c(
     caches: list[FeatureCache], tmp_path: Path
 ) -> None:
-    with served(caches[:2], tmp_path) as (process, url):
-        status, page, headers = ask(url)
+    with served(caches[:2], tmp_path) as (process, address):
+        url, _ = known(address)
+        status, page, headers = ask(address)
         assert status == 200
         assert b"headstart browse" in page
         assert "default-src 'self'" in headers["content-security-policy"]
@@ -162,18 +171,64 @@ def test_it_listens_on_loopback_only_and_ends_at_ctrl_c(
 
 
 def test_other_pages_of_the_browser_are_refused(caches: list[FeatureCache], tmp_path: Path) -> None:
-    with served(caches[:1], tmp_path) as (_, url):
+    with served(caches[:1], tmp_path) as (_, address):
+        url, cookie = known(address)
         port = url.rstrip("/").rpartition(":")[2]
-        assert ask(url, Host="rebound.example")[0] == 403
-        assert ask(url, Host=f"rebound.example:{port}")[0] == 403
-        assert ask(url, Origin="https://elsewhere.example")[0] == 403
-        assert ask(url, Origin=url.rstrip("/"))[0] == 200
-        assert ask(url, Host=f"localhost:{port}")[0] == 200
-        assert ask(f"{url}picture/guessed/144/0")[0] == 404
+        assert ask(url, **cookie, Host="rebound.example")[0] == 403
+        assert ask(url, **cookie, Host=f"rebound.example:{port}")[0] == 403
+        assert ask(url, **cookie, Origin="https://elsewhere.example")[0] == 403
+        assert ask(url, **cookie, Origin=url.rstrip("/"))[0] == 200
+        assert ask(url, **cookie, Host=f"localhost:{port}")[0] == 200
+        assert ask(f"{url}picture/144/0", **cookie)[0] == 200
+        assert ask(f"{url}picture/144/999999", **cookie)[0] == 404
         wanted = f"{url}_nicegui_ws/socket.io/?EIO=4&transport=websocket"
         upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
         upgrade["Sec-WebSocket-Key"] = "x3JJHMbDL1EzLkh9GBhXDw=="
-        assert ask(wanted, **upgrade, Origin="https://elsewhere.example")[0] == 403
+        assert ask(wanted, **upgrade, **cookie, Origin="https://elsewhere.example")[0] == 403
+
+
+def test_nobody_else_on_this_machine_sees_anything_without_the_key(
+    caches: list[FeatureCache], tmp_path: Path
+) -> None:
+    with served(caches[:1], tmp_path) as (_, address):
+        url, cookie = known(address)
+        name, _, key = cookie["Cookie"].partition("; ")[2].partition("=")
+        wrong = [
+            {},
+            {"Cookie": f"{name}={key[:-1]}"},
+            {"Cookie": f"other={key}"},
+            {"Cookie": '=;;"x'},
+        ]
+        socket_io = f"{url}_nicegui_ws/socket.io/?EIO=4&transport=polling"
+        for headers in wrong:
+            for place in (url, f"{url}?key=guess", f"{url}?key=", f"{url}picture/144/0", socket_io):
+                status, said, _ = ask(place, **headers)
+                assert (status, said) == (403, b"open the address that headstart browse printed")
+        assert ask(socket_io, **cookie)[0] == 200
+        upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+        upgrade["Sec-WebSocket-Key"] = "x3JJHMbDL1EzLkh9GBhXDw=="
+        assert ask(socket_io.replace("polling", "websocket"), **upgrade)[0] == 403
+        with pytest.raises(urllib.error.HTTPError, match="403") as caught:
+            urllib.request.urlopen(address, timeout=PATIENCE)  # no cookie jar: led on to a refusal
+        caught.value.close()
+
+
+def test_the_key_is_another_each_time_and_a_cookie_that_scripts_cannot_read(
+    caches: list[FeatureCache], tmp_path: Path
+) -> None:
+    keys: set[str] = set()
+    for _ in range(2):
+        with served(caches[:1], tmp_path) as (_, address):
+            url, _, key = address.partition("?key=")
+            keys.add(key)
+            with closing(HTTPConnection(url.split("/")[2], timeout=PATIENCE)) as connection:
+                connection.request("GET", f"/?key={key}")
+                answer = connection.getresponse()
+                assert (answer.status, answer.headers["location"]) == (303, "/")
+                said = answer.headers["set-cookie"].lower()
+                assert "httponly" in said
+                assert "samesite=strict" in said
+    assert len(keys) == 2
 
 
 # ── in a browser ─────────────────────────────────────────────────────────────────────────────────────────────────────
