@@ -180,7 +180,7 @@ def _row(found: "Planned", means: "Means") -> list[str]:
         found.storage,
         f"{mark}{each[0]:,.1f}",
         f"{mark}{each[1]:,.1f}" if found.samples.texts else "–",
-        f"{mark}{size / 1e9:,.1f}",
+        f"{mark}{_number(size / 1e9)}",
         f"{mark}{found.files:,}",
         *map(_number, (means.writing_hours(size), means.device_hours(images))),
         *map(_number, (means.encoding_hours(images), means.building_cost(images))),
@@ -189,7 +189,10 @@ def _row(found: "Planned", means: "Means") -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}"
+    """To a tenth; what is less than one to two digits, so that a small plan is not all zeros."""
+    if value is None:
+        return "–"
+    return f"{value:,.1f}" if value >= 1 or not value else f"{value:.2g}"
 
 
 def _open(means: "Means") -> list[str]:

@@ -161,7 +161,7 @@ def test_the_table_leaves_open_what_nobody_said(capsys: pytest.CaptureFixture[st
     assert "open:" not in said
     row = next(line for line in said.splitlines() if line.startswith("fp16"))
     assert "≤" not in row
-    assert row.split()[-3:-1] == ["0.3", "5.6"]  # 10⁶ / 100 / 3600 / 10 h; 2.78 h at 2
+    assert row.split()[-3:-1] == ["0.28", "5.6"]  # 10⁶ / 100 / 3600 / 10 h; 2.78 h at 2
 
 
 def test_the_table_of_the_page_on_scaling_is_what_its_command_prints(
