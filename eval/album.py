@@ -1,11 +1,14 @@
 """Pictures and words of the items that a report names, from the runs of a comparison that hold them.
 
-pictures/failures.npz     items (m,) their ids; shows (m, k) ids of their pictures; says (m, t) their texts;
-names (n,) and images (n, side, side, 3) uint8: the pictures themselves; task, split,
-dataset: what the items are of (`headstart compare … --pictures N`)
-pictures/query-*.npz      a composed query with its best images (`eval.composed_pictures`)
+    pictures/failures*.npz    items (m,) their ids; shows (m, k) ids of their pictures; says (m, t) their texts;
+                              names (n,) and images (n, side, side, 3) uint8: the pictures themselves; texts (u,) and
+                              strings (u,): captions that are answers; kind, variant, split, dataset: what is asked
+    pictures/query-*.npz      a composed query with its best images (`eval.composed_pictures`)
+
+The first are written by `headstart compare … --pictures N`, one for each question, the others by `headstart score` too.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +23,9 @@ from eval.failures import Failure
 from eval.markup import data_image, png, text
 from eval.npz import read_npz
 
-FAILURES = "failures.npz"
-FACTS = ("task", "split", "dataset")
-ARRAYS = ("items", "shows", "says", "names", "images")
+FAILURES = re.compile(r"failures(-\w+)?\.npz")
+FACTS = ("kind", "variant", "split", "dataset")
+ARRAYS = ("items", "shows", "says", "names", "images", "texts", "strings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,14 @@ class Album:
         images: image id → picture, as a data URI, each once.
         shows: item id → ids of its pictures.
         says: item id → its texts.
+        texts: caption id → words, of captions that are answers.
 
     """
 
     images: dict[str, str] = field(default_factory=dict[str, str])
     shows: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     says: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    texts: dict[str, str] = field(default_factory=dict[str, str])
 
     def style(self) -> str:
         """Every picture once, under the name that `thumb` uses."""
@@ -72,7 +77,7 @@ def album_of(c: Comparison, shown: Sequence[Failure]) -> Album:
     album = Album()
     for run in (run for row in c.rows for run in row.group.runs):
         for path in run.pictures:
-            if path.name == FAILURES:
+            if FAILURES.fullmatch(path.name):
                 _add_items(_failures(path), c, items, wanted, album)
             elif reference and QUERY.fullmatch(path.name):
                 _add_query(read_query(path), wanted, reference, album)
@@ -98,12 +103,14 @@ def _failures(path: Path) -> Found:
         or images.ndim != 4
         or images.shape[3] != 3
         or found["names"].shape != images.shape[:1]
+        or found["texts"].ndim != 1
+        or found["strings"].shape != found["texts"].shape
         or any(found[name].ndim != 2 or len(found[name]) != m for name in ("shows", "says"))
     ):
         shapes = ", ".join(f"{name} {found[name].dtype} {found[name].shape}" for name in ARRAYS)
         raise RunError(
-            f"{path} must hold items (m,), shows (m, k), says (m, t), names (n,) and images (n, side, side, 3) uint8, "
-            f"but it holds {shapes}; draw them again"
+            f"{path} must hold items (m,), shows (m, k), says (m, t), names (n,), images (n, side, side, 3) uint8, "
+            f"texts (u,) and strings (u,), but it holds {shapes}; draw them again"
         )
     return found
 
@@ -111,15 +118,20 @@ def _failures(path: Path) -> Found:
 def _add_items(
     found: Found, c: Comparison, items: set[str], wanted: set[str], album: Album
 ) -> None:
-    """Add the items that are shown, if the file is of the same data set, task and split."""
-    asked = (c.question.kind, c.question.split, c.question.dataset)
-    if tuple(str(found[fact]) for fact in FACTS) != asked:
+    """Add the items that are shown, if the file is of the same question; one world of czsl shows the other's too."""
+    if not _is_of(found, c):
         return
     for item, shows, says in zip(*(found[name].tolist() for name in ARRAYS[:3]), strict=True):
         if item in items:
             album.shows[item], album.says[item] = tuple(shows), tuple(says)
             wanted |= set(shows)
+    album.texts.update(zip(found["texts"].tolist(), found["strings"].tolist(), strict=True))
     _add_images(zip(found["names"].tolist(), found["images"], strict=True), wanted, album)
+
+
+def _is_of(found: Found, c: Comparison) -> bool:
+    """Does a file say that it is of what a comparison asks?"""
+    return all(str(found[fact]) == getattr(c.question, fact) for fact in FACTS)
 
 
 def _add_query(found: Found, wanted: set[str], reference: Mapping[str, str], album: Album) -> None:

@@ -6,7 +6,8 @@ ones, those whose answers are furthest off in the mean over rows; then the first
     task        how far off an answer is, from 0, whatever the score space
     czsl        half for a wrong attribute, half for a wrong object
     matching    share of the comparisons that are wrong
-    composed    rank of the best right image, as a share of what competes
+    retrieval   rank of the best right candidate, as a share of what competes
+    composed    rank of the best right image, likewise
 
 Answers and distances are those of each row's first seed.
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from eval import matching
 from eval.any_table import Table
@@ -26,9 +27,7 @@ from eval.composition import Composition
 from eval.correctness import right_items, right_seeds, wrong_share
 from eval.diagnostics import best_hm_bias
 from eval.matching import MatchingScores
-
-KINDS = ("czsl", "matching", "composed")
-"""Tasks whose tables know what an answer is called; those of retrieval name no candidate."""
+from eval.retrieval import RetrievalScores, positive_ranks
 
 SHOWN = 12
 
@@ -48,13 +47,14 @@ class Answer:
     Attributes:
         words: the answer; of matching, what is wrong with it.
         is_right: by the rule of `eval.correctness`.
-        image: id of the picture that is the answer, of composed retrieval.
+        image, caption: id of what is ranked first, of retrieval; empty where the table names no candidates.
 
     """
 
     words: str
     is_right: bool
     image: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class Failure:
     Attributes:
         number: of it in the tables, from 0.
         name: its id, or its number where the tables have none.
-        asked: true pair, category, or kinds of the edit.
+        asked: true pair, category, or kinds of the edit; empty of retrieval, where the item itself is the query.
         wrong: how often it is wrong, over seeds and rows.
         answers: of every row, in their order.
-        reference, target: ids of pictures, of composed retrieval.
+        reference, target: ids of pictures: of a composed query; a right one for a caption.
 
     """
 
@@ -82,8 +82,6 @@ class Failure:
 
 def hardest(c: Comparison, most: int = SHOWN) -> list[Failure]:
     """The items that go wrong most often, at most so many; none where every row gets everything right."""
-    if c.question.kind not in KINDS:
-        return []
     wrong = wrong_share([right_seeds(row) for row in c.rows])
     far = np.mean([_distance(*_first(row)) for row in c.rows], axis=0)
     # Rounded: the same shares in another order of rows sum up differently in their last bit.
@@ -113,8 +111,16 @@ def _distance(table: Table, found: Ranks | None) -> Float[np.ndarray, " q"]:
         every = matching.outcomes(table)
         names = ["accuracy"] if table.scores.ndim == 2 else list(COMPARISONS)
         return np.mean([1 - every[name] for name in names], axis=0)
+    if isinstance(table, RetrievalScores):
+        ranks, n = positive_ranks(table, 1)[:, 0], _competing(table)
+        return np.minimum(ranks, n) / np.maximum(n, 1)
     assert found is not None
     return found.right[:, 0] / np.maximum(found.n, 1)
+
+
+def _competing(table: RetrievalScores) -> Int[np.ndarray, " q"]:
+    """Candidates of every query."""
+    return np.count_nonzero(table.scores > -np.inf, axis=1)
 
 
 def _answers(table: Table, found: Ranks | None, chosen: Sequence[int]) -> list[Answer]:
@@ -131,6 +137,8 @@ def _answers(table: Table, found: Ranks | None, chosen: Sequence[int]) -> list[A
         return [Answer(w, bool(right[i])) for w, i in zip(words, chosen, strict=True)]
     if isinstance(table, MatchingScores):
         return [Answer(_lost(table, i), bool(right[i])) for i in chosen]
+    if isinstance(table, RetrievalScores):
+        return [_ranked(table, i, bool(right[i])) for i in chosen]
     assert isinstance(table, ComposedScores)
     assert found is not None
     best = _best_images(table, chosen)
@@ -140,6 +148,22 @@ def _answers(table: Table, found: Ranks | None, chosen: Sequence[int]) -> list[A
         )
         for i in chosen
     ]
+
+
+def _ranked(table: RetrievalScores, i: int, is_right: bool) -> Answer:
+    """The candidate ranked first, a wrong one where the best are equal, and where the best right one ranks."""
+    row, right = table.scores[i], table.positives[i]
+    mine = row[right]
+    best = mine.max() if mine.size else -np.inf
+    rank = 1 + np.count_nonzero(row[~right] >= best)
+    tied = np.flatnonzero(row == row.max())
+    first = next((c for c in tied if not right[c]), tied[0])
+    names = table.meta.get("candidates") or []
+    name = str(names[first]) if len(names) == len(row) else ""
+    n = np.count_nonzero(row > -np.inf)
+    words = f"right one: rank {rank:,} of {n:,}" if best > -np.inf else "no right one competes"
+    is_image = table.meta.get("direction") == "t2i"
+    return Answer(words, is_right, *((name, "") if is_image else ("", name)))
 
 
 def _lost(table: MatchingScores, i: int) -> str:
@@ -174,6 +198,12 @@ def _failure(table: Table, i: int, wrong: float, answers: tuple[Answer, ...]) ->
         return Failure(i, name, asked, wrong, answers)
     if isinstance(table, MatchingScores):
         return Failure(i, name, str(np.asarray(table.category)[i]), wrong, answers)
+    if isinstance(table, RetrievalScores):
+        names = table.meta.get("candidates") or []
+        right = np.flatnonzero(table.positives[i])
+        is_image = table.meta.get("direction") == "t2i" and len(names) and len(right)
+        target = str(names[right[0]]) if is_image else ""
+        return Failure(i, name, "", wrong, answers, target=target)
     assert isinstance(table, ComposedScores)
     asked = table.queries
     kinds = ", ".join(asked.categories[i])

@@ -36,10 +36,10 @@ def failures_of(c: Comparison, series: Mapping[str, int]) -> str:
     ]
     lines = [_line(failure, album) for failure in shown]
     csv: list[Sequence[object]] = [
-        ("item", "asked", "row", "right", "answer", "image", "wrong_share")
+        ("item", "asked", "row", "right", "answer", "first", "wrong_share")
     ]
     csv += [
-        (f.name, f.asked, names[row.group], int(a.is_right), a.words, a.image, f.wrong)
+        (f.name, f.asked, names[row.group], int(a.is_right), a.words, a.image or a.caption, f.wrong)
         for f in found
         for row, a in zip(c.rows, f.answers, strict=True)
     ]
@@ -50,11 +50,12 @@ def failures_of(c: Comparison, series: Mapping[str, int]) -> str:
     )
 
 
-_ASKED = {"czsl": "true pair", "matching": "item", "composed": "query"}
+_ASKED = {"czsl": "true pair", "matching": "item", "retrieval": "query", "composed": "query"}
 _ANSWERS = {
     "czsl": "A cell is the pair that is predicted.",
     "matching": "A cell says which comparisons are lost or tied: “image 1 → caption 2” where image 1 does not prefer "
     "its own caption.",
+    "retrieval": "A cell is what is ranked first, and where the best right one ranks.",
     "composed": "A cell is the image ranked first, and where the best right one ranks.",
 }
 _CAPTIONS = ("true caption", "false caption")
@@ -91,6 +92,9 @@ def _asked(failure: Failure, album: Album) -> str:
         words = f"“{text(says[0])}”" if says else words
         pictures = album.thumb(failure.reference, "reference")
         pictures += album.thumb(failure.target, "right")
+    elif failure.target:
+        words = f"“{text(says[0])}”" if says else ""
+        pictures = album.thumb(failure.target, "right")
     else:
         names = [f"image {n}" for n in range(1, len(shows) + 1)] if len(shows) > 1 else [""]
         pictures = "".join(map(album.thumb, shows, names))
@@ -106,8 +110,10 @@ def _asked(failure: Failure, album: Album) -> str:
 def _answer(answer: Answer, album: Album) -> str:
     """What a row says, with a mark that is more than a colour."""
     mark = '<span class="up">✓</span>' if answer.is_right else '<span class="down">✗</span>'
-    if not answer.image:
+    if not (first := answer.image or answer.caption):
         return cell(f"{mark} {text(answer.words)}", None, "words")
     shown = album.thumb(answer.image, "")
-    name = "" if shown else f" {text(answer.image)}"
+    name = "" if shown else f" {text(first)}"
+    if said := album.texts.get(answer.caption):
+        name = f" “{text(said)}”"
     return cell(f"{mark}{name}{shown}<small class=soft>{text(answer.words)}</small>", None, "words")

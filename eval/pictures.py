@@ -21,7 +21,9 @@ NUMBERS = "fiu"
 
 def pictures_of(run: Run) -> str:
     """All pictures of a run but those of composed queries and of failures, below what its maps are."""
-    mine = [path for path in run.pictures if path.name != FAILURES and not is_composed(path)]
+    mine = [
+        path for path in run.pictures if not (FAILURES.fullmatch(path.name) or is_composed(path))
+    ]
     if not mine:
         return ""
     said: list[str] = []

@@ -44,7 +44,7 @@ class RetrievalScores:
         space: "cosine", "logit" or "probability".
         split: train, val or test.
         ids: names of the queries, or empty.
-        meta: anything else worth keeping: run, cache fingerprint, direction ("i2t", "t2i").
+        meta: anything else worth keeping: run, cache fingerprint, direction ("i2t", "t2i"), names of the candidates.
 
     Raises:
         ScoreTableError: shapes that disagree, NaN or +inf.
@@ -212,7 +212,8 @@ def both_directions(table: RetrievalScores) -> BothDirections:
         table.positives.T,
         table.space,
         table.split,
-        meta={**table.meta, "direction": back[mine]},
+        ids=table.meta.get("candidates", ()),
+        meta={**table.meta, "direction": back[mine], "candidates": list(table.ids)},
     )
     return BothDirections(table, other) if mine == "i2t" else BothDirections(other, table)
 

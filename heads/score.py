@@ -100,9 +100,10 @@ def score(
         assert direction is not None
         table = _retrieval(head, data, source, block, direction, rerank)
     facts["meta"] |= {"direction": direction} | ({} if rerank is None else {"rerank": rerank})
-    positives, ids = data.positives(), data.image_ids
+    positives, ids, candidates = data.positives(), data.image_ids, data.caption_ids
     if direction == "t2i":
-        table, positives, ids = table.T, positives.T, data.caption_ids
+        table, positives, ids, candidates = table.T, positives.T, candidates, ids
+    facts["meta"] |= {"candidates": list(candidates)}
     return RetrievalScores(scores=table, positives=positives, ids=ids, **facts)
 
 

@@ -329,7 +329,10 @@ def failures_file(run: Path, table: CompositionScores, **change) -> None:
         "says": np.empty((len(items), 0), str),
         "names": items,
         "images": np.full((len(items), 4, 4, 3), (250, 0, 0), np.uint8),
-        "task": np.array("czsl"),
+        "texts": np.empty(0, str),
+        "strings": np.empty(0, str),
+        "kind": np.array("czsl"),
+        "variant": np.array(""),
         "split": np.array("test"),
         "dataset": np.array("toy_world"),
     } | change
@@ -354,7 +357,7 @@ def test_failures_of_any_task_have_their_pictures_if_they_are_of_its_items(tmp_p
     assert part.count('role="img"') == len(shown)
     assert f'aria-label="img&lt;{shown[0].name[4:-1]}&gt;"' in part
     assert len(re.findall(r"--shot-\d+:", part)) == len(shown)
-    for fact in ("task", "split", "dataset"):
+    for fact in ("kind", "variant", "split", "dataset"):
         failures_file(run, table, **{fact: np.array("another")})
         assert "--shot-" not in wrong_most(run, tmp_path / "r.html")
 
@@ -368,6 +371,7 @@ def test_failures_of_any_task_have_their_pictures_if_they_are_of_its_items(tmp_p
         ({"names": np.array(["a"])}, "must hold items"),
         ({"shows": np.array(["a"] * 35)}, "must hold items"),
         ({"says": np.empty((3, 0), str)}, "must hold items"),
+        ({"texts": np.array(["a"])}, "must hold items"),
     ],
 )
 def test_a_damaged_file_of_failures_is_named(tmp_path, change, message):

@@ -15,7 +15,13 @@ from eval.runs import read_runs
 from heads.cli import main
 from heads.failure_pictures import SIDE, save_failures
 
-TASKS = ("czsl", "two_by_two", "matching", "composed")
+TASKS = ("czsl", "two_by_two", "matching", "composed", "retrieval")
+FILES = {
+    "czsl": "failures.npz",
+    "two_by_two": "failures-2_2.npz",
+    "matching": "failures-1_2.npz",
+    "composed": "failures.npz",
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +53,12 @@ def made(cache: FeatureCache, fast_folder: Path) -> dict[str, Path]:
     return out
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FILES)
 def test_every_failure_that_is_shown_has_its_pictures_and_words(
     task: str, made: dict[str, Path], cache: FeatureCache
 ) -> None:
     run = made[task] / "clip" / "zero_shot-seed0"
-    found = dict(np.load(run / "pictures" / "failures.npz"))
+    found = dict(np.load(run / "pictures" / FILES[task]))
     shown = {
         f.name: f for c in compare(read_runs([run])) if c.curve != "legacy" for f in hardest(c)
     }
@@ -92,7 +98,7 @@ def test_a_page_shows_them_also_when_it_is_made_again(
     again = report([made[task] / "clip"], tmp_path / "r.html")[0].read_text()
     for page in (first, again):
         parts = page.split("What goes wrong most</h3>")[1:]
-        assert len(parts) == (2 if task == "czsl" else 1)
+        assert len(parts) == (2 if task in ("czsl", "retrieval") else 1)
         for part in parts:
             body = part[: part.index("</table>")]
             defined = set(re.findall(r"--shot-(\d+):url\(data:image/png", body))
@@ -104,6 +110,49 @@ def test_a_page_shows_them_also_when_it_is_made_again(
                 assert all("caption 2: “" in row and "image 2" in row for row in rows)
             if task == "matching":
                 assert all("true caption: “" in row and "false caption: “" in row for row in rows)
+
+
+def test_retrieval_shows_what_is_ranked_first_in_both_directions(
+    made: dict[str, Path], cache: FeatureCache
+) -> None:
+    run = made["retrieval"] / "clip" / "zero_shot-seed0"
+    dataset = load_dataset("toy_world", scale=0.02)
+    texts = {t.id: t.text for t in dataset.texts}
+    own = {e.image: e.captions for e in dataset.tasks.retrieval if e.split == "test"}
+    for c in compare(read_runs([run])):
+        direction, table = c.question.variant, c.rows[0].group.tables[0]
+        found = dict(np.load(run / "pictures" / f"failures-{direction}.npz"))
+        asked, ranked = (list(own), list(dict.fromkeys(t for ts in own.values() for t in ts)))
+        if direction == "t2i":
+            asked, ranked = ranked, asked
+        shown = hardest(c)
+        assert shown
+        assert found["items"].tolist() == [f.name for f in shown]
+        for failure, says, shows in zip(shown, found["says"], found["shows"], strict=True):
+            row = dict(zip(ranked, table.scores[asked.index(failure.name)], strict=True))
+            (answer,) = failure.answers
+            best = [name for name in ranked if row[name] == max(row.values())]
+            assert (answer.image or answer.caption) in best
+            if direction == "i2t":
+                right = own[failure.name]
+                assert (says.tolist(), shows.tolist()) == ([texts[right[0]]], [failure.name])
+                assert not answer.image
+            else:
+                right = [image for image, captions in own.items() if failure.name in captions]
+                assert (says.tolist(), shows.tolist()) == ([texts[failure.name]], [right[0]])
+                assert answer.image in found["names"]
+            rank = min(
+                1 + sum(row[wrong] >= row[r] for wrong in ranked if wrong not in right)
+                for r in right
+            )
+            assert answer.words == f"right one: rank {rank} of {len(ranked)}"
+            assert not answer.is_right
+        strings = dict(zip(found["texts"].tolist(), found["strings"].tolist(), strict=True))
+        assert strings == {
+            a.caption: texts[a.caption] for f in shown for a in f.answers if a.caption
+        }
+    page = (made["retrieval"] / "report.html").read_text()
+    assert "A cell is what is ranked first" in page
 
 
 def test_composed_queries_are_drawn_of_the_first_seed(made: dict[str, Path]) -> None:
