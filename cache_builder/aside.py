@@ -6,7 +6,6 @@ A kill leaves what lies aside, under a name that nothing else has; whoever write
 folder lies beside it, so that it is held until the folder has its name.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Generator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from cache_builder.durable import make_folder, sync_folder
 from cache_builder.errors import CacheLocked, CacheMismatch
+from cache_builder.flock import takes
 
 PART = ".headstart-part"
 """Ends the name of an export that is not finished."""
@@ -94,12 +94,7 @@ def _check_free(target: Path) -> None:
 
 def _lock(number: int, part: Path, target: Path) -> None:
     """Be the only one who writes here; the kernel forgets it when this process ends."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(number), os.stat(part)):
-            return
-    except (BlockingIOError, FileNotFoundError):
-        pass  # held, or renamed by the one who held it
-    raise CacheLocked(
-        f"another process is exporting to {target}; wait for it, or stop it and repeat the command"
-    )
+    if not takes(number, part):
+        raise CacheLocked(
+            f"another process is exporting to {target}; wait for it, or stop it and repeat the command"
+        )

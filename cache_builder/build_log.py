@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cache_builder.errors import CacheError
 from cache_builder.place import Place
 
 STEM = "builds"
@@ -42,7 +43,9 @@ def timed(
         yield
     finally:
         spent = round(time.monotonic() - begun, 3)
-        with suppress(OSError):  # a full disk has its own message
+        with suppress(
+            OSError, CacheError
+        ):  # a full disk, or a bucket that is gone, has its own message
             _add(place, Session(seconds=spent, device=device, workers=workers, helped=helped))
 
 

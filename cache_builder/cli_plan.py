@@ -183,7 +183,7 @@ def _row(found: "Planned", means: "Means") -> list[str]:
         f"{mark}{_number(size / 1e9)}",
         f"{mark}{found.files:,}",
         *map(_number, (means.writing_hours(size), means.device_hours(images))),
-        *map(_number, (means.encoding_hours(images), means.building_cost(images))),
+        *map(_number, (means.encoding_hours(images), means.building_cost(images, size))),
         _number(means.monthly_cost(size)),
     ]
 

@@ -112,7 +112,7 @@ class Means:
 
     def device_hours(self, images: int) -> float | None:
         """Of encoding, on one device or shared out."""
-        return images / self.rate / 3600 if self.rate else None
+        return None if self.rate is None else images / self.rate / 3600
 
     def encoding_hours(self, images: int) -> float | None:
         """By the clock, all devices together."""
@@ -121,16 +121,23 @@ class Means:
 
     def writing_hours(self, size: int) -> float | None:
         """By the clock, where writing alone is what takes time."""
-        return size / (self.bandwidth * 1e6) / 3600 if self.bandwidth else None
+        return None if self.bandwidth is None else size / (self.bandwidth * 1e6) / 3600
 
-    def building_cost(self, images: int) -> float | None:
-        """All device hours of encoding, paid."""
-        hours = self.device_hours(images)
-        return hours * self.device_hour if hours is not None and self.device_hour else None
+    def building_hours(self, images: int, size: int) -> float | None:
+        """By the clock: encoding and writing overlap, so the longer of the two, as far as it is known."""
+        hours = self.encoding_hours(images)
+        return None if hours is None else max(hours, self.writing_hours(size) or 0.0)
+
+    def building_cost(self, images: int, size: int) -> float | None:
+        """All devices, paid until everything is written."""
+        hours = self.building_hours(images, size)
+        if hours is None or self.device_hour is None:
+            return None
+        return hours * self.devices * self.device_hour
 
     def monthly_cost(self, size: int) -> float | None:
         """Keeping the cache."""
-        return size / GB * self.gb_month if self.gb_month else None
+        return None if self.gb_month is None else size / GB * self.gb_month
 
 
 def streams_of(card: Card, asked: Sequence[str] | None, texts: int) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class Album:
 
 
 def album_of(c: Comparison, shown: Sequence[Failure]) -> Album:
-    """What the runs of a comparison hold of these failures: of the same data set, task and split.
+    """What the runs of a comparison hold of these failures: of the same question, or queries of its split by their id.
 
     Raises:
         RunError: a file that holds something else; names it.
@@ -80,7 +80,7 @@ def album_of(c: Comparison, shown: Sequence[Failure]) -> Album:
             if FAILURES.fullmatch(path.name):
                 _add_items(_failures(path), c, items, wanted, album)
             elif reference and QUERY.fullmatch(path.name):
-                _add_query(read_query(path), wanted, reference, album)
+                _add_query(read_query(path), c.question.split, wanted, reference, album)
     return album
 
 
@@ -134,10 +134,12 @@ def _is_of(found: Found, c: Comparison) -> bool:
     return all(str(found[fact]) == getattr(c.question, fact) for fact in FACTS)
 
 
-def _add_query(found: Found, wanted: set[str], reference: Mapping[str, str], album: Album) -> None:
-    """Add what a file holds of the pictures wanted, and its edit."""
+def _add_query(
+    found: Found, split: str, wanted: set[str], reference: Mapping[str, str], album: Album
+) -> None:
+    """Add what a file of this split holds of the pictures wanted, and its edit."""
     query = str(found.get("id", ""))
-    if query not in reference:
+    if query not in reference or str(found.get("split", split)) != split:
         return
     album.says[query] = (" / ".join(str(words) for words in np.atleast_1d(found["edit"])),)
     images = [(reference[query], found["reference"])]

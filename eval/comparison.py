@@ -6,6 +6,7 @@ space is a fact of every row. Seeds are aggregated, with an interval over items 
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from eval.composed_table import ComposedScores
 from eval.composition import Composition, CompositionScores
 from eval.costs import costs_of
 from eval.czsl import CurveKind
+from eval.draws import clusters
 from eval.errors import EvalWarning
 from eval.matching import MatchingScores
 from eval.pairwise import Pairs
@@ -165,8 +167,8 @@ class Comparison:
         return f"{metric}@{self.k}" if self.curve and self.k > 1 else metric
 
     def is_below_chance(self, row: Row, metric: str) -> bool:
-        """Is the mean over seeds lower than random scores get?"""
-        return metric in self.chance and row.cells[metric].mean < self.chance[metric]
+        """Is the mean over seeds lower than random scores get, by more than the last bits of a sum?"""
+        return metric in self.chance and row.cells[metric].mean < self.chance[metric] - 1e-9
 
 
 def is_mean(group: str) -> bool:
@@ -212,15 +214,16 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
 def _rows(
     groups: Sequence[Group], k: int, found: Sequence[Sequence[Ranks | None]]
 ) -> tuple[Row, ...]:
-    """Metrics with intervals, and differences to the same backbone's zero-shot; all on shared draws."""
+    """Metrics with intervals, and differences to the same backbone's zero-shot, if it has one; all on shared draws."""
     resampled = [
         bootstrap.distribution(group.tables, k=k, found=known)
         for group, known in zip(groups, found, strict=True)
     ]
+    own = Counter(g.backbone for g in groups if g.is_baseline)
     baselines = {
         g.backbone: (g.tables[0], d)
         for g, d in zip(groups, resampled, strict=True)
-        if g.is_baseline
+        if g.is_baseline and own[g.backbone] == 1
     }
     rows: list[Row] = []
     for group, mine, known in zip(groups, resampled, found, strict=True):
@@ -248,7 +251,10 @@ def _pairs(rows: Sequence[Row]) -> Pairs | None:
     for row in rows[1:]:
         bootstrap.same_items(rows[0].group.tables[0], row.group.tables[0])
     shown = [row.resampled for row in rows if row.resampled is not None]
-    return pairwise.pairs(shown, _headline(rows[0].cells), [row.group.varies for row in rows])
+    items = len(np.unique(clusters(rows[0].group.tables[0])))
+    return pairwise.pairs(
+        shown, _headline(rows[0].cells), [row.group.varies for row in rows], items
+    )
 
 
 def _legacy(exact: Comparison, k: int) -> Comparison:

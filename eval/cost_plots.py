@@ -19,6 +19,9 @@ HEIGHT, TOP, LEFT, RIGHT, FLOOR = 290, 10, 46, 16, 246
 EDGE = 66
 """Width of the place for rows without any cost."""
 
+LETTER = 7.0
+"""Width of a letter of a label, at most."""
+
 MOST_TICKS = 6
 
 
@@ -79,12 +82,14 @@ def score_against_cost(
         y = y_of(value / 100)
         parts.append(f'<path d="M{LEFT} {y:.5g}H{WIDE - RIGHT}" stroke="var(--grid)"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.5g}" text-anchor="end">{value:g}</text>')
+    free = 0.0
     for value in ticks:
-        x = x_of(value)
+        x, said = x_of(value), shown(value)
         parts.append(f'<path d="M{x:.5g} {TOP}V{FLOOR}" stroke="var(--grid)"/>')
-        parts.append(
-            f'<text x="{x:.5g}" y="{FLOOR + 16}" text-anchor="middle">{text(shown(value))}</text>'
-        )
+        if x - LETTER * len(said) / 2 < free:
+            continue  # a line without a number is read by its neighbours
+        free = x + LETTER * (len(said) / 2 + 1)
+        parts.append(f'<text x="{x:.5g}" y="{FLOOR + 16}" text-anchor="middle">{text(said)}</text>')
     if some_free:
         parts.append(
             f'<path d="M{LEFT + EDGE} {TOP}V{FLOOR}" stroke="var(--soft)" stroke-dasharray="2 3"/>'

@@ -39,9 +39,10 @@ def size(value: float) -> str:
         return f"{value:.0f} B"
     for unit in ("KiB", "MiB"):
         value /= 1024
-        if value < 1000:
+        if value < 999.5:
             return f"{value:.3g} {unit}"
-    return f"{value / 1024:.3g} GiB"
+    value /= 1024
+    return f"{value:.3g} GiB" if value < 999.5 else f"{value:,.0f} GiB"
 
 
 def seconds(value: float) -> str:

@@ -10,7 +10,7 @@ from eval.bootstrap import Interval
 from eval.comparison import Comparison, Row
 from eval.costs import COSTS, mean_cost, seed_costs
 from eval.leaderboard import leaderboard
-from eval.pairwise import Pairs
+from eval.pairwise import FEW, Pairs
 from eval.table import plain
 
 CSV_HEAD = (
@@ -68,7 +68,7 @@ def points(difference: float) -> str:
 def p_words(p: float | None) -> str:
     """A p-value for people, who need not tell small ones apart."""
     if p is None:
-        return "no p (one seed)"
+        return "no p"
     if p < 0.001:
         return "p < 0.001"
     return "p = 1" if p >= 0.995 else f"p = {p:.2g}"
@@ -78,6 +78,8 @@ def unknown_pairs(pairs: Pairs) -> str:
     """That some pairs, or all, cannot be decided, and why; nothing where all can."""
     if not pairs.unknown:
         return ""
+    if pairs.items < FEW:
+        return f"No pair has a p, and none is decided: {pairs.items} items are too few to judge a difference by."
     which = "All" if pairs.unknown == len(pairs.all) else f"{pairs.unknown} of the {len(pairs.all)}"
     return (
         f"{which} pairs have no p and are never decided: a row of theirs is trained under one seed, so that what "
@@ -87,7 +89,8 @@ def unknown_pairs(pairs: Pairs) -> str:
 
 def signed(gain: Interval, digits: int = 1) -> str:
     """A difference in points with its interval."""
-    estimate, low, high = (percent(v, digits, "+") for v in (gain.estimate, gain.low, gain.high))
+    shown = (percent(v, digits, "+") for v in (gain.estimate, gain.low, gain.high))
+    estimate, low, high = ("0." + digits * "0" if float(s) == 0 else s for s in shown)
     return f"{estimate} [{low}, {high}]"
 
 

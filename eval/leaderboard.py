@@ -70,10 +70,10 @@ def _gain(c: Comparison, i: int) -> Difference | None:
 
 
 def baseline(rows: Sequence[Row], row: Row) -> int | None:
-    """Number of the row that `row.gain` is measured against: the backbone's zero_shot, the last of several."""
+    """Number of the row that `row.gain` is measured against: the backbone's zero_shot, if it has just one."""
     mine = [
         j
         for j, r in enumerate(rows)
         if r.group.is_baseline and r.group.backbone == row.group.backbone
     ]
-    return mine[-1] if mine else None
+    return mine[0] if len(mine) == 1 else None

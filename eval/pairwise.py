@@ -17,12 +17,13 @@ which lets a share of the decided ones be wrong; a leaderboard needs the stricte
 Simulated (`tests/test_eval_leaderboard.py`): of reports on 2 or 5 equal rows with 100 or 2,000 items and 2, 3 or 5
 seeds, whose std is 7 points, fewer than 5 of 100 have a false decision; on equal untrained rows about 4 of 100.
 
-A row that is trained (`Group.varies`) under one seed has an unknown v: its pairs have no p and are never decided.
+A row that is trained (`Group.varies`) under one seed has an unknown v: its pairs have no p and are never decided. Nor
+have any where there are fewer than `FEW` items.
 
 The price: with few seeds only large differences are decided. Student's quantile for the first of ten pairs is 127 with
 two seeds, 14 with three, 6 with five.
 
-Not for: fewer than about 30 items (or clusters), or rates at 0 or 1, as of `eval.bootstrap`.
+Not for: rates at 0 or 1, as of `eval.bootstrap`.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Difference:
     Attributes:
         ours, theirs: numbers of the two rows in the comparison, ours < theirs.
         interval: of the difference, uncorrected, fractions.
-        p: of this pair alone; None where a row is trained under one seed only.
+        p: of this pair alone; None where a row is trained under one seed only, or items are few.
         corrected: by Holm, over all pairs of the question that have a p.
 
     """
@@ -81,11 +82,13 @@ class Pairs:
 
     Attributes:
         metric: what the differences are of.
+        items: how many, or clusters.
         all: by ours, then theirs.
 
     """
 
     metric: str
+    items: int
     all: tuple[Difference, ...]
 
     @property
@@ -103,13 +106,20 @@ class Pairs:
         return None
 
 
-def pairs(shown: Sequence[Distribution], metric: str, varies: Sequence[bool]) -> Pairs | None:
+FEW = 30
+"""Items, or clusters of them, below which no difference is judged."""
+
+
+def pairs(
+    shown: Sequence[Distribution], metric: str, varies: Sequence[bool], items: int
+) -> Pairs | None:
     """Every pair of rows that have the metric; None where there is no pair.
 
     Args:
         shown: of every row, what its intervals come from, all on the same draws of items.
         metric: what to compare.
         varies: could another seed of the row have come out otherwise?
+        items: how many the metric is of, or clusters where some are drawn together.
 
     """
     rows = [i for i, found in enumerate(shown) if metric in found.values]
@@ -134,10 +144,16 @@ def pairs(shown: Sequence[Distribution], metric: str, varies: Sequence[bool]) ->
         np.array(variances),
         np.array(freedom, dtype=np.float64),
     )
-    known = [not any(varies[row] and single[row] for row in pair) for pair in both]
-    corrected = iter(holm(p[known].tolist()))
+    known = [
+        items >= FEW
+        and not np.isnan(of_pair)
+        and not any(varies[row] and single[row] for row in pair)
+        for pair, of_pair in zip(both, p, strict=True)
+    ]
+    corrected = iter(holm(p[np.array(known)].tolist()))
     return Pairs(
         metric,
+        items,
         tuple(
             Difference(
                 i, j, interval, *((float(of_pair), next(corrected)) if has else (None, None))
@@ -164,7 +180,7 @@ def p_values(
 
     Args:
         differences: d.
-        variances: its parts; where all are 0, p is 1 for no difference and `SMALLEST` for any.
+        variances: its parts; where all are 0, p is 1 for no difference and `SMALLEST` for any; NaN gives NaN.
         freedom: degrees of freedom of each part, infinite where it is known.
 
     """
@@ -176,7 +192,7 @@ def p_values(
         quantiles = special.stdtrit(freedom, np.exp(middle)[:, None] / 2)
         reached = differences**2 <= (quantiles**2 * variances).sum(1)
         low, high = np.where(reached, middle, low), np.where(reached, high, middle)
-    return np.exp(high)
+    return np.where(np.isnan(differences) | np.isnan(variances).any(1), np.nan, np.exp(high))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -43,7 +43,8 @@ def report(
         orderings: claims to hold against the runs, in a section of their own (`eval/orderings.py`).
         legend: of their sources.
         notes: sentences on what was compared, such as which rows are missing, and why.
-        draw: is called with the comparisons before the page is made, to add pictures of what they show to their runs.
+        draw: is called with the comparisons before the page is made, to add pictures of what they show to their runs,
+            and to `notes` what there is to say of it.
 
     Returns:
         The four files: the page, .md, .csv, .json.

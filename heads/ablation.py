@@ -2,7 +2,8 @@
 
     method = "simfp"                        a file of heads/methods, or a dotted module, of rows that name none
     task = "czsl"                           what every row is trained on
-    asked = [{ task = "czsl" }, { task = "czsl", world = "open" }]     what is scored, once, on test
+    asked = [{ task = "czsl" }, { task = "czsl", world = "open" }]     what is scored, once, on test; if nothing is
+                                              said, the task itself
     caches = ["caches/a.zarr", …]           where the command line names none; from where the command is given
     seeds = 5                               likewise
     [head]  [train]                         what all rows share
@@ -165,6 +166,8 @@ def read(which: str) -> Ablation:
         found = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{place} is not TOML: {error}") from error
+    if "asked" not in found and "task" in found:
+        found["asked"] = [{"task": found["task"]}]
     for key, model in {"asked": Asked, "row": Row, "ordering": Claim}.items():
         given = found.get(key, [])
         if not isinstance(given, list) or not all(isinstance(table, dict) for table in given):
@@ -197,6 +200,8 @@ def _check(ablation: Ablation, place: str) -> None:
         )
     metrics = sorted({m.partition("/")[0] for kind in kinds for m in METRICS[kind]})
     for claim in ablation.ordering:
+        if claim.better == claim.than:
+            raise ConfigError(f"{place} orders {claim.better} above itself; name two rows")
         for label in (claim.better, claim.than):
             if label not in labels:
                 raise ConfigError(

@@ -8,8 +8,7 @@ headstart compare --ablate simfp --caches clip.zarr pe.zarr --seeds 5
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,6 +137,8 @@ def _compare(args: argparse.Namespace) -> None:
         args.workers is not None and args.workers < 1
     ):
         raise ConfigError("--seeds and --workers are numbers from 1")
+    if args.pictures < 0:
+        raise ConfigError(f"--pictures {args.pictures}: a number from 0")
     engine = _engine(args)
     ablation = None if args.methods else read(args.plan)
     caches = _open(args.caches or [Path(path) for path in (ablation.caches if ablation else ())])
@@ -162,25 +163,21 @@ def _compare(args: argparse.Namespace) -> None:
     )
     if not compared.runs:
         raise HeadError(f"no run was made. {'; '.join(compared.failures)}")
-    draw: Callable[[Sequence[Comparison]], object] | None = None
-    if args.pictures:
-        from heads.drawing import draw_first_seeds
-        from heads.failure_pictures import save_failures
+    notes = [*made.left_out, *compared.failures, *_asked(caches), f"Made by: {command}"]
 
-        draw_first_seeds(compared.runs, caches, args.pictures)
-        draw = partial(save_failures, caches=caches)
+    def draw(comparisons: "Sequence[Comparison]") -> None:
+        from heads.drawing import draw_comparison
+
+        if args.pictures:
+            notes.extend(draw_comparison(comparisons, compared.runs, caches, args.pictures))
+
     paths = report(
         compared.runs,
         out / "report.html",
         title=f"Comparison: {Path(args.plan).stem if args.plan else ablation.task}",
         orderings=made.orderings,
         legend=LEGEND,
-        notes=[
-            *made.left_out,
-            *compared.failures,
-            *_asked(caches),
-            f"Made by: {command}",
-        ],
+        notes=notes,
         draw=draw,
     )
     print(next(p for p in paths if p.suffix == ".md").read_text(encoding="utf-8"))
@@ -209,10 +206,13 @@ def _of_methods(args: argparse.Namespace, caches: dict[str, "FeatureCache"]) -> 
     if not among:
         raise ConfigError(f"{', '.join(args.methods)} have no task in common; compare them apart")
     tasks = {task_of(cache, args.task, among) for cache in caches.values()}
+    task = tasks.pop()
+    if task != "czsl" and args.world != ["closed"]:
+        raise ConfigError(f"--world is of czsl, and {task} is compared; leave it out")
+    if task != "retrieval" and args.rerank is not None:
+        raise ConfigError(f"--rerank is of retrieval, and {task} is compared; leave it out")
     configs = config_files(args.config, args.methods)
-    return of_methods(
-        args.methods, tasks.pop(), worlds=args.world, rerank=args.rerank, configs=configs
-    )
+    return of_methods(args.methods, task, worlds=args.world, rerank=args.rerank, configs=configs)
 
 
 def _engine(args: argparse.Namespace) -> "Engine":
@@ -232,7 +232,7 @@ def _engine(args: argparse.Namespace) -> "Engine":
 
 
 def _command(args: argparse.Namespace, out: Path) -> str:
-    """What makes the same again: every option that is of what is made, with the values in force."""
+    """What makes the same again: every option but those of who works, with the values in force."""
     words = ["headstart", "compare"]
     words += ["--caches", *map(str, args.caches)] if args.caches else []
     if args.plan:
@@ -246,6 +246,7 @@ def _command(args: argparse.Namespace, out: Path) -> str:
         words += [word for value in values for word in (flag, value)]
     words += ["--seeds", str(args.seeds)] if args.seeds else []
     words += ["--intersect"] if args.intersect else []
+    words += ["--pictures", str(args.pictures)] if args.pictures else []
     return shlex.join([*words, "--out", str(out)])
 
 

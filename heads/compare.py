@@ -10,13 +10,13 @@ exactly as it reads runs made by hand. Heads without randomness run under the fi
                goes on from where its training stood
 """
 
-import fcntl
 import shutil
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NoReturn
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -27,8 +27,8 @@ from cache_builder.datasets.base import Tasks
 from eval.errors import ScoreTableError
 from heads.base import Head
 from heads.compare_engines import STOP, Engine, Processes
-from heads.errors import ConfigError, RunExists
-from heads.run_files import LOCK, RECORD, Trained
+from heads.errors import ConfigError
+from heads.run_files import RECORD, Trained, alone
 from heads.runs import score_paths, score_run
 from heads.samples import refuse_differences, refuse_unusable
 from heads.sweep import check_standing, train_runs
@@ -37,6 +37,9 @@ from heads.wanted import Wanted
 
 THREADS = 1
 """Of each worker: small heads gain nothing from a second one, and the same count gives the same bits everywhere."""
+
+BEAT = 2.0
+"""Seconds between two looks at what is trained."""
 
 SAVE_EVERY = 10.0
 """Minutes between two writings of where a training stands."""
@@ -174,12 +177,11 @@ def compare(
     for (place, task, _), part in passes.items():
         check_standing(opened[place], [job.wanted() for job in part], task)
     failures: dict[Path, str] = {}
-    bar = tqdm(total=len(jobs), desc="training and scoring", unit="run")
-    with _alone(out), bar:
+    bar = tqdm(total=len(jobs), desc="trained", unit="run")
+    with alone(out, "another comparison is at work in"), bar, _beating(bar, jobs):
         for part, failed in (engine or Processes()).run(_run, list(passes.values())):
             failures |= failed
             bar.set_postfix_str(f"{part[0].out.parent.name}, seed {part[0].seed}")
-            bar.update(len(part))
     made = [job.out for job in jobs if job.out not in failures]
     return Compared(made, [failures[job.out] for job in jobs if job.out in failures])
 
@@ -241,22 +243,24 @@ def _unanswered(job: Job, cache: FeatureCache) -> list[tuple[dict[str, Any], lis
 
 
 @contextmanager
-def _alone(out: Path) -> Generator[None]:
-    """Hold a directory against other comparisons; the kernel lets go however this one ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunExists(
-                f"another comparison is at work in {out}; wait for it, or choose another --out"
-            ) from None
-        try:
-            yield
-        finally:
-            (out / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):
-                out.rmdir()
+def _beating(bar: "tqdm[NoReturn]", jobs: Sequence[Job]) -> Generator[None]:
+    """Count the runs that are trained, whoever trains them, every few seconds: a pass may take hours."""
+    ended = Event()
+
+    def tell() -> None:
+        while not ended.wait(BEAT):
+            bar.n = sum((job.out / RECORD).exists() for job in jobs)
+            bar.refresh()
+
+    thread = Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        bar.n = sum((job.out / RECORD).exists() for job in jobs)
+        bar.refresh()
 
 
 def _seeds(entry: Entry, seeds: Sequence[int]) -> Sequence[int]:

@@ -9,10 +9,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.queues import Queue
 from pathlib import Path
 from threading import Event
@@ -84,10 +85,19 @@ class Processes:
         given = (devices if self.devices else None, min(width, len(passes)))
         pool = ProcessPoolExecutor(width, mp_context=context, initializer=_begin, initargs=given)
         with pool:
-            running = {pool.submit(_on_mine, work, jobs): jobs for jobs in passes}
+            waiting, running = iter(passes), dict[Future[dict[Path, str]], Pass]()
+
+            def fill() -> None:
+                """No more than can be worked on: what waits inside the pool cannot all be taken back."""
+                for jobs in islice(waiting, width - len(running)):
+                    running[pool.submit(_on_mine, work, jobs)] = jobs
+
             try:
-                for done in as_completed(running):
-                    yield running[done], done.result()
+                fill()
+                while running:
+                    for one in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield running.pop(one), one.result()
+                    fill()
             except BrokenProcessPool as error:
                 raise HeadError(
                     "a process died while it trained, perhaps for want of memory; what is finished is kept: repeat the "
@@ -182,7 +192,7 @@ class Ray:
         except (RayError, ConnectionError, ValueError) as error:
             if isinstance(error, RayTaskError):  # what was raised there is told as if it were here
                 raise error.cause from None
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise HeadError(
                 f"the Ray cluster failed: {reason}; what is finished is kept: repeat the command"
             ) from error

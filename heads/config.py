@@ -53,7 +53,7 @@ def read_settings(
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from error
         for name, table in found.items():
-            _check_section(name, str(path))
+            check_section(name, str(path))
             if not isinstance(table, dict):
                 raise ConfigError(f"{name} in {path} must be a table, [{name}], but is {table!r}")
             settings[name].update(table)
@@ -66,7 +66,7 @@ def read_settings(
         section, dot, name = key.strip().partition(".")
         if not (dot and name):
             raise ConfigError(f"{said} is not of the form head.NAME=VALUE or train.NAME=VALUE")
-        _check_section(section, said)
+        check_section(section, said)
         *tables, last = name.split(".")
         place = settings[section]
         for table in tables:
@@ -103,6 +103,8 @@ def parse(model: type[Model], values: Mapping[str, Any], section: str) -> Model:
             raise cause from error
         key = ".".join([section, *(str(part) for part in first["loc"])])
         more = f"; and {len(rest)} more" if rest else ""
+        if first["type"] == "missing":
+            raise ConfigError(f"{key} is missing, and it has no default{more}") from error
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise ConfigError(f"{key} is {first['input']!r}: {message}{more}") from error
 
@@ -156,7 +158,8 @@ def git_commit() -> str | None:
     return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _check_section(name: str, where: str) -> None:
+def check_section(name: str, where: str) -> None:
+    """Refuse a table of settings that is none; `ConfigError` names the nearest."""
     if name not in SECTIONS:
         raise ConfigError(
             f"{where} names {name!r}{nearest(name, SECTIONS)}; the tables are {' and '.join(SECTIONS)}"

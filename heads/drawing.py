@@ -4,13 +4,17 @@ composed      queries with what they get (composed_pictures.py)
 other tasks   where the head looks, or which experts serve what (pictures.py)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cache_builder import FeatureCache, load_dataset
+from cache_builder.errors import CacheError
 from eval import score_io
+from eval.comparison import Comparison
 from eval.composed_table import ComposedScores
 from heads.composed_pictures import save_composed_pictures
+from heads.errors import HeadError
+from heads.failure_pictures import save_failures
 from heads.pictures import has_pictures, save_pictures
 from heads.run_files import read_run
 
@@ -47,24 +51,37 @@ def draw(
     return save_pictures(run, cache, dataset, task=task, split=split, n=n, backbone=backbone)
 
 
-def draw_first_seeds(runs: Sequence[Path], caches: dict[str, FeatureCache], n: int) -> list[Path]:
-    """Pictures of a comparison: of every row's first run, where its method has something to show.
+def draw_comparison(
+    comparisons: Sequence[Comparison],
+    runs: Sequence[Path],
+    caches: Mapping[str, FeatureCache],
+    n: int,
+) -> list[str]:
+    """Pictures of a comparison: of every row's first run that has something to show, and of what goes wrong most.
 
     Args:
-        runs: directories, `OUT/<cache>/<label>-seed<n>`; those that have pictures already keep them.
+        comparisons: of the runs.
+        runs: directories, `OUT/<cache>/<label>-seed<n>`; pictures of an earlier call are replaced.
         caches: by name.
         n: examples a run.
+
+    Returns:
+        Sentences about what could not be drawn, which keeps nothing else from being shown.
     """
-    drawn: list[Path] = []
-    seen: set[tuple[str, str]] = set()
+    said: list[str] = []
+    first: dict[tuple[str, str], Path] = {}
     for run in runs:
-        row = (run.parent.name, run.name.rpartition("-seed")[0])
-        record = read_run(run)
+        first.setdefault((run.parent.name, run.name.rpartition("-seed")[0]), run)
+    for (name, _), run in first.items():
+        record, tables = read_run(run), sorted(run.glob("scores-test*.zarr"))
         task = record["task"]
-        if row in seen or not (task == "composed" or has_pictures(record["method"], task)):
-            continue
-        seen.add(row)
-        tables = sorted(run.glob("scores-test*.zarr"))
-        if not (run / "pictures").exists() and (task != "composed" or tables):
-            drawn += draw(run, caches[row[0]], task=task, n=n, tables=tables)
-    return drawn
+        if tables if task == "composed" else has_pictures(record["method"], task):
+            try:
+                draw(run, caches[name], task=task, n=n, tables=tables)
+            except (CacheError, HeadError, OSError) as error:
+                said.append(f"{name}/{run.name} has no pictures: {error}")
+    try:
+        save_failures(comparisons, caches)
+    except (CacheError, HeadError, OSError) as error:
+        said.append(f"What goes wrong most is shown without pictures: {error}")
+    return said

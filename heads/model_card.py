@@ -28,7 +28,7 @@ MADE = "<!-- made by headstart; pushed again, it is made anew unless it was edit
 """Ends a card that is made here, with the digest of all that stands before."""
 
 PIPELINE = "zero-shot-image-classification"
-"""What the hub calls that; it has no name for composed queries."""
+"""What the hub calls the tasks of `SCORED`; it has no name for composed queries."""
 
 
 def model_card(

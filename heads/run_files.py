@@ -8,7 +8,6 @@
 training-<n>.safetensors, from which an interrupted training goes on (training_state.py).
 """
 
-import fcntl
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +19,7 @@ import torch
 
 from cache_builder import FeatureCache
 from cache_builder.durable import write_durably
+from cache_builder.flock import takes
 from heads import checkpoint, load_method, training_state
 from heads.base import Head
 from heads.config import describe_cache, git_commit, parse, versions
@@ -32,6 +32,8 @@ RECORD = "run.json"
 HISTORY = "history.jsonl"
 LOCK = "lock"
 """Held while a run is trained; the kernel frees it however its holder ends."""
+
+TRAINING = "another process is training into"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def taken(places: Sequence[Path], *, resume: bool = False) -> Generator[None]:
     """
     with ExitStack() as held:
         for out in places:
-            held.enter_context(_locked(out))
+            held.enter_context(alone(out, TRAINING))
         check_places(places, resume=resume)
         for out in places:
             remove_orphans(out, RECORD)
@@ -112,16 +114,20 @@ def _is_unfinished(name: str) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Generator[None]:
-    """Make a directory and hold it; empty, it is gone afterwards."""
+def alone(out: Path, what: str) -> Generator[None]:
+    """Make a directory and hold it against others of this kind; empty, it is gone afterwards.
+
+    Args:
+        out: the directory.
+        what: who else may hold it, for a message.
+
+    Raises:
+        RunExists: somebody does.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunExists(
-                f"another process is training into {out}; wait for it, or choose another --out"
-            ) from None
+        if not takes(file.fileno(), out / LOCK):
+            raise RunExists(f"{what} {out}; wait for it, or choose another --out")
         try:
             yield
         finally:
@@ -242,7 +248,7 @@ def read_trained(
         CheckpointMismatch: it is damaged.
     """
     record = check_finished(out, now)
-    with _locked(out):
+    with alone(out, TRAINING):
         training_state.clear(out)  # it may have been killed right after its record was written
     lines = (out / HISTORY).read_text(encoding="utf-8").splitlines()
     result = FitResult(

@@ -64,16 +64,16 @@ class Shared:
             ConfigError: an example is one thing in one cache and another in the next.
         """
         first, *_ = everything = [c.tasks for c in self.caches.values()]
+        galleries = self._galleries([t.galleries for t in everything])
         kept: dict[str, tuple[Any, ...]] = {}
         for kind in EXAMPLES:
             named = [{_name(e): e for e in getattr(tasks, kind)} for tasks in everything]
             common = set.intersection(*map(set, named))
             self._check_one_meaning(f"{kind} example", named, common)
             kept[kind] = tuple(
-                e for e in getattr(first, kind) if _name(e) in common and self._usable(e)
+                e for e in getattr(first, kind) if _name(e) in common and self._usable(e, galleries)
             )
         czsl = self._compositions([t.czsl for t in everything])
-        galleries = self._galleries([t.galleries for t in everything])
         return Tasks(czsl=czsl, galleries=galleries, **kept)
 
     def _galleries(self, found: Sequence[Mapping[str, Gallery]]) -> dict[str, Gallery]:
@@ -95,8 +95,8 @@ class Shared:
         if len(tasks) < len(found):
             return None
         first = tasks[0]
-        labels: list[dict[str, CompositionExample]] = [
-            {e.image: e for e in task.examples} for task in tasks
+        labels: list[dict[tuple[str, str], CompositionExample]] = [
+            {_name(e): e for e in task.examples} for task in tasks
         ]
         common = set.intersection(*map(set, labels))
         self._check_one_meaning("label of image", labels, common)
@@ -110,17 +110,20 @@ class Shared:
             known = set(prompts).intersection(*(task.pairs.get(split, ()) for task in tasks))
             pairs[split] = tuple(pair for pair in listed if pair in known)
         candidates = {split: {*pairs.get("train", ()), *own} for split, own in pairs.items()}
-        images = self.images & common
         examples = tuple(
             e
             for e in first.examples
-            if e.image in images and (e.attr, e.obj) in candidates.get(e.split, ())
+            if e.image in self.images
+            and _name(e) in common
+            and (e.attr, e.obj) in candidates.get(e.split, ())
         )
         return CompositionTask(examples, pairs, prompts) if examples else None
 
-    def _usable(self, example: Any) -> bool:
-        """Are all images and texts of an example shared?"""
-        return set(example.images) <= self.images and set(example.texts) <= self.texts
+    def _usable(self, example: Any, galleries: Mapping[str, Gallery]) -> bool:
+        """Are all images and texts of an example shared, and its targets in the gallery that is left?"""
+        gallery = galleries.get(getattr(example, "gallery", ""))
+        listed = gallery is None or set(example.targets) <= set(gallery.images)
+        return set(example.images) <= self.images and set(example.texts) <= self.texts and listed
 
     def _check_one_meaning(
         self, what: str, found: Sequence[Mapping[Any, Any]], common: Iterable[Hashable]

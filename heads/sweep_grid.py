@@ -95,11 +95,11 @@ def config_files(given: Sequence[str], methods: Sequence[str]) -> dict[str, Path
     for text in given:
         method, _, file = text.partition("=")
         if method not in methods:
-            method, file = methods[0], text
-            if len(methods) > 1:
+            if len(methods) > 1 or (file and not Path(text).exists()):
                 raise ConfigError(
                     f"--config {text!r} is not METHOD=FILE for one of the methods named ({', '.join(methods)})"
                 )
+            method, file = methods[0], text
         if method in found:
             raise ConfigError(f"{method} has two --config files, {found[method]} and {file}")
         found[method] = Path(file)

@@ -19,7 +19,7 @@ from cache_builder import FeatureCache
 from heads import checkpoint, load_method
 from heads.base import Context, Head, Needs
 from heads.commands import train_command
-from heads.config import parse
+from heads.config import check_section, parse
 from heads.errors import ConfigError
 from heads.learner import seed_everything
 from heads.plans import Negatives
@@ -140,6 +140,8 @@ def sound(cache: FeatureCache, wanted: Wanted, task: str) -> Sound:
     Raises:
         ConfigError, MissingStream, CheckpointMismatch: what is wrong with it.
     """
+    for section in wanted.settings:
+        check_section(section, f"the settings of {wanted.method}")
     method, module = wanted.method, load_method(wanted.method)
     head = module.Head
     head_config = parse(module.Config, wanted.settings.get("head", {}), "head")

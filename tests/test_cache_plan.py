@@ -138,11 +138,19 @@ def test_hours_and_costs_are_plain_arithmetic_or_open() -> None:
     means = Means(rate=50.0, devices=4, bandwidth=100.0, device_hour=2.5, gb_month=0.02)
     assert means.device_hours(3_600_000) == 20
     assert means.encoding_hours(3_600_000) == 5
-    assert means.building_cost(3_600_000) == 50
     assert means.writing_hours(36 * 10**10) == 1
+    assert (
+        means.building_cost(3_600_000, 36 * 10**10) == 5 * 4 * 2.5
+    )  # devices work longer than storage
+    assert means.building_cost(3_600_000, 36 * 10**11) == 10 * 4 * 2.5  # and here they wait for it
+    assert (
+        Means(rate=50.0, device_hour=1.0).building_cost(3_600_000, 10**20) == 20
+    )  # as far as is known
+    assert Means(rate=50.0, device_hour=0.0, gb_month=0.0).building_cost(9, 9) == 0
+    assert Means(gb_month=0.0).monthly_cost(9) == 0
     assert means.monthly_cost(10**12) == 20
     none = Means()
-    assert none.device_hours(9) is none.building_cost(9) is none.encoding_hours(9) is None
+    assert none.device_hours(9) is none.building_cost(9, 9) is none.encoding_hours(9) is None
     assert none.writing_hours(9) is none.monthly_cost(9) is None
 
 

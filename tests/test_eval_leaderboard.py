@@ -154,7 +154,7 @@ def simulated(
             mean = hits.mean(0)
             drawn = {"m": counts @ mean}
             shown.append(Distribution({"m": float(mean.mean())}, drawn, drawn, {"m": hits.mean(1)}))
-        found = pairwise.pairs(shown, "m", [row >= untrained for row in range(rows)])
+        found = pairwise.pairs(shown, "m", [row >= untrained for row in range(rows)], items)
         assert found is not None
         assert not found.unknown
         with_holm += any(f.is_decided for f in found.all)
@@ -186,7 +186,7 @@ def test_a_large_difference_is_decided_under_few_seeds_where_items_are_what_vari
         for m, s in ((0.5, np.array([0.501, 0.499])), (0.9, np.array([0.9, 0.9])), (0.5, np.zeros(1)))
     ]  # fmt: skip
     shown[1].items["m"] = 0.9 + np.random.default_rng(1).normal(0, 0.01, 400)
-    found = pairwise.pairs(shown, "m", [True, True, False])
+    found = pairwise.pairs(shown, "m", [True, True, False], 400)
     assert found is not None
     assert [f.is_decided for f in found.all] == [True, False, True]
 
@@ -199,7 +199,7 @@ def test_a_trained_row_of_one_seed_has_no_p_and_does_not_count_for_holm():
         return Distribution({"m": mean}, drawn, drawn, {"m": np.full(n, mean)})
 
     shown = [row(0.2, 1), row(0.25, 3), row(0.9, 1)]
-    found = pairwise.pairs(shown, "m", [False, True, True])
+    found = pairwise.pairs(shown, "m", [False, True, True], 400)
     assert found is not None
     assert [f.p is None for f in found.all] == [False, True, True]
     assert [f.is_decided for f in found.all] == [True, False, False]
@@ -212,7 +212,54 @@ def test_a_trained_row_of_one_seed_has_no_p_and_does_not_count_for_holm():
 
 def test_one_row_has_no_pairs():
     alone = Distribution({"m": 0.5}, {"m": np.zeros(3)}, {"m": np.zeros(3)}, {"m": np.zeros(2)})
-    assert pairwise.pairs([alone], "m", [True]) is None
+    assert pairwise.pairs([alone], "m", [True], 400) is None
+
+
+def test_two_baselines_of_a_backbone_are_no_baseline(tmp_path):
+    """Which of them a row should be held against, nobody has said; the order of the folders must not say it."""
+    for label, strength in (("image", 0.2), ("text", 1.5)):
+        found = table(1, strength)
+        write_run(tmp_path / label, "zero_shot", "clip:demo", 0, found, label=label)
+    write_run(tmp_path / "own", "a", "clip:demo", 0, table(2, 1.0))
+    for order in (("image", "text", "own"), ("text", "own", "image")):
+        (c,) = compare(read_runs([tmp_path / name for name in order]))
+        assert [row.gain for row in c.rows] == [None] * 3
+        assert all(entry.gain is None for entry in leaderboard(c))
+    (c,) = compare(read_runs([tmp_path / name for name in ("text", "own")]))
+    assert c.rows[-1].gain is not None
+
+
+def test_numbers_on_a_cost_axis_do_not_overlap():
+    costs = (4128, 30000, 831744)
+    points = [Point(f"r{i}", cost, 0.5, 0.4, 0.6, i, i, i + 1) for i, cost in enumerate(costs)]
+    drawn = score_against_cost(points, "parameters", "none", lambda v: f"{v:,.0f}", "costs")
+    labels = re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="middle">([\d,]+)</text>', drawn
+    )
+    spans = sorted(
+        (float(x) - 3.5 * len(said), float(x) + 3.5 * len(said)) for x, _, said in labels
+    )
+    assert len(spans) > 2
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+
+
+def test_few_items_judge_nothing_and_neither_does_what_is_not_a_number():
+    def row(mean: float) -> Distribution:
+        drawn = {"m": np.random.default_rng(3).normal(mean, 0.01, 400)}
+        return Distribution({"m": mean}, drawn, drawn, {"m": np.full(3, mean)})
+
+    shown = [row(0.2), row(0.9)]
+    for items, decided in ((pairwise.FEW - 1, False), (pairwise.FEW, True)):
+        found = pairwise.pairs(shown, "m", [False] * 2, items)
+        assert found is not None
+        assert [f.is_decided for f in found.all] == [decided]
+        assert [f.p is None for f in found.all] == [not decided]
+        said = formats.unknown_pairs(found)
+        assert ("29 items are too few" in said) == (not decided)
+    nan = np.array([np.nan, 0.1, 0.1])
+    variances = np.array([[1.0], [np.nan], [1.0]])
+    p = pairwise.p_values(nan, variances, np.full((3, 1), np.inf))
+    assert np.isnan(p).tolist() == [True, True, False]
 
 
 # ── the leaderboard ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,7 +388,7 @@ def test_a_page_of_old_runs_says_that_costs_are_unknown(tmp_path):
         (1000, "0.977 KiB"),
         (1536, "1.5 KiB"),
         (1181696, "1.13 MiB"),
-        (1.5 * 2**40, "1.54e+03 GiB"),
+        (1.5 * 2**40, "1,536 GiB"),
     ],
 )
 def test_bytes_are_shown_with_three_digits(value, shown):

@@ -280,6 +280,23 @@ def test_the_same_row_and_seed_twice_is_refused(tmp_path):
         compare(read_runs([root]))
 
 
+def test_exactly_chance_is_not_below_it(tmp_path):
+    """Shares of twelve summed up twelve times miss the share by their last bits."""
+    root = tmp_path / "runs"
+    scores = np.eye(12)[np.roll(np.arange(12), 1)]
+    found = RetrievalScores(scores, np.eye(12, dtype=bool), "cosine", "test")
+    write_run(root, "a", 0, tables={"test": found})
+    (c,) = compare(read_runs([root]))
+
+    def is_below(mean: float) -> bool:
+        cell = replace(c.rows[0].cells["recall@1"], seeds=(mean,))
+        return c.is_below_chance(replace(c.rows[0], cells={"recall@1": cell}), "recall@1")
+
+    assert c.chance["recall@1"] == pytest.approx(1 / 12)
+    assert not any(is_below(mean) for mean in (1 / 12 - 1e-12, 1 / 12, 1 / 12 + 1e-12))
+    assert is_below(1 / 12 - 1e-6)
+
+
 def test_below_chance_is_marked_and_only_that(runs):
     table = compare(read_runs([runs]))[2]
     _, bad, ours = table.rows

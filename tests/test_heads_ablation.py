@@ -264,6 +264,19 @@ def test_a_field_that_no_method_has_is_named_with_its_row(
         plan(other, caches)
 
 
+def test_what_is_asked_is_the_task_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('task = "two_by_two"\n[[row]]\nlabel = "a"\nmethod = "zero_shot"\n')
+    assert [asked.task for asked in read(str(file)).asked] == ["two_by_two"]
+    file.write_text('task = "czsl"\n[[row]]\nmethod = "csp"\n')
+    with pytest.raises(ConfigError, match=r"row\[0\].label is missing"):
+        read(str(file))
+    rows = '[[row]]\nlabel = "a"\nmethod = "csp"\n[[ordering]]\nbetter = "a"\nthan = "a"\n'
+    file.write_text(f'task = "czsl"\n{rows}metric = "auc"\nsource = "nobody"\n')
+    with pytest.raises(ConfigError, match="orders a above itself"):
+        read(str(file))
+
+
 def test_an_unknown_ablation_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no plan 'tridnet'; did you mean 'trident'\?.*csp"):
         read("tridnet")

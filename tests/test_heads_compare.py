@@ -116,8 +116,8 @@ def test_methods_on_two_backbones_in_one_command(
     assert "Made by: headstart compare --caches" in page.replace("&#x27;", "'")
     drawn = [p.parents[1].name for p in out.glob("*/*/pictures/0*.npz")]
     assert set(drawn) == {"tf_local-seed0"}, "of the first seed of what has maps"
-    failed = [str(p.relative_to(out)) for p in out.rglob("failures.npz")]
-    assert failed == ["clip/zero_shot-seed0/pictures/failures.npz"], "of the first row"
+    failed = [str(p.relative_to(out)) for p in out.rglob("failures*.npz")]
+    assert failed == ["clip/zero_shot-seed0/pictures/failures-2_2.npz"], "of the first row"
     assert "What heads look at" in page
     record = read_run(out / "clip" / "tf_local-seed1")
     assert record["head"]["dim"] == 16
@@ -195,6 +195,23 @@ def test_a_cluster_works_in_the_folder_of_the_command_and_its_errors_are_those_o
         assert float(ratio) == pytest.approx(min(2, os.cpu_count() or 1), rel=0.3)
     with pytest.raises(ConfigError, match=r"^said as it is$"):
         list(Ray().run(where, [["wrong"]]))
+
+
+def _first_fails(jobs: Any, device: str | None = None) -> dict[Path, str]:
+    del device
+    (place,) = jobs
+    if place.name == "0":
+        raise ConfigError("said at once")
+    time.sleep(1)
+    place.touch()
+    return {}
+
+
+def test_what_was_not_begun_is_not_begun_after_an_error(tmp_path: Path) -> None:
+    passes = [[tmp_path / str(n)] for n in range(8)]
+    with pytest.raises(ConfigError, match="said at once"):
+        list(Processes(2).run(_first_fails, passes))
+    assert len(list(tmp_path.iterdir())) <= 2
 
 
 def test_nothing_to_compare_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
@@ -349,6 +366,19 @@ def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
         (["--caches", "A", "--methods", "csp", "inversion"], "have no task in common"),
         (["--caches", "A", "--methods", "csp", "--set", "head.dropout=0"], "--config METHOD=FILE"),
         (["--caches", "A", "--methods", "csp", "--rows", "csp"], "--rows chooses"),
+        (["--caches", "A", "--methods", "csp", "--pictures", "-1"], "--pictures -1"),
+        (
+            ["--caches", "A", "--methods", "csp", "--config", "cspx=x.toml"],
+            "is not METHOD=FILE for one of the methods named (csp)",
+        ),
+        (
+            ["--caches", "A", "--methods", "zero_shot", "--task", "retrieval", "--world", "open"],
+            "--world is of czsl",
+        ),
+        (
+            ["--caches", "A", "--methods", "csp", "--task", "czsl", "--rerank", "3"],
+            "--rerank is of retrieval",
+        ),
         (["--caches", "A", "--methods", "csp", "csp"], "two rows called csp"),
         (["--caches", "A", "A", "--methods", "csp"], "two caches are called clip"),
         (["--caches", "A", "--methods", "csp", "--seeds", "0"], "numbers from 1"),

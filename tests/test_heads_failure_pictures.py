@@ -8,9 +8,11 @@ import pytest
 from PIL import ImageOps
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
+from cache_builder.datasets import mit_states
 from eval.comparison import compare
 from eval.failures import hardest
 from eval.report import report
+from eval.retrieval import RetrievalScores
 from eval.runs import read_runs
 from heads.cli import main
 from heads.failure_pictures import SIDE, save_failures
@@ -121,6 +123,7 @@ def test_retrieval_shows_what_is_ranked_first_in_both_directions(
     own = {e.image: e.captions for e in dataset.tasks.retrieval if e.split == "test"}
     for c in compare(read_runs([run])):
         direction, table = c.question.variant, c.rows[0].group.tables[0]
+        assert isinstance(table, RetrievalScores)
         found = dict(np.load(run / "pictures" / f"failures-{direction}.npz"))
         asked, ranked = (list(own), list(dict.fromkeys(t for ts in own.values() for t in ts)))
         if direction == "t2i":
@@ -168,6 +171,38 @@ def test_without_pictures_the_page_says_how_to_get_them(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "headstart compare … --pictures N" in page
     assert not list((tmp_path / "out").rglob("pictures"))
+
+
+def test_a_plan_that_asks_two_things_of_a_run_has_the_failures_of_both(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    words = ["--caches", str(cache.path), "--plan", "two_by_two", "--rows", "zero_shot"]
+    assert main(["compare", *words, "--pictures", "1", "--out", str(tmp_path / "out")]) == 0
+    folder = tmp_path / "out" / "clip" / "zero_shot-seed0" / "pictures"
+    assert {p.name for p in folder.iterdir()} == {FILES["matching"], FILES["two_by_two"]}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("caption 2: “") > 0
+    assert page.count("false caption: “") > 0
+    assert "--pictures 1" in page
+
+
+def test_pictures_that_are_gone_cost_the_page_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = mit_states.miniature(tmp_path / "photos")
+    built = build(
+        mit_states.load(root),
+        load_backbone("clip:demo"),
+        tmp_path / "clip.zarr",
+        backbone_name="clip:demo",
+        progress=False,
+    )
+    root.rename(tmp_path / "elsewhere")
+    words = ["--caches", str(built.path), "--methods", "zero_shot", "--task", "czsl"]
+    assert main(["compare", *words, "--pictures", "1", "--out", str(tmp_path / "out")]) == 0
+    assert "What goes wrong most is shown without pictures: " in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What goes wrong most is shown without pictures: " in page
 
 
 def test_a_row_that_gets_everything_right_has_no_file(cache: FeatureCache) -> None:

@@ -225,3 +225,47 @@ def test_long_texts_are_cut_short_in_a_message(
         on_shared({"whole": whole, "other": other})
     assert "many words" in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_query_whose_target_left_the_gallery_is_asked_of_none(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    query = next(e for e in dataset.tasks.composed if e.split == "test")
+    full = dataset.tasks.galleries[query.gallery]
+    less = replace(full, images=tuple(i for i in full.images if i != query.targets[0]))
+    other = cut(
+        dataset,
+        fast_path / "less.zarr",
+        galleries={**dataset.tasks.galleries, query.gallery: less},
+        composed=tuple(e for e in dataset.tasks.composed if query.targets[0] not in e.targets),
+    )
+    shared = on_shared({"whole": whole, "other": other})
+    asked = load_task(shared["whole"], "composed", "test")
+    assert len(asked) > 0
+    mixed = cut(
+        dataset,
+        fast_path / "mixed.zarr",
+        galleries={**dataset.tasks.galleries, query.gallery: less},
+        composed=(),
+    )
+    assert Shared({"whole": whole, "mixed": mixed}).tasks.composed == ()
+
+
+def test_an_image_under_two_splits_is_two_examples(
+    dataset: Dataset, whole: FeatureCache, fast_path: Path
+) -> None:
+    task = dataset.tasks.czsl
+    assert task is not None
+    train = next(e for e in task.examples if e.split == "train")
+    twice = replace(task, examples=(*task.examples, replace(train, split="val")))
+    pairs = {
+        **task.pairs,
+        "val": tuple(dict.fromkeys((*task.pairs["val"], (train.attr, train.obj)))),
+    }
+    first = cut(dataset, fast_path / "twice.zarr", czsl=replace(twice, pairs=pairs))
+    gone = tuple(e for e in twice.examples if e != train)
+    second = cut(dataset, fast_path / "once.zarr", czsl=replace(twice, pairs=pairs, examples=gone))
+    for caches in ({"a": first, "b": second}, {"b": second, "a": first}):
+        found = Shared(caches).tasks.czsl
+        assert found is not None
+        assert found.examples == gone
