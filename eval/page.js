@@ -1,4 +1,4 @@
-// Sorts the tables of a report, and filters long ones. Without it every table reads as it is.
+// Sorts the tables of a report, filters long ones, and unfolds what is printed. Without it every table reads as it is.
 "use strict";
 for (const table of document.querySelectorAll("table.sorts")) {
   const body = table.tBodies[0];
@@ -60,3 +60,16 @@ for (const table of document.querySelectorAll("table.sorts")) {
   });
   table.parentElement.before(filter);
 }
+
+// On paper nothing can be unfolded.
+const folded = new Set();
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details:not([open])")) {
+    folded.add(details);
+    details.open = true;
+  }
+});
+addEventListener("afterprint", () => {
+  for (const details of folded) details.open = false;
+  folded.clear();
+});

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -230,7 +231,7 @@ def test_two_baselines_of_a_backbone_are_no_baseline(tmp_path):
 
 
 def test_numbers_on_a_cost_axis_do_not_overlap():
-    costs = (4128, 30000, 831744)
+    costs = (4128.0, 30000.0, 831744.0)
     points = [Point(f"r{i}", cost, 0.5, 0.4, 0.6, i, i, i + 1) for i, cost in enumerate(costs)]
     drawn = score_against_cost(points, "parameters", "none", lambda v: f"{v:,.0f}", "costs")
     labels = re.findall(
@@ -240,7 +241,7 @@ def test_numbers_on_a_cost_axis_do_not_overlap():
         (float(x) - 3.5 * len(said), float(x) + 3.5 * len(said)) for x, _, said in labels
     )
     assert len(spans) > 2
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def test_few_items_judge_nothing_and_neither_does_what_is_not_a_number():

@@ -262,6 +262,19 @@ def test_print_hides_what_only_a_screen_can_use(browser, page_file):
     page.close()
 
 
+def test_what_is_folded_is_printed_and_folded_again(browser, page_file):
+    page, _ = opened(browser, page_file)
+    shut = page.locator("details:not([open])").count()
+    assert shut > 0
+    page.evaluate(
+        "addEventListener('beforeprint', () => window.shut = document.querySelectorAll('details:not([open])').length)"
+    )
+    page.pdf(format="A4")
+    assert page.evaluate("window.shut") == 0
+    assert page.locator("details:not([open])").count() == shut
+    page.close()
+
+
 def test_data_links_decode_to_tables(browser, page_file):
     page, _ = opened(browser, page_file)
     links = page.locator("a.csv").all()
