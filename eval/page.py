@@ -130,11 +130,13 @@ _ANSWER_TEXT = (
 _HOW = f"""
 <p>All numbers are percent. <b>±</b> is the standard deviation over training seeds; <b>[ , ]</b> a 95 % bootstrap
 interval over test items and seeds together (1,000 resamples; with two or three seeds it still understates their
-spread). “− zero_shot” is the paired difference to the frozen backbone itself on the same resampled items; in the tables
-of all metrics it is coloured where its interval does not contain 0, without any correction.</p>
+spread). “− zero_shot” is the paired difference to the frozen backbone itself on the same resampled items, where it has
+one such row and not several; in the tables of all metrics it is coloured where its interval does not contain 0, without
+any correction.</p>
 <p>Leaderboards correct for many comparisons. p weighs a paired difference against the variance of its items and that of
 each row’s seeds, the latter with Student’s quantile: with two or three seeds only large differences are decided. A row
 trained under one seed has no p towards any other, as nothing is known of what training varies; it is never told apart.
+Nor is anything where there are fewer than 30 items, or clusters of items that are drawn together.
 Holm’s procedure then makes all pairs of one table hold together: in simulations of up to five equal rows with 100 or
 2,000 items and two, three or five seeds fewer than 5 of 100 tables had a false decision. It is made for each table by
 itself, for its headline only, not for categories, other metrics or tables.</p>
