@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from cache_builder.cache import FeatureCache
 from cache_builder.datasets.base import (
@@ -12,7 +12,6 @@ from cache_builder.datasets.base import (
     Tasks,
 )
 from cache_builder.errors import CacheMismatch, UnknownName
-from cache_builder.splits import Example
 
 MOST = 20_000
 """Images looked at unless told otherwise: 59 MiB a backbone at D = 768."""
@@ -146,18 +145,9 @@ def _check_same(one: FeatureCache, other: FeatureCache) -> None:
 
 def _splits(tasks: Tasks) -> Iterator[tuple[str, str]]:
     """Image and split, of every task."""
-    for example in _examples(tasks):
+    for example in chain.from_iterable(map(tasks.examples, tasks.kinds)):
         for image in example.images:
             yield image, example.split
-
-
-def _examples(tasks: Tasks) -> Iterator[Example]:
-    yield from tasks.czsl.examples if tasks.czsl else ()
-    yield from tasks.retrieval
-    yield from tasks.two_by_two
-    yield from tasks.matching
-    yield from tasks.composed
-    yield from tasks.triplets
 
 
 def _labels(tasks: Tasks, texts: Mapping[str, str], wanted: set[str]) -> dict[str, tuple[str, ...]]:
@@ -170,7 +160,7 @@ def _labels(tasks: Tasks, texts: Mapping[str, str], wanted: set[str]) -> dict[st
 
 
 def _said(tasks: Tasks, texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for example in _examples(tasks):
+    for example in chain.from_iterable(map(tasks.examples, tasks.kinds)):
         if isinstance(example, CompositionExample):
             yield example.image, f"{example.attr} {example.obj}"
         elif isinstance(example, RetrievalExample):

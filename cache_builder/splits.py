@@ -42,7 +42,7 @@ def split_labels(tasks: Tasks, split: str, task: str | None = None) -> dict[str,
         UnknownName: no such task or split, or several tasks and none was named.
     """
     task = _chosen(tasks, task)
-    examples = tasks.czsl.examples if task == "czsl" and tasks.czsl else getattr(tasks, task)
+    examples = tasks.examples(task)
     rows = [row for e in examples if e.split == split for row in _rows(e)]
     if not rows:
         counts = Counter(e.split for e in examples)
@@ -59,7 +59,7 @@ def image_labels(tasks: Tasks) -> dict[str, dict[str, str]]:
     if "czsl" not in tasks.kinds and len(tasks.kinds) != 1:
         return {}
     task = _chosen(tasks, None)
-    examples = tasks.czsl.examples if task == "czsl" and tasks.czsl else getattr(tasks, task)
+    examples = tasks.examples(task)
     found: dict[str, dict[str, dict[str, None]]] = {}
     for example in examples:
         for row in _rows(example):

@@ -20,7 +20,7 @@ from eval.composed_queries import PROTOCOLS, ComposedQueries
 from eval.errors import ScoreTableError
 from heads.errors import TaskError
 from heads.overlap import images_of
-from heads.task_examples import examples, of_split, usable
+from heads.task_examples import of_split, usable
 
 COSINES = (0.5, 0.98)
 """Cosine of reference and target caption of a triplet worth training on: related, and not the same (our choice)."""
@@ -171,7 +171,7 @@ def triplets(cache: FeatureCache, split: str, allow_missing: bool) -> TripletDat
     Raises:
         TaskError: there are none, or none is left.
     """
-    if not examples(cache, "triplets"):
+    if not cache.tasks.triplets:
         raise TaskError(
             f"{cache.place} holds no triplets; build a cache with them: headstart build … --set triplets=rules (from "
             "captions), or --set triplets=FILE"

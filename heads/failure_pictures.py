@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ImageOps
 
 from cache_builder import FeatureCache, load_dataset
+from cache_builder.datasets.base import name_of
 from eval.comparison import Comparison
 from eval.failures import Failure, hardest
 from eval.runs import Question
@@ -56,7 +57,7 @@ def _arrays(cache: FeatureCache, asked: Question, items: Mapping[str, Failure]) 
     texts = dict(zip(cache.text_ids, cache.texts, strict=True))
     answers = [answer for failure in items.values() for answer in failure.answers]
     captions = list(dict.fromkeys(answer.caption for answer in answers if answer.caption))
-    examples = {_id(e): e for e in of_split(cache, _task(asked), asked.split)}
+    examples = {name_of(e): e for e in of_split(cache, _task(asked), asked.split)}
     shows: list[tuple[str, ...]] = []
     says: list[tuple[str, ...]] = []
     for name, failure in items.items():
@@ -104,8 +105,3 @@ def _task(asked: Question) -> str:
 def _captions(kind: str, example: Any) -> Sequence[str]:
     """Text ids that stand beside an item: both captions of matching, the first of an image that asks for captions."""
     return () if kind == "czsl" else example.captions[: 1 if kind == "retrieval" else None]
-
-
-def _id(example: Any) -> str:
-    """What a score table calls it: the image of a composition, else its own name."""
-    return example.id if hasattr(example, "id") else example.image

@@ -140,10 +140,7 @@ def images_of(tasks: Tasks, kind: str, split: str) -> list[str]:
         kind: a task, or "images" for all of them together.
         split: train, val or test.
     """
-    if kind == "czsl":
-        examples = tasks.czsl.examples if tasks.czsl else ()
-        named = [e.image for e in examples if e.split == split]
-    elif kind == "images":
+    if kind == "images":
         named = [i for kind in tasks.kinds for i in images_of(tasks, kind, split)]
     elif kind == "composed":
         asked = [e for e in tasks.composed if e.split == split]
@@ -151,7 +148,7 @@ def images_of(tasks: Tasks, kind: str, split: str) -> list[str]:
         named = [i for e in asked for i in e.images]
         named += [i for name in galleries for i in tasks.galleries[name].images]
     else:
-        named = [i for e in getattr(tasks, kind) if e.split == split for i in e.images]
+        named = [i for e in tasks.examples(kind) if e.split == split for i in e.images]
     return list(dict.fromkeys(named))
 
 

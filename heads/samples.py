@@ -21,6 +21,7 @@ from cache_builder.datasets.base import (
     Gallery,
     Pair,
     Tasks,
+    name_of,
 )
 from heads.errors import ConfigError
 
@@ -166,7 +167,7 @@ def refuse_unusable(cache: FeatureCache, task: str, split: str) -> None:
         return
     gone = {
         image
-        for example in _examples(cache.tasks, task)
+        for example in cache.tasks.examples(task)
         if example.split == split
         for image in example.images
         if image in bad
@@ -217,7 +218,7 @@ def _differences(a: FeatureCache, b: FeatureCache, names: tuple[str, str]) -> st
     if mine.digest == theirs.digest:
         return "; ".join(parts)
     for kind in ("czsl", *EXAMPLES):
-        ours, others = (len(_examples(c.tasks, kind)) for c in (a, b))
+        ours, others = (len(c.tasks.examples(kind)) for c in (a, b))
         if ours != others:
             parts.append(f"{ours:,} {kind} examples and {others:,}")
     if a.header.options != b.header.options:
@@ -244,16 +245,10 @@ def _offer(shared: Shared) -> str:
         tasks = shared.tasks
     except ConfigError as error:
         return f"nothing, because {error}"
-    counts = [f"{len(_examples(tasks, kind)):,} {kind} examples" for kind in tasks.kinds]
+    counts = [f"{len(tasks.examples(kind)):,} {kind} examples" for kind in tasks.kinds]
     return ", ".join([f"{len(shared.images):,} images", *counts]) if counts else "nothing"
-
-
-def _examples(tasks: Tasks, kind: str) -> Sequence[Any]:
-    if kind == "czsl":
-        return tasks.czsl.examples if tasks.czsl else ()
-    return getattr(tasks, kind)
 
 
 def _name(example: Any) -> tuple[str, str]:
     """What tells an example from others of its kind: its id, or its image, and its split."""
-    return (example.id if hasattr(example, "id") else example.image), example.split
+    return name_of(example), example.split

@@ -8,17 +8,9 @@ from cache_builder import FeatureCache
 from heads.errors import TaskError
 
 
-def examples(cache: FeatureCache, task: str) -> Sequence[Any]:
-    """All examples of a task."""
-    tasks = cache.tasks
-    if task == "czsl":
-        return tasks.czsl.examples if tasks.czsl else ()
-    return getattr(tasks, task)
-
-
 def of_split(cache: FeatureCache, task: str, split: str) -> list[Any]:
     """Examples of one split; `TaskError` names the splits there are."""
-    everything = examples(cache, task)
+    everything = cache.tasks.examples(task)
     chosen = [example for example in everything if example.split == split]
     if not chosen:
         counts = Counter(example.split for example in everything)

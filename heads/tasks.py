@@ -19,7 +19,7 @@ from cache_builder.datasets.base import Pair
 from heads import composed_tasks
 from heads.composed_tasks import ComposedData, ImageData, TripletData
 from heads.errors import TaskError
-from heads.task_examples import examples, of_split, usable
+from heads.task_examples import of_split, usable
 
 KINDS = ("czsl", "matching", "two_by_two", "retrieval", "composed")
 """Tasks that heads are scored on."""
@@ -203,7 +203,7 @@ def task_of(cache: FeatureCache, task: str | None, among: Collection[str] = KIND
 
 def splits_of(cache: FeatureCache, task: str) -> tuple[str, ...]:
     """Splits that have examples of `task`, sorted."""
-    return tuple(sorted({example.split for example in examples(cache, task)}))
+    return tuple(sorted({example.split for example in cache.tasks.examples(task)}))
 
 
 def _choose(cache: FeatureCache, task: str | None, among: Collection[str]) -> str:

@@ -346,9 +346,9 @@ def test_only_true_captions_are_said_of_an_image(make_cache: Make) -> None:
     cache = make_cache(dataset=replace(plain, tasks=tasks))
     samples = samples_of([cache], None, 100)
     texts = samples.texts
-    assert samples.says["i2"] == ("red cube", texts["t5"], texts["t3"])
+    assert samples.says["i2"] == ("red cube", texts["t3"], texts["t5"])
     assert samples.says["i5"] == ("red cube", texts["t6"])
-    assert samples.splits["i2"] == ("train", "val", "test")
+    assert samples.splits["i2"] == ("train", "test", "val")
     assert {samples.ids[i] for i in found_images(samples, "CUBE val")} == {"i2", "i5"}
     assert len(found_images(samples, " ")) == 13
 

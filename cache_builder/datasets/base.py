@@ -6,7 +6,7 @@ A data set file of this folder has two handles: `load(root, **options) -> Datase
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,12 @@ EXAMPLES = {
 }
 """Field of `Tasks` → what it lists, for all but `czsl`."""
 
+
+def name_of(example: Any) -> str:
+    """What tells an example from others of its task and split: its id, or its image where it has none."""
+    return example.id if hasattr(example, "id") else example.image
+
+
 LATER = frozenset({"triplets"})
 """Fields that came after caches were written: absent from the text where empty, so that no digest moved."""
 
@@ -255,6 +261,12 @@ class Tasks:
     def kinds(self) -> tuple[str, ...]:
         """The tasks present, in the order of the fields."""
         return tuple(k for k in ("czsl", *EXAMPLES) if getattr(self, k))
+
+    def examples(self, kind: str) -> Sequence[Any]:
+        """Those of a task, in the order of the data set; none where it has no such task."""
+        if kind == "czsl":
+            return self.czsl.examples if self.czsl else ()
+        return getattr(self, kind)
 
     def to_json(self) -> str:
         """Canonical text: the same tasks give the same bytes on every machine."""

@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 
 from cache_builder.datasets.base import (
-    EXAMPLES,
     ComposedExample,
     CompositionExample,
     CompositionTask,
@@ -271,8 +270,6 @@ def _number(key: str, value: object) -> float:
 
 
 def _counts(tasks: Tasks) -> dict[str, str]:
-    found = Counter(("czsl", e.split) for e in tasks.czsl.examples) if tasks.czsl else Counter()
-    for kind in EXAMPLES:
-        found.update((kind, e.split) for e in getattr(tasks, kind))
+    found = Counter((kind, e.split) for kind in tasks.kinds for e in tasks.examples(kind))
     counts = {f"{name} {split}": f"{n:,}" for (name, split), n in found.items()}
     return counts | {"pairs": ", ".join(f"{len(pairs_of(split))} {split}" for split in SPLITS)}

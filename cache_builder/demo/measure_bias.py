@@ -56,11 +56,7 @@ def embed(folder: Path, dataset: Dataset, split: str, batch_size: int = 256) -> 
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     tasks = dataset.tasks
-    wanted = {
-        e.image
-        for e in (*(tasks.czsl.examples if tasks.czsl else ()), *tasks.retrieval)
-        if e.split == split
-    }
+    wanted = {e.image for e in (*tasks.examples("czsl"), *tasks.retrieval) if e.split == split}
     wanted |= {
         image
         for e in (*tasks.matching, *tasks.two_by_two)
