@@ -90,7 +90,7 @@ def unknown_pairs(pairs: Pairs) -> str:
 def signed(gain: Interval, digits: int = 1) -> str:
     """A difference in points with its interval."""
     shown = (percent(v, digits, "+") for v in (gain.estimate, gain.low, gain.high))
-    estimate, low, high = ("0." + digits * "0" if float(s) == 0 else s for s in shown)
+    estimate, low, high = (f"+{abs(float(s)):.{digits}f}" if float(s) == 0 else s for s in shown)
     return f"{estimate} [{low}, {high}]"
 
 
