@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_builder import FeatureCache, build, load_backbone, load_dataset
-from cache_builder.build_log import build_seconds, sessions
+from cache_builder.build_log import build_seconds, sessions, timed
+from cache_builder.errors import CacheError
+from cache_builder.place import Folder
 from eval import score_io
 from heads.cli import main
 from heads.commands import score_command, train_command
 from heads.config import read_settings
+from heads.errors import ConfigError
 from heads.run_files import read_run
 from heads.runs import score_run, train_run
 
@@ -152,3 +156,30 @@ def test_every_time_of_building_counts_and_a_torn_line_is_none(fast_path: Path) 
     (path / "builds.jsonl").unlink()
     assert build_seconds(cache.place) is None
     assert FeatureCache.open(path).verify().ok
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), CacheError("the bucket is gone")])
+def test_a_log_that_cannot_be_written_changes_nothing_of_a_build(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Folder, "append", refuse)
+    told = {"device": "cpu", "workers": 1, "helped": False}
+    with timed(Folder(fast_path), time.monotonic(), **told):
+        pass
+    with (
+        pytest.raises(RuntimeError, match="what went wrong itself"),
+        timed(Folder(fast_path), time.monotonic(), **told),
+    ):
+        raise RuntimeError("what went wrong itself")
+
+
+def test_settings_in_a_table_that_there_is_not_are_refused_before_training(fast_path: Path) -> None:
+    dataset, path = load_dataset("toy_world", scale=0.01), fast_path / "c.zarr"
+    cache = build(dataset, load_backbone("clip:demo"), path, progress=False)
+    settings = {"trian": {"steps": 1}}
+    with pytest.raises(ConfigError, match="settings of csp names 'trian'; did you mean 'train'"):
+        train_run(cache, "csp", fast_path / "run", task="czsl", settings=settings, progress=False)
+    assert not (fast_path / "run").exists()
