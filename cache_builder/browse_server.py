@@ -9,14 +9,13 @@ told to ask nobody else for anything.
 import secrets
 import socket
 from collections.abc import Sequence
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs
 
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 from nicegui import ui
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cache_builder.browse import Space
@@ -62,21 +61,21 @@ class Guarded:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        given = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        origin = given.get(b"origin")
+        asked = HTTPConnection(scope)
+        origin = asked.headers.get("origin")
         own = origin is None or origin.removeprefix("http://") in self.hosts
-        if given.get(b"host") not in self.hosts or not own:
+        if asked.headers.get("host") not in self.hosts or not own:
             await self._refuse(
                 scope, receive, send, "only for pages of this server, on this machine"
             )
             return
-        asked = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
-        if scope["type"] == "http" and scope["path"] == "/" and self._is_key(asked):
+        enters = scope["type"] == "http" and scope["path"] == "/"
+        if enters and self._is_key(asked.query_params.get("key", "")):
             enter = RedirectResponse("/", 303)
             enter.set_cookie(self.cookie, self.key, httponly=True, samesite="strict")
             await enter(scope, receive, send)
             return
-        if not self._is_key(_cookie(given.get(b"cookie", ""), self.cookie)):
+        if not self._is_key(asked.cookies.get(self.cookie, "")):
             await self._refuse(
                 scope, receive, send, "open the address that headstart browse printed"
             )
@@ -100,15 +99,6 @@ class Guarded:
             return
         answer = Response(why, 403)
         await answer(scope, receive, send)
-
-
-def _cookie(given: str, name: str) -> str:
-    """The value of a cookie in a request's header; empty where there is none."""
-    try:
-        found = SimpleCookie(given).get(name)
-    except CookieError:
-        return ""
-    return "" if found is None else found.value
 
 
 def listening(port: int) -> socket.socket:

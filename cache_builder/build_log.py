@@ -43,9 +43,8 @@ def timed(
         yield
     finally:
         spent = round(time.monotonic() - begun, 3)
-        with suppress(
-            OSError, CacheError
-        ):  # a full disk, or a bucket that is gone, has its own message
+        # A full disk, or a bucket that is gone, has its own message.
+        with suppress(OSError, CacheError):
             _add(place, Session(seconds=spent, device=device, workers=workers, helped=helped))
 
 

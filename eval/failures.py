@@ -138,7 +138,8 @@ def _answers(table: Table, found: Ranks | None, chosen: Sequence[int]) -> list[A
     if isinstance(table, MatchingScores):
         return [Answer(_lost(table, i), bool(right[i])) for i in chosen]
     if isinstance(table, RetrievalScores):
-        return [_ranked(table, i, bool(right[i])) for i in chosen]
+        ranks = positive_ranks(table, 1)[:, 0]
+        return [_ranked(table, i, float(ranks[i]), bool(right[i])) for i in chosen]
     assert isinstance(table, ComposedScores)
     assert found is not None
     best = _best_images(table, chosen)
@@ -150,18 +151,15 @@ def _answers(table: Table, found: Ranks | None, chosen: Sequence[int]) -> list[A
     ]
 
 
-def _ranked(table: RetrievalScores, i: int, is_right: bool) -> Answer:
+def _ranked(table: RetrievalScores, i: int, rank: float, is_right: bool) -> Answer:
     """The candidate ranked first, a wrong one where the best are equal, and where the best right one ranks."""
     row, right = table.scores[i], table.positives[i]
-    mine = row[right]
-    best = mine.max() if mine.size else -np.inf
-    rank = 1 + np.count_nonzero(row[~right] >= best)
     tied = np.flatnonzero(row == row.max())
     first = next((c for c in tied if not right[c]), tied[0])
     names = table.meta.get("candidates") or []
     name = str(names[first]) if len(names) == len(row) else ""
     n = np.count_nonzero(row > -np.inf)
-    words = f"right one: rank {rank:,} of {n:,}" if best > -np.inf else "no right one competes"
+    words = f"right one: rank {rank:,.0f} of {n:,}" if rank < np.inf else "no right one competes"
     is_image = table.meta.get("direction") == "t2i"
     return Answer(words, is_right, *((name, "") if is_image else ("", name)))
 

@@ -37,6 +37,9 @@ from eval.bootstrap import Distribution, Interval, percentiles, subtract
 LEVEL = 0.05
 """Chance of one false decision or more among all pairs of a question, as far as the simulations go."""
 
+FEW = 30
+"""Items, or clusters of them, below which no difference is judged."""
+
 SMALLEST = 1e-12
 """No p is looked for below it."""
 
@@ -104,10 +107,6 @@ class Pairs:
             if (found.theirs, found.ours) == (ours, theirs):
                 return found.turned()
         return None
-
-
-FEW = 30
-"""Items, or clusters of them, below which no difference is judged."""
 
 
 def pairs(

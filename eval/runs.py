@@ -9,7 +9,7 @@
       pictures/*.npz       image (H, W, 3) uint8, words, weights (words, rows, columns), and if known caption, score,
                            says, verdict, right; or strip (words, numbers), words, says; optional
       pictures/query-*.npz, routing.npz, modality.npz      of composed retrieval, optional: `eval.composed_pictures`
-      pictures/failures.npz                                items that go wrong, optional: `eval.album`
+      pictures/failures*.npz                               items that go wrong, optional: `eval.album`
       pictures/*.png       optional
 
 Tables share a comparison when data set, task, split, world and the very items are equal; seeds of one backbone, method

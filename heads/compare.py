@@ -247,10 +247,13 @@ def _beating(bar: "tqdm[NoReturn]", jobs: Sequence[Job]) -> Generator[None]:
     """Count the runs that are trained, whoever trains them, every few seconds: a pass may take hours."""
     ended = Event()
 
+    def show() -> None:
+        bar.n = sum((job.out / RECORD).exists() for job in jobs)
+        bar.refresh()
+
     def tell() -> None:
         while not ended.wait(BEAT):
-            bar.n = sum((job.out / RECORD).exists() for job in jobs)
-            bar.refresh()
+            show()
 
     thread = Thread(target=tell, daemon=True)
     thread.start()
@@ -259,8 +262,7 @@ def _beating(bar: "tqdm[NoReturn]", jobs: Sequence[Job]) -> Generator[None]:
     finally:
         ended.set()
         thread.join()
-        bar.n = sum((job.out / RECORD).exists() for job in jobs)
-        bar.refresh()
+        show()
 
 
 def _seeds(entry: Entry, seeds: Sequence[int]) -> Sequence[int]:
